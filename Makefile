@@ -1,0 +1,49 @@
+# One pinned environment, then three things a user does: run a study, publish it, test the house.
+PROFILE ?= laptop
+PYTHON ?= python3
+ONLY ?=
+TORCH_INDEX ?=
+BIN := .venv/bin
+READY := .venv/.ready
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: study publish test lint unit smoke book bench sync clean
+
+study: $(READY)
+	$(BIN)/python -m instructmining_core.stages run --profile $(PROFILE)
+
+publish: $(READY)
+	$(BIN)/python -m instructmining_core.stages publish --profile $(PROFILE)
+
+test: lint unit smoke book
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/python -m instructmining_core.stages check
+
+unit: $(READY)
+	$(BIN)/python -m pytest
+
+smoke: $(READY)
+	$(BIN)/python -m instructmining_core.stages run --profile smoke
+
+book: $(READY)
+	$(BIN)/jupyter-book build book -n -W --keep-going
+
+bench: $(READY)
+	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY))
+
+# The percent scripts are the truth; this brings the .ipynb twins after them.
+sync: $(READY)
+	$(BIN)/jupytext --sync notebooks/*.py
+
+clean:
+	rm -rf _build results/smoke
+
+# torch first and alone, so that TORCH_INDEX may choose its build (CPU, CUDA) and nothing else.
+$(READY): constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/pip install -q -c constraints.txt -e '.[study,book,dev]'
+	touch $(READY)

@@ -1,0 +1,160 @@
+"""Batches by token budget: longest rows first, hardly any padding, halved when memory runs out.
+
+On 9,229 Alpaca rows, batches in file order cost 2.3 to 3.9 times the real tokens (batch 8 to 64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+
+class BatchError(ValueError):
+    """A batch function or a length that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Stands in the results of `map_batches` for a row that does not fit into memory alone."""
+
+    reason: str
+
+
+def token_budget_batches(
+    lengths: Sequence[int] | np.ndarray, max_tokens: int, max_rows: int | None = None
+) -> list[np.ndarray]:
+    """Row numbers in batches whose padded size stays within a budget, longest first.
+
+    lengths : shape (n,), tokens of each row.
+    max_tokens : padded tokens of a batch (rows times longest row); one longer row is alone.
+    max_rows : rows of a batch at most; None for no limit.
+
+    Longest first, so that memory runs out in the first batch or not at all. The order among rows
+    of equal length is that of their numbers: the same rows always give the same batches.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if max_tokens < 1 or (max_rows is not None and max_rows < 1):
+        raise BatchError(f"max_tokens={max_tokens} and max_rows={max_rows} must be at least 1.")
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        rows = max(1, max_tokens // max(1, int(lengths[order[start]])))
+        rows = rows if max_rows is None else min(rows, max_rows)
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+def padded_share(lengths: Sequence[int] | np.ndarray, batches: Sequence[np.ndarray]) -> float:
+    """Padded tokens per real token of these batches; 1.0 is no padding, NaN with no token."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    real = int(sum(lengths[b].sum() for b in batches))
+    return sum(len(b) * int(lengths[b].max()) for b in batches) / real if real else float("nan")
+
+
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, side: str = "right"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids as one array, and the mask of real tokens.
+
+    Returns ids, attention_mask : each shape (rows, longest), int64.
+
+    >>> pad([[5, 6], [7]], 0, "left")[0].tolist()
+    [[5, 6], [0, 7]]
+    """
+    if side not in ("left", "right"):
+        raise BatchError(f"side={side!r}; it must be 'left' or 'right'.")
+    width = max((len(row) for row in rows), default=0)
+    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[i, where] = row
+        mask[i, where] = 1
+    return ids, mask
+
+
+def map_batches(
+    fn: Callable[[np.ndarray], Sequence[Any]],
+    lengths: Sequence[int] | np.ndarray,
+    max_tokens: int,
+    progress: bool = False,
+    desc: str = "",
+    *,
+    max_rows: int | None = None,
+    on_batch: Callable[[np.ndarray, Sequence[Any]], None] | None = None,
+) -> list[Any]:
+    """Call `fn` on batches of row numbers; the results in the rows' own order.
+
+    fn : row numbers, shape (batch,) -> one result a row.
+    lengths, max_tokens, max_rows : as in `token_budget_batches`.
+    on_batch : called with the row numbers and results of each finished batch, so that a score bank
+        can store them; what it raises is raised here.
+    progress : a bar in tokens, with tokens a second and time left.
+
+    When memory runs out (GPU or CPU) the batch is cut in two and every later one keeps to the
+    smaller size. A row that does not fit alone gives `Failed(reason)`; the others go on.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    waiting = token_budget_batches(lengths, max_tokens, max_rows)[::-1]
+    results: list[Any] = [None] * len(lengths)
+    bar = tqdm(
+        total=int(lengths.sum()), desc=desc, unit="token", unit_scale=True, disable=not progress
+    )
+    with bar:
+        while waiting:
+            batch = waiting.pop()
+            done, reason = _attempt(fn, batch)
+            if reason and len(batch) > 1:
+                waiting = _halved(lengths, batch, waiting, max_rows)
+                continue
+            if reason:
+                done = [Failed(f"out of memory on one row of {lengths[batch[0]]} tokens: {reason}")]
+            if len(done) != len(batch):
+                raise BatchError(f"The function gave {len(done)} results for {len(batch)} rows.")
+            for row, result in zip(batch, done, strict=True):
+                results[row] = result
+            if on_batch is not None:
+                on_batch(batch, done)
+            bar.update(int(lengths[batch].sum()))
+    return results
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out: on a GPU, or the CPU's allocator."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("out of memory" in text or "can't allocate memory" in text or "defaultcpuallo" in text)
+    )
+
+
+def _attempt(fn: Callable, batch: np.ndarray) -> tuple[Sequence[Any] | None, str]:
+    try:
+        return fn(batch), ""
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # Only the text leaves this block: the error's traceback holds the batch's tensors.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+    _free_gpu_memory()
+    return None, reason
+
+
+def _halved(lengths, batch, waiting, max_rows) -> list[np.ndarray]:
+    """The failed batch and those after it, again, at half the failed batch's padded size."""
+    rows = np.concatenate([batch, *waiting[::-1]])
+    budget = max(1, len(batch) * int(lengths[batch].max()) // 2)
+    return [rows[b] for b in token_budget_batches(lengths[rows], budget, max_rows)][::-1]
+
+
+def _free_gpu_memory() -> None:
+    import sys
+
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,87 @@
+"""The reward model class behind `OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5`.
+
+Its checkpoint names the model type `gpt_neox_reward_model`, which transformers does not know
+(transformers issue 22791). The class is a GPT-NeoX body and one linear layer with a bias; the
+weight names (`gpt_neox.*`, `out_proj.*`) are those of the published checkpoint. Importing this
+module registers it with `AutoConfig` and `AutoModelForSequenceClassification`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, GPTNeoXConfig
+from transformers import GPTNeoXModel, GPTNeoXPreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+POOLINGS = ("last", "mean")
+
+
+class GPTNeoXRewardConfig(GPTNeoXConfig):
+    """A GPT-NeoX configuration and the pooling of the reward head.
+
+    pooling : "last" (hidden state of the last real token) or "mean" (over the real tokens).
+    """
+
+    model_type = "gpt_neox_reward_model"
+    pooling: str = "last"
+
+
+class GPTNeoXRewardModel(GPTNeoXPreTrainedModel):
+    """GPT-NeoX body, one pooled hidden state per row, one linear layer with one output."""
+
+    config_class = GPTNeoXRewardConfig
+    # buffers that old checkpoints carry and newer transformers compute
+    _keys_to_ignore_on_load_unexpected = [
+        r"attention.bias", r"attention.masked_bias", r"rotary_emb.inv_freq",
+    ]
+
+    def __init__(self, config: GPTNeoXRewardConfig) -> None:
+        super().__init__(config)
+        if config.pooling not in POOLINGS:
+            raise ValueError(f"pooling {config.pooling!r} is unknown; use one of {POOLINGS}")
+        self.num_labels = 1
+        self.gpt_neox = GPTNeoXModel(config)
+        self.out_proj = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """Reward of each row.
+
+        input_ids : int tensor, shape (rows, tokens)
+        attention_mask : same shape, 1 for real tokens, on either side of the padding
+        returns : output with `logits`, shape (rows, 1); a larger value is a better answer
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        hidden = self.gpt_neox(
+            input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        pooled = pool(hidden, attention_mask, self.config.pooling)
+        return SequenceClassifierOutput(logits=self.out_proj(pooled))
+
+
+def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """One vector per row from the hidden states of its real tokens.
+
+    hidden : shape (rows, tokens, dim); mask : shape (rows, tokens), 1 for real tokens
+    pooling : "last" or "mean"
+    returns : shape (rows, dim)
+    """
+    if pooling == "mean":
+        weights = mask.to(hidden.dtype).unsqueeze(-1)
+        return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+    last = torch.arange(mask.shape[1], device=mask.device) * mask
+    last = last.argmax(dim=1)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+
+
+AutoConfig.register(GPTNeoXRewardConfig.model_type, GPTNeoXRewardConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(GPTNeoXRewardConfig, GPTNeoXRewardModel, exist_ok=True)

@@ -1,0 +1,201 @@
+"""Load a causal LM; the negative log-likelihood of responses, the same at every batch size.
+
+Logits are made at target positions only and in chunks: 8 x 2,048 tokens x 152k vocabulary would be
+5 GB in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from . import hub
+from .batching import Failed, map_batches, pad
+from .heads import Head, decoder, find_head, unwrapped
+from .templates import Encoded
+
+if TYPE_CHECKING:
+    from .profiles import ModelRef
+
+FIRST = 64  # target tokens of the `nll_first64` column
+_CHUNK = 1 << 22  # logits made at once, in numbers (tokens x vocabulary)
+COLUMNS = ("nll", "tokens", "nll_first64", "tokens_first64", "nll_eos", "tokens_eos", "reason")
+
+
+@dataclass
+class LM:
+    """A causal LM with all that a loss needs.
+
+    model : Hugging Face causal LM, or a PeftModel around one. dtype : of its weights.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    resolved: hub.Resolved
+    device: str
+    dtype: torch.dtype
+    _heads: dict[int, Head] = field(default_factory=dict, repr=False)
+
+    @property
+    def head(self) -> Head:
+        """How logits come from hidden states; found once for each model object."""
+        key = id(self.model)
+        if key not in self._heads:
+            self._heads = {key: find_head(self.model)}
+        return self._heads[key]
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills rows; masked, so any id does where the tokenizer has no pad token."""
+        pad_id = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad_id is None else pad_id
+
+
+def load_lm(ref: ModelRef, device: str | None = None, *, standins=None) -> LM:
+    """Load tokenizer and weights, pinned, without remote code; sdpa attention where it has it.
+
+    ref, standins : as in `hub.resolve`; `ref.dtype` as in `hub.pick_dtype`.
+    device : "cpu", "cuda", "cuda:1"; None takes a GPU where there is one.
+    """
+    device = device or hub.pick_device()
+    dtype = hub.pick_dtype(ref.dtype, device)
+    resolved = hub.fetch(hub.resolve(ref, standins=standins))
+    tokenizer = AutoTokenizer.from_pretrained(resolved.folder, trust_remote_code=False)
+    model = _load_model(resolved.folder, dtype).to(device).eval()
+    return LM(model, tokenizer, resolved, device, dtype)
+
+
+def _load_model(folder, dtype: torch.dtype) -> nn.Module:
+    options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **options)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def response_nll(
+    lm: LM,
+    rows: Sequence[Encoded],
+    *,
+    batch_tokens: int = 16384,
+    progress: bool = False,
+    padding_side: str = "right",
+    on_batch: Callable[[np.ndarray, Sequence[tuple]], None] | None = None,
+) -> pd.DataFrame:
+    """Negative log-likelihood of each row's target tokens.
+
+    rows : token ids with target marks; `templates.encode` makes them.
+    batch_tokens : padded tokens of a batch; halved when memory runs out.
+    padding_side : "right"; "left" is there to show that it does not matter.
+    on_batch : called with row numbers and their tuples (in the order of `COLUMNS`) of each batch.
+
+    Returns one row for each of `rows`, in their order:
+        nll : float64, sum over target tokens, nats; NaN with a `reason` where it cannot be had.
+        tokens : number of target tokens.
+        nll_first64, tokens_first64 : the same over the first 64 target tokens.
+        nll_eos, tokens_eos : the same over the eos that ends a response; NaN and 0 if it was cut.
+        reason : "" or why `nll` is NaN.
+
+    In float32 a row's values agree at any batch size, order and padding side to 1e-5 relative.
+    The log-softmax is float32 also where the weights are not. The first token of a row has no
+    prediction, so it must not be a target.
+    """
+    lm.model.eval()
+    lengths = np.array([len(row.ids) for row in rows], dtype=np.int64)
+    scorable = np.array([any(row.targets[1:]) for row in rows], dtype=bool)
+    found = [_nothing(row) for row in rows]
+    chosen = np.flatnonzero(scorable)
+
+    def batch(numbers: np.ndarray) -> list[tuple]:
+        return _batch_rows(lm, [rows[i] for i in chosen[numbers]], padding_side)
+
+    def stored(numbers: np.ndarray, results: Sequence) -> None:
+        results = [_nothing(rows[i], r.reason) if isinstance(r, Failed) else r
+                   for i, r in zip(chosen[numbers], results, strict=True)]
+        for i, result in zip(chosen[numbers], results, strict=True):
+            found[i] = result
+        if on_batch is not None:
+            on_batch(chosen[numbers], results)
+
+    map_batches(
+        batch, lengths[chosen], batch_tokens, progress, f"loss of {len(rows)} rows", on_batch=stored
+    )
+    return pd.DataFrame(found, columns=list(COLUMNS))
+
+
+def _nothing(row: Encoded, reason: str = "") -> tuple:
+    reason = reason or ("no response token within max_tokens" if row.truncated
+                        else "no response token")
+    return (np.nan, 0, np.nan, 0, np.nan, 0, reason)
+
+
+def _batch_rows(lm: LM, rows: Sequence[Encoded], side: str) -> list[tuple]:
+    ids, mask = pad([row.ids for row in rows], lm.pad_id, side)
+    wanted, _ = pad([row.targets for row in rows], 0, side)
+    wanted[:, 0] = 0
+    nll = token_nll(lm, ids, mask, wanted.astype(bool)).double().cpu().numpy()
+    cuts = np.cumsum(wanted.sum(1))[:-1]
+    eos = lm.tokenizer.eos_token_id
+    return [_summary(row, part, eos) for row, part in zip(rows, np.split(nll, cuts), strict=True)]
+
+
+def _summary(row: Encoded, nll: np.ndarray, eos: int) -> tuple:
+    n = len(row.ids)
+    ends = [row.ids[i] == eos and (i + 1 == n or not row.targets[i + 1])
+            for i in range(1, n) if row.targets[i]]
+    at_end = np.array(ends, dtype=bool)
+    first = nll[:FIRST]
+    reason = "" if np.isfinite(nll).all() else "the model's loss is not finite on this row"
+    total = nll.sum() if not reason else np.nan
+    eos_nll = nll[at_end].sum() if at_end.any() else np.nan
+    return (total, len(nll), first.sum(), len(first), eos_nll, int(at_end.sum()), reason)
+
+
+@torch.inference_mode()
+def token_nll(lm: LM, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> Tensor:
+    """Negative log-likelihood of each wanted token, row by row.
+
+    ids, mask, wanted : shape (rows, width); token ids, 1 at real tokens, True at target tokens
+        (never in the first column). Returns float32, shape (number of wanted tokens,), nats.
+    """
+    device = next(lm.model.parameters()).device
+    inputs = _inputs(ids, mask, device)
+    before = torch.from_numpy(np.roll(wanted, -1, axis=1)).to(device)
+    goal = torch.from_numpy(ids[wanted]).to(device)
+    if lm.head.way == "forward":
+        return _forward_nll(lm, inputs, before, goal)
+    hidden = decoder(lm.model)(**inputs).last_hidden_state[before]
+    step = max(1, _CHUNK // int(unwrapped(lm.model).config.get_text_config().vocab_size))
+    parts = [
+        nn.functional.cross_entropy(lm.head.project(h).float(), g, reduction="none")
+        for h, g in zip(hidden.split(step), goal.split(step), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _inputs(ids: np.ndarray, mask: np.ndarray, device) -> dict:
+    inputs = {"input_ids": torch.from_numpy(ids).to(device), "use_cache": False}
+    if not mask[:, 0].all():
+        # Padding at the left: real tokens would see it, and their positions would be shifted.
+        inputs["attention_mask"] = torch.from_numpy(mask).to(device)
+        positions = (mask.cumsum(1) - 1).clip(min=0)
+        inputs["position_ids"] = torch.from_numpy(positions).to(device)
+    # With padding at the right no real token can see it: the causal mask alone is exact, and
+    # without a padding mask attention takes its fast path.
+    return inputs
+
+
+def _forward_nll(lm: LM, inputs: dict, before: Tensor, goal: Tensor) -> Tensor:
+    """By the model's own forward, for heads that `heads.find_head` cannot take apart."""
+    keep = before.any(0).nonzero()[:, 0]
+    logits = unwrapped(lm.model)(**inputs, logits_to_keep=keep).logits
+    return nn.functional.cross_entropy(logits[before[:, keep]].float(), goal, reduction="none")

@@ -1,0 +1,238 @@
+"""The beat-random gate: is a selection better than random draws, and by how much?
+
+Source: our statistical plan, section 6. The paper (v3, Table 3) prints one loss a cell, without an
+interval; here every contrast carries one, and the difference that it could have detected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from .contrasts import MARGIN, ComparisonError, contrast, crossed_interval, holm, p_values, verdict
+
+PER_EXAMPLE = Mapping[tuple[str, str, int], np.ndarray]
+_INDEX = ["pool", "method", "size"]
+
+
+def compare(
+    runs: pd.DataFrame,
+    *,
+    loss: str = "loss_eval_2",
+    primary_size: int | Mapping[str, int] | None = None,
+    per_example: PER_EXAMPLE | None = None,
+    selected: str = "selected",
+    random: str = "random",
+    margin: float = MARGIN,
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """Every contrast of a set of comparison runs, the primary one of each pool first.
+
+    runs : one row a run, columns pool, method, size (rows), seed and `loss` (nats, > 0; a NaN is a
+    diverged run, left out and counted in `lost`). loss : take the evaluation set that was *not*
+    used for fitting. primary_size : the size fixed beforehand, needed where `selected` has
+    several. per_example : losses by prompt, keyed (pool, method, size), shape (runs, prompts).
+
+    Primary: selected against random at that size, Holm over pools. Secondary, unadjusted: the
+    same at other sizes, each baseline against random, selected against each baseline; a baseline
+    at a size of its own ("full") meets the primary size.
+
+    Returns columns pool, role, method, versus, size, size_versus, n, n_versus, lost, mean,
+    mean_versus (nats), difference, low, high (relative), p, p_holm, p_margin, detectable, df,
+    low_prompts, high_prompts, verdict.
+    """
+    groups, lost = _groups(runs, loss)
+    plan = list(_plan(groups, primary_size, selected, random))
+    pools = sum(role == "primary" for role, *_ in plan)
+    rows = []
+    for role, here, there in plan:
+        # With Holm the first pool must pass alpha / pools: that is what the study can promise.
+        alpha = (1 - level) / (pools if role == "primary" else 1)
+        result = contrast(groups[here], groups[there], level=level, margin=margin, alpha=alpha)
+        rows.append({
+            "pool": here[0], "role": role, "method": here[1], "versus": there[1],
+            "size": here[2], "size_versus": there[2], "n": len(groups[here]),
+            "n_versus": len(groups[there]), "lost": lost.get(here, 0) + lost.get(there, 0),
+            "mean": groups[here].mean(), "mean_versus": groups[there].mean(), **vars(result),
+            **_by_prompts(per_example, here, there, level),
+        })
+    return _judge(pd.DataFrame(rows), 1 - level, margin)
+
+
+def _groups(runs: pd.DataFrame, loss: str) -> tuple[dict[tuple, np.ndarray], dict[tuple, int]]:
+    missing = [c for c in (*_INDEX, loss) if c not in runs]
+    if missing:
+        raise ComparisonError(f"comparison runs lack the columns {missing}")
+    if (runs[loss] <= 0).any():
+        raise ComparisonError(f"{loss} must be positive, got {runs[loss].min()}")
+    groups, lost = {}, {}
+    for key, part in runs.groupby(_INDEX, sort=True):
+        values = part[loss].dropna().to_numpy(float)
+        lost[key] = len(part) - len(values)
+        if len(values):
+            groups[key] = values
+    return groups, lost
+
+
+def _plan(
+    groups: dict[tuple, np.ndarray],
+    primary_size: int | Mapping[str, int] | None,
+    selected: str,
+    random: str,
+) -> Iterator[tuple[str, tuple, tuple]]:
+    later = []
+    for pool in dict.fromkeys(key[0] for key in groups):
+        main = _primary_size(groups, pool, primary_size, selected)
+        if (pool, random, main) not in groups:
+            raise ComparisonError(f"pool {pool!r} has no {random!r} runs at size {main}")
+        yield "primary", (pool, selected, main), (pool, random, main)
+        for key in (k for k in groups if k[0] == pool and k[1] != random):
+            same = (pool, random, key[2])
+            against = same if same in groups else (pool, random, main)
+            if key != (pool, selected, main):
+                later.append(("secondary", key, against))
+            if key[1] != selected:
+                mine = (pool, selected, key[2])
+                rival = mine if mine in groups else (pool, selected, main)
+                later.append(("secondary", rival, key))
+    yield from later
+
+
+def _primary_size(groups: dict, pool: str, wanted: int | Mapping | None, selected: str) -> int:
+    sizes = [size for p, method, size in groups if (p, method) == (pool, selected)]
+    size = wanted.get(pool) if isinstance(wanted, Mapping) else wanted
+    if size is None and len(sizes) == 1:
+        return sizes[0]
+    if size not in sizes:
+        raise ComparisonError(
+            f"pool {pool!r}: primary size {size} is not among the {selected!r} sizes {sizes}; "
+            "name it by primary_size (it is to be fixed before the runs are seen)"
+        )
+    return size
+
+
+def _by_prompts(
+    matrices: PER_EXAMPLE | None, here: tuple, there: tuple, level: float
+) -> dict[str, float]:
+    low = high = float("nan")
+    if matrices is not None and here in matrices and there in matrices:
+        low, high = crossed_interval(matrices[here], matrices[there], level=level)
+    return {"low_prompts": low, "high_prompts": high}
+
+
+def _judge(table: pd.DataFrame, alpha: float, margin: float) -> pd.DataFrame:
+    first = (table["role"] == "primary").to_numpy()
+    table["p_holm"] = np.nan
+    table.loc[first, "p_holm"] = holm(table.loc[first, "p"])
+    table.loc[first, "p_margin"] = holm(table.loc[first, "p_margin"])
+    table["verdict"] = [
+        verdict(d, h if main else p, m, alpha=alpha, margin=margin)
+        for d, p, h, m, main in zip(
+            table["difference"], table["p"], table["p_holm"], table["p_margin"], first,
+            strict=True,
+        )
+    ]
+    columns = [
+        "pool", "role", "method", "versus", "size", "size_versus", "n", "n_versus", "lost",
+        "mean", "mean_versus", "difference", "low", "high", "p", "p_holm", "p_margin",
+        "detectable", "df", "low_prompts", "high_prompts", "verdict",
+    ]
+    return table[columns]
+
+
+@dataclass(frozen=True)
+class LengthAnswer:
+    """Does the rule beat length alone?
+
+    answer : "yes", "no, length alone is better", "no, they are equal within ±1 %" or "undecided"
+    difference, low, high : float, relative difference of loss, selected minus longest, mean over
+    the pools, with its interval; p : float; pools : int; table : one contrast a pool.
+    """
+
+    answer: str
+    difference: float
+    low: float
+    high: float
+    p: float
+    pools: int
+    table: pd.DataFrame
+
+    @property
+    def sentence(self) -> str:
+        """The answer in one line for a front page, with the interval."""
+        numbers = (
+            f"{100 * self.difference:+.1f} % loss [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+        )
+        over = "one pool" if self.pools == 1 else f"{self.pools} pools"
+        return f"Does the rule beat length alone? {self.answer.capitalize()}: {numbers}, {over}."
+
+
+def beats_length(
+    runs: pd.DataFrame,
+    *,
+    loss: str = "loss_eval_2",
+    primary_size: int | Mapping[str, int] | None = None,
+    selected: str = "selected",
+    length: str = "longest",
+    margin: float = MARGIN,
+    level: float = 0.95,
+) -> LengthAnswer:
+    """Answer "does the rule beat length alone?" over all pools at their primary size.
+
+    runs : as for `compare`, with method `length` at that size. The pools are taken as these
+    pools: their log-loss contrasts are averaged, their variances added (Satterthwaite).
+    """
+    table = compare(
+        runs[runs["method"].isin([selected, length])],
+        loss=loss, primary_size=primary_size, selected=selected, random=length,
+        margin=margin, level=level,
+    ).query("role == 'primary'")
+    d = np.log1p(table["difference"].to_numpy())
+    df = table["df"].to_numpy()
+    reach = np.log1p(table["high"].to_numpy()) - d
+    variance = (reach / stats.t.isf((1 - level) / 2, df)) ** 2
+    total = variance.sum()
+    pooled_df = total**2 / (variance**2 / df).sum()
+    mean, se = d.mean(), np.sqrt(total) / len(d)
+    p, p_margin = p_values(mean, se, pooled_df, margin)
+    called = verdict(mean, float(p), float(p_margin), alpha=1 - level, margin=margin)
+    answer = {
+        "better": "yes", "worse": "no, length alone is better", "undecided": "undecided",
+    }.get(called, f"no, they are equal within ±{100 * margin:g} %")
+    wide = stats.t.isf((1 - level) / 2, pooled_df) * se
+    low, high = np.expm1([mean - wide, mean + wide])
+    return LengthAnswer(
+        answer, float(np.expm1(mean)), float(low), float(high), float(p), len(d), table
+    )
+
+
+def selection_table(
+    runs: pd.DataFrame,
+    losses: tuple[str, ...] = ("loss_eval_1", "loss_eval_2"),
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """The comparison in the shape of the paper's Table 3 (v3), with what it leaves out.
+
+    runs : columns pool, method, size, seed and the losses (nats); `rule` (mean predicted log loss
+    of the set) and `seconds` (training) are averaged where they exist. Returns one row per pool,
+    method and size: n, size, rule, seconds, and per loss its mean and the half-width of the t
+    interval of that mean (`<loss>_half`, NaN for one run).
+    """
+    rows = []
+    extra = [c for c in ("rule", "seconds") if c in runs]
+    for key, part in runs.groupby(_INDEX, sort=False):
+        row = dict(zip(_INDEX, key, strict=True)) | {"n": len(part)}
+        row |= {name: part[name].mean() for name in extra}
+        for name in losses:
+            values = part[name].dropna()
+            n = len(values)
+            half = float("nan")
+            if n > 1:
+                half = stats.t.isf((1 - level) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n)
+            row |= {name: values.mean(), f"{name}_half": half}
+        rows.append(row)
+    return pd.DataFrame(rows)
