@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+_WASTE = 32  # a batch ends where its padding would pass this part of the budget
+
 
 class BatchError(ValueError):
     """A batch function or a length that cannot be used."""
@@ -34,16 +36,22 @@ def token_budget_batches(
     max_rows : rows of a batch at most; None for no limit.
 
     Longest first, so that memory runs out in the first batch or not at all. The order among rows
-    of equal length is that of their numbers: the same rows always give the same batches.
+    of equal length is that of their numbers: the same rows always give the same batches. A batch
+    ends early once its padding is 1/32 of the budget: few rows with a large budget would otherwise
+    be mostly padding.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if max_tokens < 1 or (max_rows is not None and max_rows < 1):
         raise BatchError(f"max_tokens={max_tokens} and max_rows={max_rows} must be at least 1.")
     order = np.argsort(-lengths, kind="stable")
+    total = np.concatenate([[0], np.cumsum(lengths[order])])
     batches, start = [], 0
     while start < len(order):
-        rows = max(1, max_tokens // max(1, int(lengths[order[start]])))
-        rows = rows if max_rows is None else min(rows, max_rows)
+        longest = max(1, int(lengths[order[start]]))
+        rows = min(max(1, max_tokens // longest), max_rows or len(order), len(order) - start)
+        real = total[start + 1 : start + rows + 1] - total[start]
+        padding = longest * np.arange(1, rows + 1) - real
+        rows = max(1, int(np.searchsorted(padding, max_tokens // _WASTE, side="right")))
         batches.append(order[start : start + rows])
         start += rows
     return batches

@@ -76,10 +76,10 @@ def detectable_difference(se: float, df: float, alpha: float = 0.05, power: floa
     critical = stats.t.isf(alpha / 2, df)
 
     def shortfall(shift: float) -> float:
-        return stats.nct.sf(critical, df, shift) + stats.nct.cdf(-critical, df, shift) - power
+        # The wrong-sided tail is left out: below 1e-4 here, and scipy's nct gives NaN in it.
+        return stats.nct.sf(critical, df, shift) - power
 
-    # nct overflows far out in the tail, so the bracket ends where power is surely reached.
-    return float(np.expm1(se * optimize.brentq(shortfall, 1e-6, critical * 2 + 4)))
+    return float(np.expm1(se * optimize.brentq(shortfall, 0.0, critical * 2 + 4)))
 
 
 def contrast(

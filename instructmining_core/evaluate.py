@@ -29,14 +29,17 @@ def losses(frame: pd.DataFrame, response_bytes: Sequence[int] | None = None) -> 
     kept = frame[~empty]
     tokens = kept["tokens"].to_numpy(float)
     nll = kept["nll"].to_numpy(float)
+    first = kept["nll_first64"].to_numpy(float)
+    first_tokens = kept["tokens_first64"].to_numpy(float)
     eos_tokens = kept["tokens_eos"].to_numpy(float)
     eos = np.where(eos_tokens > 0, kept["nll_eos"].to_numpy(float), 0.0)
     text_tokens = tokens - eos_tokens
+    with_text = (text_tokens > 0) | np.isnan(nll)
     found = {
         "prompt_mean": _mean(nll, tokens),
         "token_mean": _ratio(nll.sum(), tokens.sum()),
-        "first64": _mean(kept["nll_first64"].to_numpy(float), kept["tokens_first64"].to_numpy(float)),
-        "without_eos": _mean((nll - eos)[text_tokens != 0], text_tokens[text_tokens != 0]),
+        "first64": _mean(first, first_tokens),
+        "without_eos": _mean((nll - eos)[with_text], text_tokens[with_text]),
         "effective_n": _ratio(tokens.sum() ** 2, (tokens**2).sum()),
         "rows": len(kept),
         "missing": int(empty.sum()),
@@ -50,7 +53,7 @@ def evaluate(
     lm: LM,
     encoded: Sequence[Encoded],
     *,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
     progress: bool = False,
 ) -> tuple[dict[str, float], pd.DataFrame]:
     """Losses of `lm` on an evaluation set (see `losses`), and the frame for each example."""

@@ -112,7 +112,7 @@ def acceptance(*, studies: int = 20_000, seed: int = 0) -> pd.DataFrame:
         ("false better in any of 3 pools, 10 v 10", rate("any_better", pools=3), 0.0, 0.035),
         ("false better, 5 v 5, draws 3 × noisier", rate("better", **unequal), 0.0, 0.035),
         ("power at 1.6 seed sd, 10 v 10", rate("better", effect=-0.016), 0.75, 1.0),
-        ("power at 1.6 seed sd, 10 v 10, 3 pools", rate("better", effect=-0.016, pools=3), 0.0, 1.0),
+        ("the same under Holm over 3 pools", rate("better", effect=-0.016, pools=3), 0.0, 1.0),
         ("coverage of 95 % intervals, 10 v 10", rate("covered", effect=-0.016), 0.94, 0.96),
         ("coverage, new prompts, crossed", crossed["crossed"], 0.93, 0.99),
         ("coverage, new prompts, runs only", crossed["runs_only"], 0.0, 1.0),

@@ -24,7 +24,7 @@ class GPTNeoXRewardConfig(GPTNeoXConfig):
     """
 
     model_type = "gpt_neox_reward_model"
-    pooling: str = "last"
+    pooling: str | None = "last"
 
 
 class GPTNeoXRewardModel(GPTNeoXPreTrainedModel):
@@ -38,7 +38,8 @@ class GPTNeoXRewardModel(GPTNeoXPreTrainedModel):
 
     def __init__(self, config: GPTNeoXRewardConfig) -> None:
         super().__init__(config)
-        if config.pooling not in POOLINGS:
+        self.pooling = config.pooling or "last"
+        if self.pooling not in POOLINGS:
             raise ValueError(f"pooling {config.pooling!r} is unknown; use one of {POOLINGS}")
         self.num_labels = 1
         self.gpt_neox = GPTNeoXModel(config)
@@ -64,7 +65,7 @@ class GPTNeoXRewardModel(GPTNeoXPreTrainedModel):
         hidden = self.gpt_neox(
             input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
         ).last_hidden_state
-        pooled = pool(hidden, attention_mask, self.config.pooling)
+        pooled = pool(hidden, attention_mask, self.pooling)
         return SequenceClassifierOutput(logits=self.out_proj(pooled))
 
 

@@ -83,12 +83,16 @@ def _same(ours: Tensor, own: Tensor) -> bool:
 
 def _candidates(inner, linear) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     text = inner.config.get_text_config()
-    yield "direct", linear
+
+    def plain(hidden: Tensor) -> Tensor:
+        return linear(hidden.to(linear.weight.dtype))  # some decoders end in float32
+
+    yield "direct", plain
     cap = getattr(text, "final_logit_softcapping", None)
     if cap:
-        yield "softcap", lambda h: torch.tanh(linear(h) / cap) * cap
+        yield "softcap", lambda h: torch.tanh(plain(h) / cap) * cap
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         scale = getattr(text, name, None)
         if isinstance(scale, (int, float)) and scale:
-            yield "scale", lambda h, s=scale: linear(h) * s
-            yield "divide", lambda h, s=scale: linear(h) / s
+            yield "scale", lambda h, s=scale: plain(h) * s
+            yield "divide", lambda h, s=scale: plain(h) / s

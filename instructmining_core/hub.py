@@ -197,8 +197,8 @@ def _hub_commit(name: str, revision: str) -> str:
         if cached:
             return cached
         raise HubError(
-            f"{name}@{revision}: the Hugging Face hub does not answer ({type(error).__name__}), and "
-            "the model is not in the local cache. Fetch it once with a network, or name a folder."
+            f"{name}@{revision}: the Hugging Face hub does not answer ({type(error).__name__}), "
+            "and the model is not in the local cache. Fetch it once online, or name a folder."
         ) from error
 
 
@@ -255,8 +255,8 @@ def _download(name: str, commit: str) -> Path:
         weights = _weight_patterns(files)
         return Path(snapshot_download(name, revision=commit, allow_patterns=[*_PATTERNS, *weights]))
     except LocalEntryNotFoundError as error:
-        raise HubError(f"{name}@{commit} is not in the local cache, and there is no network.") \
-            from error
+        missing = f"{name}@{commit} is not in the local cache, and there is no network."
+        raise HubError(missing) from error
     except HfHubHTTPError as error:
         raise _explained(name, commit, error) from error
 
@@ -292,6 +292,7 @@ def _convert(folder: Path, files: Sequence[Path], target: Path) -> None:
         text = json.dumps({"metadata": {}, "weight_map": index})
         (target / "model.safetensors.index.json").write_text(text)
     for file in folder.iterdir():
-        if file.is_file() and file.suffix not in (".bin", ".pt", ".py") and "index" not in file.name:
+        kept = file.suffix in (".json", ".txt", ".model", ".jinja") and "index" not in file.name
+        if file.is_file() and kept:
             shutil.copy2(file, target / file.name)
     (target / "CONVERTED.json").write_text(json.dumps({"from": [f.name for f in files]}))

@@ -7,16 +7,12 @@ file, fsync, rename) and claiming is exclusive, on one machine or on a shared fo
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,91 +21,16 @@ import pandas as pd
 import psutil
 from filelock import FileLock, Timeout
 
-from .profiles import FinetuneConfig, ModelRef
+from .runspec import RunSpec, hash_encoded, hash_rows, plain, spec_from
+
+__all__ = ["FINISHED", "Ledger", "LedgerError", "RunSpec", "hash_encoded", "hash_rows", "plain",
+           "spec_from", "tidy"]
 
 FINISHED = ("done", "diverged")  # never run again; "failed" is tried again by the next start
-RECORD_VERSION = 1
-_PATH = re.compile(r"(?:[A-Za-z]:\\|(?<![\w.:/])/)(?:[^\s'\",:;()<>]+[/\\])+")
 
 
 class LedgerError(RuntimeError):
     """A ledger that is busy, or a record that cannot be read."""
-
-
-@dataclass(frozen=True)
-class RunSpec:
-    """Everything that can change the numbers of one run, and a label that cannot.
-
-    purpose : what the run is for ("fit", "verify", ...); part of the hash
-    base : the resolved model: id, revision (commit or content hash), dtype it is computed in.
-        A folder is named by its last part, so that the hash does not hang on where it lies.
-    finetune : how the set becomes a model
-    row_hashes : the training rows (`records.row_hash`), in the set's order
-    init_seed, order_seed : of the adapter's first values; of the rows' order
-    evals : name of an evaluation set -> hash of its rows (`hash_rows`)
-    template : `templates.TEMPLATE_VERSION`
-    label : set_id, arm, shares, tilt, source, anchor, ...: recorded as columns, not hashed
-    """
-
-    purpose: str
-    base: ModelRef
-    finetune: FinetuneConfig
-    row_hashes: tuple[str, ...]
-    init_seed: int
-    order_seed: int
-    evals: Mapping[str, str]
-    template: str
-    label: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
-
-    def __post_init__(self) -> None:
-        if not self.row_hashes:
-            raise LedgerError(f"A run for {self.purpose!r} has no training rows.")
-        object.__setattr__(self, "row_hashes", tuple(self.row_hashes))
-        object.__setattr__(self, "evals", dict(sorted(self.evals.items())))
-        if Path(self.base.id).is_absolute():
-            base = dataclasses.replace(self.base, id=Path(self.base.id).name)
-            object.__setattr__(self, "base", base)
-
-    def content(self) -> dict[str, Any]:
-        """What is hashed, as plain JSON values."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del fields["label"]
-        fields["base"] = dataclasses.asdict(self.base)
-        fields["finetune"] = dataclasses.asdict(self.finetune)
-        return json.loads(json.dumps(fields, default=_plain))
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the whole specification."""
-        text = json.dumps(self.content(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    @property
-    def run_id(self) -> str:
-        """First 16 hex digits of the specification's hash."""
-        return self.sha256[:16]
-
-
-def spec_from(content: Mapping[str, Any], label: Mapping[str, Any] | None = None) -> RunSpec:
-    """The specification of a record's `spec`: the inverse of `RunSpec.content`."""
-    finetune = dict(content["finetune"])
-    for name in ("betas", "target_modules"):
-        if isinstance(finetune[name], list):
-            finetune[name] = tuple(finetune[name])
-    fields = dict(content)
-    fields["base"] = ModelRef(**content["base"])
-    fields["finetune"] = FinetuneConfig(**finetune)
-    return RunSpec(**fields, label=dict(label or {}))
-
-
-def hash_rows(hashes: Sequence[str]) -> str:
-    """One hash for an ordered list of row hashes, 64 hex digits."""
-    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-
-
-def without_paths(text: str) -> str:
-    """`text` with each absolute path cut to its last part: a record names no user's folders."""
-    return _PATH.sub("", text)
 
 
 class Ledger:
@@ -230,15 +151,6 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     return row | {name: record.get(name) for name in _PLAIN_COLUMNS}
 
 
-def _plain(value: Any) -> Any:
-    """What json cannot write, as what it can."""
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    if isinstance(value, tuple | set | frozenset):
-        return list(value)
-    raise TypeError(f"a record cannot hold a {type(value).__name__}")
-
-
 def _finite(value: Any) -> Any:
     """NaN and infinities as null: JSON has neither."""
     if isinstance(value, Mapping):
@@ -251,7 +163,7 @@ def _finite(value: Any) -> Any:
 
 
 def _write_atomically(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(_finite(content), allow_nan=False, default=_plain)
+    text = json.dumps(_finite(content), allow_nan=False, default=plain)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as stream:
         stream.write(text)

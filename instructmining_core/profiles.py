@@ -66,6 +66,8 @@ class DataConfig:
     pool_rows: int = 400  # rows of one unseen pool
     defect_share: float = 0.3  # embedded only: share of a source's rows with a planted defect
     eval_prompts: int = 120  # prompts of each evaluation set; 0 = all
+    defect_pools: tuple[float, ...] = (0.0, 0.2, 0.5)  # embedded only: pools' shares of defects
+    libraries: int = 0  # embedded only: how many candidate libraries; 0 = all of them
     seed: int = 20230711
 
     def __post_init__(self) -> None:
@@ -144,6 +146,7 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class InferenceConfig:
+    columns: tuple[str, ...] = ()  # indicators that enter the rule; empty = all of the profile's
     permutations: int = 999  # Freedman-Lane draws
     bootstraps: int = 200  # of the runs, for choice frequencies
     simulated_studies: int = 200  # of the paper's design, in notebook 07
@@ -155,7 +158,6 @@ class SelectionConfig:
     seeds: int = 5  # finetunes of the selected set
     draws: int = 5  # random draws
     baseline_seeds: int = 3  # finetunes of each further baseline
-    defect_pools: tuple[float, ...] = (0.0, 0.2, 0.5)  # embedded only: shares of planted defects
     dose_levels: tuple[float, ...] = (0.0, 1.0)  # embedded only: shares of defective twins
     dose_seeds: int = 2
 
@@ -199,6 +201,10 @@ class Profile:
     robustness: RobustnessConfig = RobustnessConfig()
     judge: JudgeConfig = JudgeConfig()
     indicators: tuple[str, ...] = field(default=INDICATORS)
+
+    def rule_columns(self) -> list[str]:
+        """The indicators that enter the rule, in order."""
+        return list(self.inference.columns or self.indicators)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types only, as in the YAML file."""

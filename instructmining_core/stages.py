@@ -25,7 +25,7 @@ from . import paths
 from .profiles import Profile, load_profile, profile_path
 
 NUMBERS = (
-    "scores.parquet", "sets.parquet", "rule.json", "verdict.csv", "comparison.parquet",
+    "scores.parquet", "roles.parquet", "sets.parquet", "rule.json", "verdict.csv", "comparison.parquet",
     "doses.parquet", "truth.parquet", "sizes.parquet", "search.parquet", "robustness.parquet",
     "transfer.parquet", "ablation.parquet", "judge.parquet", "plan.json",
 )  # fmt: skip
@@ -100,6 +100,7 @@ def publish(name_or_yaml: str) -> None:
         _publish_notebook(folder / "notebooks" / notebook.name)
     shutil.rmtree(evidence, ignore_errors=True)
     shutil.copytree(folder / "ledger", evidence / "ledger", ignore=_not_json)
+    shutil.copytree(folder / "claims", evidence / "claims", ignore=_not_json)
     for name in NUMBERS:
         if (folder / name).is_file():
             shutil.copy2(folder / name, evidence / name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -42,6 +42,16 @@ class TrainingSet:
     order_seed: int = 0
     anchor: bool = False
 
+    def as_dict(self) -> dict:
+        """Plain types only; `from_dict` gives an equal set back."""
+        return {**asdict(self), "row_hashes": list(self.row_hashes), "tilt": list(self.tilt)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping) -> TrainingSet:
+        """The set that `as_dict` described, also after a trip through JSON."""
+        lists = {k: tuple(record[k]) for k in ("row_hashes", "tilt")}
+        return cls(**{**record, **lists})
+
 
 def set_id(arm: str, row_hashes: Sequence[str]) -> str:
     """First 16 hex of sha256 over the arm and the ordered row hashes."""
@@ -67,7 +77,7 @@ def pool_rows(table: pd.DataFrame) -> dict[str, np.ndarray]:
     if "row_hash" in table:
         hashes = table["row_hash"]
     elif "messages" in table:
-        from instructmining_core.records import row_hash
+        from .records import row_hash
 
         hashes = table["messages"].map(row_hash)
     else:
@@ -104,11 +114,14 @@ def fusion_sets(table: pd.DataFrame, n: int, size: int, seed: int, *,
                               f"asks it for {counts[i]}: lower the size, leave the source out, "
                               "or pass on_short='redraw'")
         rows = [rng.choice(pool[s], c, replace=False) for s, c in zip(names, counts, strict=True)]
-        made.append(_make("fusion", names, counts, rows))
+        made.append(training_set("fusion", names, counts, rows))
     return made
 
 
-def _make(arm, names, counts, rows, tilt=(), source="") -> TrainingSet:
+def training_set(arm: str, names: Sequence[str], counts: Sequence[int],
+                 rows: Sequence[np.ndarray], tilt: Sequence[float] = (),
+                 source: str = "") -> TrainingSet:
+    """A TrainingSet of `counts[i]` rows, hashes `rows[i]`, from source `names[i]`."""
     hashes = tuple(str(h) for h in np.concatenate(rows))
     total = len(hashes)
     shares = {s: int(c) / total for s, c in zip(names, counts, strict=True) if c > 0}
@@ -196,17 +209,17 @@ def designed_sets(table: pd.DataFrame, scores: pd.DataFrame, n_within: int, n_mi
     for i, tilt in enumerate(directions(n_within, len(columns), rng)):
         source = eligible[(i // 2) % len(eligible)]  # // 2: a source gets both signs of a direction
         chosen = tilted_order(space[source] @ tilt, strength, rng)[:size]
-        made.append(_make("within", [source], [size], [pool[source][chosen]], tilt, source))
+        made.append(training_set("within", [source], [size], [pool[source][chosen]], tilt, source))
     for tilt in directions(n_mixed, len(columns), rng):
         names, counts = _mixture(list(pool), caps, size, rng)
         rows = [pool[s][tilted_order(space[s] @ tilt, strength, rng)[:c]]
                 for s, c in zip(names, counts, strict=True)]
-        made.append(_make("mixed", names, counts, rows, tilt))
+        made.append(training_set("mixed", names, counts, rows, tilt))
     return made
 
 
 def _mixture(names, caps, size, rng, tries=1000) -> tuple[list[str], np.ndarray]:
-    """Two or three sources and their row counts, Dirichlet(2), drawn again until all can deliver."""
+    """Two or three sources and their row counts, Dirichlet(2), redrawn until all can deliver."""
     for _ in range(tries):
         k = min(int(rng.integers(2, 4)), len(names))
         chosen = [names[i] for i in rng.choice(len(names), k, replace=False)]
@@ -252,32 +265,3 @@ def set_means(sets: Sequence[TrainingSet], scores: pd.DataFrame,
     frame = pd.DataFrame(means, index=pd.Index(distinct, name="set_id"), columns=list(columns))
     frame.attrs["missing"] = pd.DataFrame(missing).max().to_dict()
     return frame
-
-
-def equal_token_sets(table: pd.DataFrame, scores: pd.DataFrame, n: int, tokens: int,
-                     strength: float = 1.5, seed: int = 0, *, columns: Sequence[str] | None = None,
-                     length: str = "len_out") -> list[TrainingSet]:
-    """Tilted sets of one source with the same number of response tokens instead of rows.
-
-    Rows are drawn as in `designed_sets` until their `length` sums to `tokens`; the last row is
-    kept where that comes nearer. At a fixed number of rows mean length is the number of training
-    tokens, so only this arm (24 sets or more) can tell the two apart.
-    """
-    rng = np.random.default_rng(seed)
-    pool = pool_rows(table)
-    columns = list(columns or scores.select_dtypes("number").columns.difference(["row"]))
-    space = within_space(scores, pool, columns)
-    lengths = scores.drop_duplicates("row_hash").set_index("row_hash")[length].astype(float)
-    own = {s: lengths.loc[rows].fillna(0).to_numpy() for s, rows in pool.items()}
-    eligible = [s for s in pool if own[s].sum() * MAX_ROW_SHARE >= tokens]
-    if not eligible:
-        raise SubsetError(f"no source holds {tokens / MAX_ROW_SHARE:.0f} tokens of responses, "
-                          f"which a set of {tokens} needs; lower the number of tokens")
-    made = []
-    for i, tilt in enumerate(directions(n, len(columns), rng)):
-        source = eligible[(i // 2) % len(eligible)]
-        order = tilted_order(space[source] @ tilt, strength, rng)
-        summed = np.cumsum(own[source][order])
-        last = int(np.argmin(np.abs(summed - tokens))) + 1
-        made.append(_make("tokens", [source], [last], [pool[source][order[:last]]], tilt, source))
-    return made

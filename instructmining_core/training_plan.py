@@ -43,17 +43,22 @@ def learning_rates(config: FinetuneConfig, steps: int) -> np.ndarray:
     return config.learning_rate * np.where(at < warm, (at + 1) / max(1, warm), factor)
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[np.ndarray]:
+def micro_batches(
+    lengths: Sequence[int], max_tokens: int, *, padded: bool = False
+) -> list[np.ndarray]:
     """Split rows, in their order, into runs of at most `max_tokens` tokens; a longer row is alone.
 
     lengths : tokens of each row
+    padded : count every row as long as the longest of its run
     returns : arrays of positions in `lengths`, none empty
     """
     batches, current, size = [], [], 0
     for position, length in enumerate(lengths):
-        if current and size + length > max_tokens:
+        longest = max([length, *(lengths[i] for i in current)]) if padded else 0
+        after = longest * (len(current) + 1) if padded else size + length
+        if current and after > max_tokens:
             batches.append(np.array(current))
-            current, size = [], 0
+            current, after = [], length
         current.append(position)
-        size += length
+        size = after
     return batches + ([np.array(current)] if current else [])

@@ -1,0 +1,63 @@
+"""The rows that benchmarks run on: Alpaca where it lies, the embedded corpus elsewhere."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+
+def shared_folder() -> Path | None:
+    """The folder of real data: `$INSTRUCTMINING_SHARED/data`, `../shared/data`, or None."""
+    named = os.environ.get("INSTRUCTMINING_SHARED")
+    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared"
+    return folder / "data" if (folder / "data").is_dir() else None
+
+
+def conversations(rows: int) -> tuple[list[list[dict]], str]:
+    """`rows` contiguous conversations of two messages, and where they come from."""
+    shared = shared_folder()
+    if shared is not None and (shared / "alpaca.jsonl.gz").is_file():
+        return _alpaca(shared / "alpaca.jsonl.gz", rows), "Alpaca"
+    from instructmining_core.embedded.pydocs import build_corpus
+
+    table = build_corpus().table
+    return [list(messages) for messages in table["messages"].iloc[:rows]], "the embedded corpus"
+
+
+def texts(found: list[list[dict]]) -> list[str]:
+    """Every message's text, for training a tokenizer."""
+    return [message["content"] for messages in found for message in messages]
+
+
+def train_tokenizer(lines: list[str], vocabulary: int):
+    """A byte-level BPE tokenizer of `vocabulary` entries with `<pad>`, `<s>`, `</s>`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    ))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def _alpaca(path: Path, rows: int) -> list[list[dict]]:
+    found = []
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            record = json.loads(line)
+            prompt = record["instruction"]
+            if record["input"].strip():
+                prompt += "\n\n" + record["input"]
+            found.append([{"role": "user", "content": prompt},
+                          {"role": "assistant", "content": record["output"]}])
+            if len(found) == rows:
+                break
+    return found

@@ -1,0 +1,1 @@
+"""The world that needs no network: a corpus, defects planted in it, and stand-in models."""

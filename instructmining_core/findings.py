@@ -1,0 +1,154 @@
+"""From a study's runs to the tables of notebooks 07, 10 and 12: inference, put side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from . import inference, regression
+from .card import RuleCard
+from .experiments import ladder_sweep, size_pool
+from .records import assistant_turns, row_hash
+from .runs import RunsError, Standardisation
+from .selection import choose
+from .study import Study
+from .unigram import unigram_losses
+from .within import NEW_SOURCES, THESE_SOURCES, Fit
+
+
+def jackknife(runs: pd.DataFrame, columns: Sequence[str], constants: Standardisation):
+    """Intervals for new sources, or None where a deletion leaves too little to fit."""
+    try:
+        return inference.jackknife_sources(runs, columns, constants)
+    except (RunsError, regression.RankError):
+        return None
+
+
+def coefficient_table(fit: Fit, jack) -> pd.DataFrame:
+    """Every slope (log loss per sd of a row) with both intervals, raw slope and VIF."""
+    table = fit.table()
+    frame = table[["label", "estimate", "low", "high", "raw", "vif"]].rename(
+        columns={"low": "low, these sources", "high": "high, these sources"}
+    )
+    low, high = (jack.table["low"], jack.table["high"]) if jack else (np.nan, np.nan)
+    frame.insert(4, "low, new sources", low)
+    frame.insert(5, "high, new sources", high)
+    return frame
+
+
+def coefficient_frame(fit: Fit, jack, by_paper) -> pd.DataFrame:
+    """The coefficients in long form for the figure: name, estimate, low, high, kind."""
+    parts = [fit.table().assign(kind=f"within, {THESE_SOURCES.split(':')[0]}")]
+    if jack:
+        parts.append(jack.table.assign(kind=f"within, {NEW_SOURCES.split(':')[0]}"))
+    parts.append(by_paper.table().assign(kind="the paper's procedure (not valid after selection)"))
+    frame = pd.concat(part.rename_axis("name").reset_index() for part in parts)
+    return frame[["name", "estimate", "low", "high", "kind"]].reset_index(drop=True)
+
+
+def predictions(fit: Fit) -> pd.DataFrame:
+    """Each set's measured and fitted log loss, with its arm and source."""
+    frame = fit.runs[[c for c in ("set_id", "arm", "source") if c in fit.runs]].copy()
+    frame["measured"] = fit.ols.y
+    frame["predicted"] = fit.ols.y - fit.ols.residuals
+    return frame
+
+
+def mundlak(study: Study, runs: pd.DataFrame, columns: Sequence[str], constants: Standardisation):
+    """The split of slopes in between and within, or why it can't be had here."""
+    means = study.candidate_scores.groupby("source")[list(columns)].mean()
+    try:
+        return regression.mundlak(runs, columns, means, constants)
+    except (RunsError, regression.RankError) as error:
+        return str(error)
+
+
+def baselines(
+    study: Study, runs: pd.DataFrame, columns: Sequence[str], constants: Standardisation
+) -> pd.DataFrame:
+    """How much of the loss a unigram model and the number of training tokens explain."""
+    responses = {
+        row_hash(messages): "\n".join(answer for _, answer in assistant_turns(messages))
+        for messages in study.data.candidates["messages"]
+    }
+    asked = [assistant_turns(messages)[-1][1] for messages in study.data.eval_1["messages"]]
+    losses = unigram_losses(study.sets, responses, asked)
+    frame = runs.assign(
+        unigram=runs["set_id"].map(losses), log_tokens=np.log(runs["tokens_trained"])
+    )
+    try:
+        return regression.baseline_comparison(frame, columns, ["unigram", "log_tokens"], constants)
+    except (RunsError, regression.RankError) as error:
+        return pd.DataFrame({"not to be had here": [str(error)]})
+
+
+def transfer(study: Study, rule: RuleCard) -> pd.DataFrame:
+    """The score of base A's rule against the loss of other bases, beside source shares.
+
+    One row a base of the profile's ladder: slope (1 where the rule carries over in full), low,
+    high, r2 beyond the shares. Empty where the profile has no ladder.
+    """
+    if not (study.profile.robustness.transfer and study.profile.models.ladder):
+        return pd.DataFrame()
+    means = study.set_frame().set_index("set_id")
+    score = rule.predict(means).rename("score")
+    rows = []
+    for ref in study.profile.models.ladder:
+        runs = study.joined(ladder_sweep(study, ref))
+        fit = regression.transfer_slope(score, runs)
+        one = fit.table().iloc[0]
+        rows.append({"base": ref.id, "slope": one["estimate"], "low": one["low"],
+                     "high": one["high"], "r2": fit.r2_beyond_controls})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def ablation(study: Study, rule: RuleCard) -> pd.DataFrame:
+    """Drop one indicator, refit on the same runs, select again from the largest pool.
+
+    One row an indicator: `jaccard` with the full rule's selection, `r2` of the smaller rule beyond
+    the shares. Losses are worth a finetune only where the Jaccard index is under 0.8 (Table 5).
+    """
+    runs, columns = study.sweep(), study.profile.rule_columns()
+    pool, size = study.pool_scores(size_pool(study)), study.profile.selection.size
+    whole = set(choose(pool, "selected", size, rule=rule)["row_hash"])
+    rows = []
+    for dropped in columns if len(columns) > 1 else []:
+        kept = [c for c in columns if c != dropped]
+        constants = Standardisation.fit(study.candidate_scores, kept)
+        fit = regression.fit_within(runs, kept, constants)
+        order = (constants.apply(pool) * fit.slopes).sum(axis=1, skipna=False)
+        part = set(pool.loc[order.nsmallest(size).index, "row_hash"])
+        rows.append({"without": dropped, "jaccard": len(part & whole) / len(part | whole),
+                     "r2": fit.r2_beyond_controls})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def negative_control(study: Study, seed: int = 0) -> pd.DataFrame:
+    """The whole procedure on indicators that mean nothing: rows permuted within their source.
+
+    The sets keep their rows and losses; only which indicators belong to which row is shuffled.
+    One row: the permutation test's largest R² and p, and how many slopes have an interval that
+    leaves out zero. Must end in "no evidence" but for one study in twenty.
+    """
+    columns, scores = study.profile.rule_columns(), study.scores
+    rng = np.random.default_rng(seed)
+    shuffled = scores.copy()
+    for rows in scores.groupby("source").indices.values():
+        shuffled.iloc[rows, [scores.columns.get_loc(c) for c in columns]] = (
+            scores[columns].to_numpy()[rng.permutation(rows)]
+        )
+    runs = study.joined(study.runs("sweep"), scores=shuffled)
+    constants = Standardisation.fit(shuffled, columns)
+    test = inference.permutation(
+        runs, columns, constants, size=min(4, len(columns)), seed=seed,
+        n_permutations=study.profile.inference.permutations,
+    )  # fmt: skip
+    table = regression.fit_within(runs, columns, constants).table()
+    beyond = int(((table["low"] > 0) | (table["high"] < 0)).sum())
+    return pd.DataFrame([{
+        "hypothesis": test.meaning, "largest R²": test.statistic, "p": test.p,
+        "slopes beyond zero": f"{beyond} of {len(columns)}",
+        "verdict": "no evidence" if test.p >= 0.05 else "evidence where there is none",
+    }])  # fmt: skip

@@ -1,0 +1,257 @@
+"""A training set becomes a model: LoRA and its kin by adapters, or all weights.
+
+LoRA and rsLoRA go through the stack (`stacked.py`), also when there is one adapter, so a run has
+one set of numbers whether it was trained alone or in company. DoRA, adapter dropout, and anything
+asked for with `engine="peft"`, go through peft's own layers; "full" trains a copy of the model.
+
+The loss of a step is the sum of the targets' negative log-likelihoods over all its rows divided by
+their number of target tokens: not a mean of micro-batch means. The base's own dropout is off.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from tqdm.auto import tqdm
+
+from .adapters import peft_config, set_first_values
+from .distributed import Group, join
+from .lm import LM
+from .packed import Body
+from .profiles import FinetuneConfig
+from .stacked import AdapterStack
+from .templates import Encoded
+from .training import Job, Trained, course, train
+from .training_plan import micro_batches
+
+OnEpoch = Callable[[LM, int], bool | None]
+
+
+class FinetuneError(ValueError):
+    """A training set or a configuration that cannot be trained on."""
+
+
+@dataclass
+class Finetuned:
+    """A finetuned model.
+
+    lm : for `response_nll`, generation and the like, until `close`
+    curve : step, epoch (both from 1), lr, loss (nats per target token), tokens (targets)
+    seconds : of training, wall clock; peak_memory_bytes : of the process, or of the GPU
+    diverged : a step's loss was not a number, and training ended there
+    """
+
+    lm: LM
+    curve: pd.DataFrame
+    seconds: float
+    peak_memory_bytes: int
+    diverged: bool
+    _save: Callable[[Path], None] = dataclasses.field(repr=False)
+    _close: Callable[[], None] = dataclasses.field(repr=False)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the adapter as peft does; a fully trained model as transformers does."""
+        self._save(Path(folder))
+
+    def close(self) -> None:
+        """Give the base model back untouched; `lm` is then the base again, or useless."""
+        self._close()
+
+
+def finetune(
+    lm: LM,
+    rows: Sequence[Encoded],
+    config: FinetuneConfig,
+    *,
+    init_seed: int,
+    order_seed: int,
+    on_epoch: OnEpoch | None = None,
+    progress: bool = False,
+    engine: str = "auto",
+    packed: bool | None = None,
+) -> Finetuned:
+    """Finetune on rows.
+
+    lm : the base; frozen, and given back untouched by `Finetuned.close`
+    rows : encoded training examples; those without a target count nothing
+    init_seed : of the adapter's first values; order_seed : of the order of rows
+    on_epoch : called with the model and the epoch (from 1) after each; a true answer ends training
+    engine : "auto" (see the module), "stacked" or "peft"
+    packed : rows end to end (True) or right-padded (False); None asks the model
+
+    Under `accelerate launch` the rows of every step are shared among the processes.
+    Raises FinetuneError for an empty set.
+    """
+    check_rows(rows)
+    job = Job(rows, init_seed, order_seed)
+    if engine == "auto":
+        engine = "stacked" if stackable(config) else "peft"
+    if engine == "stacked":
+        return _by_stack(lm, job, config, on_epoch, progress, packed)
+    return _by_torch(lm, job, config, on_epoch, progress, packed)
+
+
+def stackable(config: FinetuneConfig) -> bool:
+    """Whether runs with this configuration can share one pass: LoRA or rsLoRA without dropout."""
+    return config.method in ("lora", "rslora") and config.dropout == 0
+
+
+def check_rows(rows: Sequence[Encoded]) -> None:
+    """Raise FinetuneError where there is nothing to learn from."""
+    if not any(any(row.targets[1:]) for row in rows):
+        raise FinetuneError(
+            f"None of the {len(rows)} training rows has a target token. Are the responses empty, "
+            "or is max_tokens smaller than the prompts?"
+        )
+
+
+def _by_stack(lm, job, config, on_epoch, progress, packed) -> Finetuned:
+    stack = AdapterStack(lm.model, config, [job.init_seed])
+    stack.attach()
+    tuned = dataclasses.replace(lm)
+    hook = on_epoch and (lambda _, epoch: _evaluating(stack, tuned, on_epoch, epoch))
+    meter = Meter(lm.device)
+    try:
+        trained = train(stack, Body(lm, packed=packed), [job], group=join(), on_epoch=hook,
+                        progress=progress)
+    except BaseException:
+        stack.detach()
+        raise
+    stack.use(0)
+    return Finetuned(
+        tuned, trained.curve(0), *meter.read(), trained.courses[0].diverged,
+        lambda folder: stack.save(0, folder, lm.resolved.id), stack.detach,
+    )
+
+
+def _evaluating(stack, tuned, on_epoch, epoch):
+    stack.use(0)
+    return on_epoch(tuned, epoch)
+
+
+def _by_torch(lm, job, config, on_epoch, progress, packed) -> Finetuned:
+    model = _trainable(lm, config, job.init_seed)
+    tuned = dataclasses.replace(lm, model=model)
+    meter = Meter(lm.device)
+    try:
+        trained = _train_one(tuned, job, config, join(), on_epoch, progress, packed)
+    except BaseException:
+        _unwrap(model)
+        raise
+    return Finetuned(
+        tuned, trained.curve(0), *meter.read(), trained.courses[0].diverged,
+        lambda folder: model.save_pretrained(str(folder)), lambda: _unwrap(model),
+    )
+
+
+def _trainable(lm: LM, config: FinetuneConfig, init_seed: int) -> nn.Module:
+    """A PeftModel around the base, or for "full" a float32 copy of it."""
+    if config.method == "full":
+        return copy.deepcopy(lm.model).float().requires_grad_(True)
+    model = get_peft_model(lm.model, peft_config(config))
+    set_first_values(model, init_seed)
+    return model
+
+
+def _unwrap(model: nn.Module) -> None:
+    if isinstance(model, PeftModel):
+        base = model.unload()
+        if hasattr(base, "peft_config"):
+            del base.peft_config
+
+
+def _train_one(tuned, job, config, group: Group, on_epoch, progress, packed) -> Trained:
+    """The loop for parameters that torch optimises; the same steps and loss as `training.train`."""
+    body, plan = Body(tuned, packed=packed), course(job, config)
+    parameters = [p for p in tuned.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas,
+                                  weight_decay=config.weight_decay)
+    losses = torch.zeros(1, len(plan.steps), device=body.device)
+    _only_adapter_dropout(tuned.model)
+    for step in tqdm(range(len(plan.steps)), desc="steps", disable=not progress):
+        _accumulate(body, plan, step, losses[0], config, group)
+        group.add_up(*(p.grad for p in parameters), losses[:, step])
+        if config.clip > 0:
+            nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.param_groups[0]["lr"] = plan.rates[step]
+        optimizer.step()
+        optimizer.zero_grad()
+        if not torch.isfinite(losses[0, step]):
+            plan.ended, plan.diverged = step + 1, True
+        elif plan.epoch_ends(step) and on_epoch is not None:
+            if on_epoch(tuned, int(plan.epoch[step]) + 1):
+                plan.ended = step + 1
+            _only_adapter_dropout(tuned.model)
+        if plan.ended is not None:
+            break
+    tuned.model.eval()
+    return Trained([plan], losses.double().cpu().numpy())
+
+
+def _accumulate(body, plan, step, losses, config, group) -> None:
+    rows = [plan.job.rows[i] for i in plan.steps[step]]
+    rows = [rows[i] for i in group.share([len(row) for row in rows])]
+    share = 1 / max(1, plan.tokens[step])
+    mixed = body.lm.dtype != next(body.model.parameters()).dtype  # a float32 copy of a bf16 base
+    half = torch.autocast(body.device.type, body.lm.dtype) if mixed else nullcontext()
+    for part in micro_batches([len(r) for r in rows], config.micro_tokens, padded=not body.packed):
+        batch = body.batch([rows[i] for i in part])
+        weights = torch.full(batch.labels.shape, share, device=body.device)
+        with half:
+            loss, each = body.loss(batch, weights)
+        loss.backward()
+        losses[step] += (each * weights).sum()
+
+
+def _only_adapter_dropout(model: nn.Module) -> None:
+    """Training mode for the adapters' dropout alone: the base's would make the loss random."""
+    model.eval()
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            module.train()
+
+
+class Meter:
+    """Seconds and peak memory from here on."""
+
+    def __init__(self, device: str) -> None:
+        self.gpu = str(device).startswith("cuda")
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            _reset_peak()
+        self.start = time.perf_counter()
+
+    def read(self) -> tuple[float, int]:
+        """Seconds since the start; peak bytes of the GPU, or of the process."""
+        seconds = time.perf_counter() - self.start
+        return seconds, torch.cuda.max_memory_allocated() if self.gpu else _peak()
+
+
+def _reset_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # not Linux: the peak since the process began is all there is
+
+
+def _peak() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,208 @@
+"""One published record in, conversations out: the shapes of instruction data that people have.
+
+Every form becomes a list of `{"role", "content"}` messages. Most records give one conversation;
+a self-instruct record gives one for each of its instances, and an OASST tree one for each path
+when all paths are asked for. A question that comes without an answer keeps an empty assistant
+turn, so that the row stays and is scored as "not computable" instead of vanishing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from instructmining_core.messages import Conversation, FormatError, in_turn, listed, messages_in
+from instructmining_core.oasst import tree
+
+ANSWERS = {
+    "instruction": ("output", "response", "completion", "answer"),
+    "prompt": ("completion", "response", "output", "answer"),
+    "question": ("answer", "response", "output", "completion"),
+    "query": ("response", "answer", "output"),
+    "inputs": ("targets",),
+}
+IDS = ("id", "question_id", "message_tree_id", "prompt_id", "conversation_id", "uuid")
+HH_MARK = re.compile(r"\n*(?:^|\n\n)(Human|Assistant):", re.ASCII)
+
+
+def conversations(raw: object, paths: str = "best") -> list[Conversation]:
+    """The conversations in one published record.
+
+    raw : the decoded JSON value, CSV row or Parquet row.
+    paths : "best" (an OASST tree gives its best-ranked path) or "all" (every path that ends in
+        an answer).
+    Returns at least one conversation, each with at least one assistant message.
+    Raises FormatError.
+    """
+    if not isinstance(raw, dict):
+        raise FormatError("an object with named fields", raw)
+    found = _form(raw)(raw, paths)
+    return [_complete(raw, messages) for messages in found]
+
+
+def record_id(raw: object, fallback: str) -> str:
+    """The record's own identifier as text, else `fallback`. Not made unique: the data are theirs.
+
+    Lone surrogates are spelt out (`\\udc80`), because an id is printed and stored as UTF-8.
+    """
+    if isinstance(raw, dict):
+        for key in IDS:
+            value = raw.get(key)
+            if isinstance(value, str) and value:
+                return value.encode("utf-8", "backslashreplace").decode()
+            if isinstance(value, int) and not isinstance(value, bool):
+                return str(value)
+    return fallback
+
+
+def _form(raw: dict) -> Callable[[dict, str], list[Conversation]]:
+    """Which reader a record needs. The order matters: richer fields win over poorer ones."""
+    has = {key for key, value in raw.items() if value is not None}
+    if "messages" in has:
+        return lambda record, _: [messages_in(record, "messages")]
+    for key in ("conversations", "conversation"):
+        if key in has:
+            return lambda record, _, key=key: [messages_in(record, key)]
+    if isinstance(raw.get("prompt"), dict):
+        return tree
+    if {"message_id", "role", "text"} <= has:
+        raise FormatError(
+            "an OASST tree ('prompt' with nested 'replies'); use the *_trees export", raw
+        )
+    if "chosen" in has:
+        return _chosen
+    if "instances" in raw:
+        return _instances
+    for question in ANSWERS:
+        if question in has:
+            return lambda record, _, question=question: [_pair(record, question)]
+    if "turns" in has:
+        return _turns
+    if "text" in has and "question_id" in raw:
+        return lambda record, _: [in_turn(_text(record, "text"))]
+    raise FormatError(
+        "'messages', 'conversations', 'instruction' and 'output', 'prompt' and 'completion', "
+        "'turns', 'chosen', 'instances' or an OASST tree",
+        raw,
+    )
+
+
+def _text(raw: dict, key: str, optional: bool = False) -> str:
+    value = raw.get(key)
+    if isinstance(value, str):
+        return value
+    if value is None and optional:
+        return ""
+    raise FormatError(f"text in {key!r}", value if key in raw else raw)
+
+
+def _complete(raw: dict, messages: Conversation) -> Conversation:
+    """With the record's system text in front and, where nobody answers, an empty answer behind."""
+    if not messages:
+        raise FormatError("at least one message", [])
+    system = raw.get("system") or raw.get("system_prompt")
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    if not any(message["role"] == "assistant" for message in messages):
+        messages = [*messages, {"role": "assistant", "content": ""}]
+    return messages
+
+
+def _pair(raw: dict, question: str) -> Conversation:
+    """Alpaca, Dolly, LIMA with `history`, prompt/completion, question/answer, inputs/targets."""
+    if isinstance(raw[question], list):
+        asked = messages_in(raw, question)
+    else:
+        asked = in_turn(_asked(raw) if question == "instruction" else _text(raw, question))
+    answer = next((key for key in ANSWERS[question] if key in raw), None)
+    if answer is None:
+        if question == "prompt" and "turns" in raw:
+            return _turns(raw, "best")[0]
+        raise FormatError(f"{ANSWERS[question][0]!r} beside {question!r}", raw)
+    if isinstance(raw[answer], list):
+        return [*asked, *messages_in(raw, answer)]
+    earlier = []
+    if raw.get("history"):
+        for i, turn in enumerate(listed(raw, "history")):
+            if not (isinstance(turn, list) and [type(t) for t in turn] == [str, str]):
+                raise FormatError(f"a pair of texts in history[{i}]", turn)
+            earlier += in_turn(*turn)
+    answered = {"role": "assistant", "content": _text(raw, answer, optional=True)}
+    return [*earlier, *asked, answered]
+
+
+def _asked(raw: dict) -> str:
+    """Alpaca's and Dolly's question: the instruction, a blank line, the input where there is one.
+
+    The paper's prompt template is not published; this is the plain join.
+    """
+    instruction = _text(raw, "instruction")
+    extra = _text(raw, "input" if raw.get("input") is not None else "context", optional=True)
+    if not extra.strip():
+        return instruction
+    return f"{instruction}\n\n{extra}" if instruction.strip() else extra
+
+
+def _instances(raw: dict, _: str) -> list[Conversation]:
+    """Self-instruct: one instruction with its instances, each an example of its own."""
+    instances = listed(raw, "instances")
+    if not instances:
+        raise FormatError("at least one entry in 'instances'", [])
+    for i, instance in enumerate(instances):
+        if not isinstance(instance, dict) or "output" not in instance:
+            raise FormatError(f"'output' in instances[{i}]", instance)
+    shared = {"instruction": raw.get("instruction")}
+    return [_pair({**shared, **instance}, "instruction") for instance in instances]
+
+
+def _turns(raw: dict, _: str) -> list[Conversation]:
+    """MT-Bench: questions in turn, with the reference answers where they are published."""
+    questions = listed(raw, "turns")
+    given = next((key for key in ("reference_turns", "reference", "answers") if raw.get(key)), None)
+    if given is None:
+        answers = []
+    elif isinstance(raw[given], str) and raw[given].lstrip()[:1] != "[":
+        answers = [raw[given]]
+    else:
+        answers = listed(raw, given)
+    for name, texts in (("turns", questions), ("reference", answers)):
+        if not all(isinstance(text, str) for text in texts):
+            raise FormatError(f"a list of texts in {name!r}", texts)
+    said = []
+    for i, question in enumerate(questions):
+        said += [question, answers[i] if i < len(answers) else ""]
+    return [in_turn(*said)]
+
+
+def _chosen(raw: dict, _: str) -> list[Conversation]:
+    """Preference data: the chosen answer. hh-rlhf marks its turns inside one text."""
+    key = next((key for key in ("prompt", "instruction", "question") if raw.get(key)), "prompt")
+    prompt, chosen = raw.get(key), raw["chosen"]
+    before = []
+    if isinstance(prompt, list):
+        before = messages_in(raw, key)
+    elif isinstance(prompt, str):
+        before = _marked(prompt) if HH_MARK.search(prompt) else in_turn(prompt)
+        if before and before[-1] == {"role": "assistant", "content": ""}:
+            before = before[:-1]
+    if isinstance(chosen, list):
+        answered = messages_in(raw, "chosen")
+        # UltraFeedback and TRL repeat the prompt in front of the answer.
+        return [answered if len(answered) > 1 else [*before, *answered]]
+    text = _text(raw, "chosen")
+    if HH_MARK.match(text):
+        return [_marked(text)]
+    if not before:
+        raise FormatError("'\\n\\nHuman:' marks in 'chosen', or a 'prompt' beside it", text)
+    return [[*before, {"role": "assistant", "content": text.strip()}]]
+
+
+def _marked(text: str) -> Conversation:
+    before, *pieces = HH_MARK.split(text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = [
+        {"role": roles[who], "content": words.strip()}
+        for who, words in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
+    opening = [{"role": "system", "content": before.strip()}] if before.strip() else []
+    return [*opening, *turns]

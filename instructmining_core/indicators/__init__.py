@@ -1,0 +1,116 @@
+"""Indicators: examples in, one column of numbers (or a few) out. One idea a file.
+
+`INDICATORS` lists them. Everything a caller needs to know stands there, so that nothing heavy is
+imported before it is used; `INDICATORS["ppl"].load()` imports the module.
+
+To add an indicator, write a module with one function and add one entry:
+
+    # instructmining_core/indicators/questions.py, or a module of your own package
+    \"\"\"Question marks in the response. (Name the paper here.)\"\"\"
+    from instructmining_core.indicators.text import each_turn, mean_over_turns
+
+    def compute(conversations, model=None, *, progress=False):
+        values = [turn.response.count("?") for turn in each_turn(conversations)]
+        return {"questions": mean_over_turns(conversations, values)}
+
+    INDICATORS["questions"] = Indicator(
+        "questions", "1", ("questions",), module="instructmining_core.indicators.questions",
+        paper="your paper")
+
+`compute` gets checked conversations (`text.read`) and returns a `text.Column` for each name in
+`columns`: float64 values, NaN where there is none, with a reason. Raise `version` whenever values
+change: it is part of the score bank's key. With `role` it also gets the opened model of that role;
+with `pool_relative` also `reference=` (a `reference.Reference`) and `row_hashes=`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+from instructmining_core.templates import TEMPLATE_VERSION
+
+ROLES = ("base", "ppl", "reward", "unieval", "encoder")
+
+
+@dataclass(frozen=True)
+class Indicator:
+    """What is known of an indicator without importing it.
+
+    name : as typed in `--indicators`
+    version : part of every cache key; raised when values change
+    columns : the names of its columns
+    module : full name of the module that has `compute`
+    paper : where it comes from
+    role : which model it needs (one of `ROLES`), None for none
+    role_optional : True if it also works without that model, then with `version_without`
+    pool_relative : True if its value depends on a reference set
+    default : False if it is computed only when asked for by name
+    """
+
+    name: str
+    version: str
+    columns: tuple[str, ...]
+    module: str
+    paper: str
+    role: str | None = None
+    role_optional: bool = False
+    version_without: str = ""
+    pool_relative: bool = False
+    default: bool = True
+
+    def load(self) -> ModuleType:
+        """Import the module that computes this indicator."""
+        return importlib.import_module(self.module)
+
+
+def _entry(name: str, version: str, columns: tuple[str, ...], paper: str, **more) -> Indicator:
+    module = more.pop("module", name)
+    return Indicator(name, version, columns, f"{__name__}.{module}", paper, **more)
+
+
+_LENGTH = _entry(
+    "length", "tokens-1", ("len_in", "len_out"), "InstructMining v3, Table 1 (arXiv 2307.06290)",
+    role="base", role_optional=True, version_without="regex-words-1",
+)
+_UNIEVAL_COLUMNS = ("naturalness", "coherence", "understandability")
+
+INDICATORS: dict[str, Indicator] = {
+    entry.name: entry
+    for entry in (
+        _LENGTH,
+        _entry("mtld", "1", ("mtld",), "McCarthy & Jarvis 2010, doi 10.3758/BRM.42.2.381"),
+        _entry("compression", "1", ("compression",), "Yin et al. 2024, arXiv 2407.06645"),
+        _entry("script", "1", ("script",), "Unicode UAX 24; Kreutzer et al., arXiv 2103.12028"),
+        _entry("turns", "1", ("turns",), "Zhou et al. 2023 (LIMA), arXiv 2305.11206"),
+        _entry("ppl", f"1+{TEMPLATE_VERSION}", ("ppl",), "InstructMining v3, Table 1", role="ppl",
+               module="perplexity"),
+        _entry("reward", "1", ("reward",), "InstructMining v3, Table 1; Open-Assistant, "
+               "arXiv 2304.07327", role="reward"),
+        _entry("unieval", "1", _UNIEVAL_COLUMNS, "Zhong et al. 2022 (UniEval), arXiv 2210.07197",
+               role="unieval"),
+        _entry("knn", "1", ("knn_6",), "InstructMining v3, Table 1; Reimers & Gurevych 2019, "
+               "arXiv 1908.10084", role="encoder", pool_relative=True),
+        _entry("ifd", f"1+{TEMPLATE_VERSION}", ("ifd",), "Li et al. 2023, arXiv 2308.12032; 2402.00530", role="ppl",
+               default=False),
+        _entry("diversity", "1", ("diversity",), "Friedman & Dieng 2022 (Vendi score), "
+               "arXiv 2210.02410", role="encoder", pool_relative=True, default=False),
+    )
+}  # fmt: skip
+
+
+class UnknownIndicator(ValueError):
+    """A name that is neither an indicator nor one of the columns."""
+
+
+def choose(names: list[str] | tuple[str, ...]) -> list[Indicator]:
+    """Indicators by their own name or by the name of one of their columns, each once."""
+    by_column = {column: entry for entry in INDICATORS.values() for column in entry.columns}
+    known = {**by_column, **INDICATORS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UnknownIndicator(
+            f"unknown indicator {', '.join(map(repr, unknown))}; known: {', '.join(sorted(known))}"
+        )
+    return list({known[name].name: known[name] for name in names}.values())

@@ -1,0 +1,66 @@
+"""KNN_i: Euclidean distance to the i-th nearest neighbour in embedding space, i = 6.
+
+InstructMining v3, Table 1, finds neighbours approximately (NN-Descent, Dong et al. 2011); ours is
+exact. The distance is taken against a `reference.Reference`.
+
+A reference holds distinct rows. A row is not its own neighbour: the reference row with its hash is
+left out, so an exact copy is no neighbour either. A nearly equal row is, with a distance near 0.
+Equal distances are ordered by position in the reference; the i-th distance does not depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from instructmining_core.indicators import encoder
+from instructmining_core.indicators.neighbours import nearest
+from instructmining_core.indicators.opened import Opened
+from instructmining_core.indicators.reference import Reference, check_encoder
+from instructmining_core.indicators.text import Column, Conversation
+
+NEIGHBOUR = 6
+
+
+def compute(
+    conversations: Sequence[Conversation],
+    model: Opened,
+    *,
+    reference: Reference,
+    row_hashes: Sequence[str],
+    progress: bool = False,
+    batch_tokens: int = 16384,
+) -> dict[str, Column]:
+    """Distance of each row to its 6th nearest neighbour in the reference; a row is one point."""
+    column = distance_column(
+        conversations, model, NEIGHBOUR, reference, row_hashes, progress, batch_tokens
+    )
+    return {"knn_6": column}
+
+
+def distance_column(
+    conversations, model, neighbour, reference, row_hashes, progress, batch_tokens=16384
+) -> Column:
+    """Distance to the `neighbour`-th nearest reference row, NaN with a reason where there is none.
+
+    Raises ReferenceMismatch if the reference was embedded by another model.
+    """
+    check_encoder(reference, model)
+    texts = [encoder.text_of(c) for c in conversations]
+    readable = np.array([not c.problem for c in conversations], dtype=bool)
+    vectors = encoder.embed(
+        model, [t for t, fine in zip(texts, readable) if fine], batch_tokens=batch_tokens,
+        progress=progress,
+    )  # fmt: skip
+    where = {name: i for i, name in enumerate(reference.row_hashes)}
+    own = np.array([where.get(name, -1) for name in row_hashes], dtype=np.int64)[readable]
+    distances, _ = nearest(vectors, reference.embeddings, neighbour, own, progress=progress)
+    values = np.full(len(texts), np.nan)
+    values[readable] = distances[:, -1]
+    few = f"the reference has fewer than {neighbour} other rows"
+    reasons = [
+        c.problem or (few if np.isnan(value) else "")
+        for c, value in zip(conversations, values, strict=True)
+    ]
+    return Column(values, reasons)

@@ -1,0 +1,101 @@
+"""A model opened for scoring, and how one is pinned, loaded and named in keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from instructmining_core.hub import Resolved
+    from instructmining_core.profiles import ModelRef
+
+_UNLIMITED = 1_000_000  # tokenizers without a limit say 10^30
+
+
+@dataclass
+class Opened:
+    """What an indicator needs of a model.
+
+    model : the Hugging Face model, None where only the tokenizer is used
+    tokenizer : its tokenizer
+    resolved : id, revision, folder and whether it is a stand-in
+    device : "cpu" or "cuda"
+    dtype : torch dtype of the computation, "" for a tokenizer alone
+    max_tokens : longest row, in tokens
+    note : what a reader of the scores must know, "" for nothing
+    """
+
+    model: Any
+    tokenizer: Any
+    resolved: Resolved
+    device: str = "cpu"
+    dtype: Any = ""
+    max_tokens: int = 0
+    note: str = ""
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills rows; it is masked, so any id does where there is no pad token."""
+        for name in ("pad_token_id", "eos_token_id"):
+            if getattr(self.tokenizer, name, None) is not None:
+                return getattr(self.tokenizer, name)
+        return 0
+
+
+def open_model(
+    ref: ModelRef, auto_class, *, device: str | None = None, standins: Path | None = None
+) -> Opened:
+    """Load weights and tokenizer by an Auto class: pinned, safetensors, no remote code.
+
+    ref, standins : as in `hub.resolve`; `ref.dtype` as in `hub.pick_dtype`
+    auto_class : `AutoModelForSequenceClassification`, `AutoModelForSeq2SeqLM`, ...
+    """
+    from transformers import AutoTokenizer
+
+    from instructmining_core import hub
+
+    device = device or hub.pick_device()
+    dtype = hub.pick_dtype(ref.dtype, device)
+    resolved = hub.fetch(hub.resolve(ref, standins=standins))
+    tokenizer = AutoTokenizer.from_pretrained(resolved.folder, trust_remote_code=False)
+    model = auto_class.from_pretrained(
+        resolved.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+    )
+    return Opened(
+        model.to(device).eval(), tokenizer, resolved, device, dtype, token_limit(model, tokenizer)
+    )
+
+
+def open_tokenizer(ref: ModelRef, *, standins: Path | None = None) -> Opened:
+    """The tokenizer of a model, without its weights in memory."""
+    from transformers import AutoTokenizer
+
+    from instructmining_core import hub
+
+    resolved = hub.fetch(hub.resolve(ref, standins=standins))
+    tokenizer = AutoTokenizer.from_pretrained(resolved.folder, trust_remote_code=False)
+    return Opened(None, tokenizer, resolved)
+
+
+def token_limit(model, tokenizer, most: int = 4096) -> int:
+    """Longest row that model and tokenizer take, in tokens; `most` where neither names a limit."""
+    named = (
+        getattr(tokenizer, "model_max_length", None),
+        getattr(model.config, "max_position_embeddings", None),
+    )
+    return min([most, *(int(n) for n in named if n and 0 < n < _UNLIMITED)])
+
+
+def identity(model) -> dict:
+    """Id, revision, dtype and stand-in flag of an opened model (or an LM), for keys and cards."""
+    if model is None:
+        return {"model": "", "revision": "", "dtype": "", "stand_in": False, "note": ""}
+    resolved = model.resolved
+    return {
+        "model": resolved.id,
+        "revision": resolved.revision,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "stand_in": bool(resolved.stand_in),
+        "note": getattr(model, "note", ""),
+    }

@@ -1,0 +1,85 @@
+"""Perplexity of the response given what was said before it (InstructMining v3, Table 1: PPL).
+
+exp of the mean negative log-likelihood of the response's tokens. The paper does not say whether the
+end-of-text token counts; ours leaves it out, because it measures the template, not the text, and
+weighs most in short responses. The prompt template is `templates.TEMPLATE_VERSION` (the paper's is
+unknown). Over-long conversations lose whole messages from the left, then the response's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from instructmining_core.indicators.opened import token_limit
+from instructmining_core.indicators.text import (
+    EMPTY,
+    Column,
+    Conversation,
+    Turn,
+    each_turn,
+    mean_over_turns,
+)
+from instructmining_core.lm import LM, response_nll
+from instructmining_core.templates import Encoded, encode_many
+
+
+def compute(
+    conversations: Sequence[Conversation],
+    model: LM,
+    *,
+    progress: bool = False,
+    batch_tokens: int = 16384,
+    padding_side: str = "right",
+) -> dict[str, Column]:
+    """Perplexity of each response; mean over the assistant's turns.
+
+    model : a causal LM (`lm.load_lm`)
+    batch_tokens, padding_side : see `lm.response_nll`; they do not change the values.
+    An empty response is NaN. What was cut to fit the model stands in the reasons.
+    """
+    turns = list(each_turn(conversations))
+    encoded = encode_turns(turns, model)
+    nll = response_nll(
+        model, encoded, batch_tokens=batch_tokens, progress=progress, padding_side=padding_side
+    )
+    mean = mean_without_eos(nll)
+    reasons = [
+        _reason(turn, row, text) for turn, row, text in zip(turns, encoded, nll["reason"])
+    ]
+    return {"ppl": mean_over_turns(conversations, np.exp(mean), reasons)}
+
+
+def encode_turns(turns: Sequence[Turn], model: LM) -> list[Encoded]:
+    """Each response with its context as token ids, the response (and eos) marked as targets."""
+    conversations = [
+        [*turn.context, {"role": "assistant", "content": turn.response}] for turn in turns
+    ]
+    ends = [sum(m["role"] == "assistant" for m in turn.context) for turn in turns]
+    return encode_many(
+        model.tokenizer, conversations, max_tokens=token_limit(model.model, model.tokenizer),
+        turns=ends,
+    )  # fmt: skip
+
+
+def mean_without_eos(nll: pd.DataFrame) -> np.ndarray:
+    """Mean negative log-likelihood per response token, eos left out, in nats; NaN without one.
+
+    nll : the frame of `lm.response_nll`
+    """
+    tokens = (nll["tokens"] - nll["tokens_eos"]).to_numpy(dtype=np.float64)
+    total = (nll["nll"] - nll["nll_eos"].fillna(0.0)).to_numpy(dtype=np.float64)
+    return np.divide(total, tokens, out=np.full(len(nll), np.nan), where=tokens > 0)
+
+
+def _reason(turn: Turn, row: Encoded, reason: str) -> str:
+    if not turn.response:
+        return EMPTY
+    notes = [reason] if reason else []
+    if row.dropped:
+        notes.append(f"{row.dropped} earlier messages cut to fit the model")
+    if row.truncated:
+        notes.append("end of the response cut to fit the model")
+    return "; ".join(notes)

@@ -1,0 +1,201 @@
+"""Reward score of a response (InstructMining v3, Table 1: Rew).
+
+The paper's model is OpenAssistant/oasst-rm-pythia-1.4b (arXiv 2304.07327). Which input form the
+authors used is unknown; both are here, and the one used is recorded:
+
+oasst : `<|prompter|>I<|endoftext|><|assistant|>R<|endoftext|>`, the form that model was trained on
+pair : the tokenizer's own form for two texts, what came before and the response
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification
+
+import instructmining_core.gpt_neox_reward as gpt_neox_reward
+from instructmining_core.batching import Failed, map_batches, pad
+from instructmining_core.indicators.opened import Opened, open_model
+from instructmining_core.indicators.text import (
+    EMPTY,
+    Column,
+    Conversation,
+    Turn,
+    each_turn,
+    mean_over_turns,
+)
+
+FORMS = ("oasst", "pair")
+_OASST_MARKS = {"system": "<|system|>", "user": "<|prompter|>", "assistant": "<|assistant|>"}
+_OASST_END = "<|endoftext|>"
+OTHER_SCALE = "another reward scale than the paper's: published coefficients do not carry over"
+
+
+class RewardModelError(ValueError):
+    """A classifier that is no reward model, or a form that does not exist."""
+
+
+class CoefficientWarning(UserWarning):
+    """Scores that must not meet published coefficients."""
+
+
+def load(ref, *, device: str | None = None, standins: Path | None = None) -> Opened:
+    """Open a reward model: any sequence classifier with one output.
+
+    Warns (CoefficientWarning) for every model but a `gpt_neox_reward_model`, as the widely used
+    DeBERTa one has another scale.
+    """
+    opened = open_model(
+        ref, AutoModelForSequenceClassification, device=device, standins=standins
+    )
+    config = opened.model.config
+    if config.num_labels != 1 and form_of(config) != "oasst":
+        raise RewardModelError(
+            f"{ref.id} gives {config.num_labels} numbers a row; a reward model gives one"
+        )
+    if config.pad_token_id is None:
+        config.pad_token_id = opened.pad_id
+    opened.note = note_of(config)
+    if form_of(config) != "oasst":
+        warnings.warn(f"{ref.id}: {OTHER_SCALE}", CoefficientWarning, stacklevel=2)
+    return opened
+
+
+def form_of(config) -> str:
+    """The input form that fits: "oasst" for the model type trained on its marks, else "pair"."""
+    oasst = config.model_type == gpt_neox_reward.GPTNeoXRewardConfig.model_type
+    return "oasst" if oasst else "pair"
+
+
+def note_of(config) -> str:
+    """What a reader of the scores must know: the input form, and whether the scale is another."""
+    form = form_of(config)
+    return f"input form {form}" if form == "oasst" else f"input form {form}; {OTHER_SCALE}"
+
+
+def compute(
+    conversations: Sequence[Conversation],
+    model: Opened,
+    *,
+    progress: bool = False,
+    form: str | None = None,
+    batch_tokens: int = 16384,
+    padding_side: str = "right",
+) -> dict[str, Column]:
+    """Reward of each response given what was said before it; mean over the assistant's turns.
+
+    form : "oasst" or "pair"; None takes the one that fits the model
+    batch_tokens : padded tokens of a batch
+    padding_side : "right" or "left"; the pair form keeps to the right, because classifiers like
+        DeBERTa read their first position
+    An empty response is scored too: the model has an opinion on silence. Over-long conversations
+    lose whole messages from the left, then the response's end, and the reasons say so.
+    """
+    form = form or form_of(model.model.config)
+    if form not in FORMS:
+        raise RewardModelError(f"input form {form!r}; known are {', '.join(FORMS)}")
+    turns = list(each_turn(conversations))
+    side = padding_side if form == "oasst" else "right"
+    rows = (_oasst_rows if form == "oasst" else _pair_rows)(turns, model)
+    lengths = [len(row["input_ids"]) for row in rows]
+    scores = map_batches(
+        lambda numbers: _forward(model, [rows[i] for i in numbers], side),
+        lengths, batch_tokens, progress, "reward",
+    )  # fmt: skip
+    values = [np.nan if isinstance(score, Failed) else score for score in scores]
+    reasons = [
+        score.reason if isinstance(score, Failed) else row["note"]
+        for score, row in zip(scores, rows, strict=True)
+    ]
+    return {"reward": mean_over_turns(conversations, values, reasons)}
+
+
+@torch.inference_mode()
+def _forward(model: Opened, rows: Sequence[dict], side: str) -> list[float]:
+    ids, mask = pad([row["input_ids"] for row in rows], model.pad_id, side)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if rows[0].get("token_type_ids") is not None:
+        inputs["token_type_ids"] = pad([row["token_type_ids"] for row in rows], 0, side)[0]
+    tensors = {name: torch.from_numpy(array).to(model.device) for name, array in inputs.items()}
+    return model.model(**tensors).logits[:, 0].double().cpu().tolist()
+
+
+def _oasst_rows(turns: Sequence[Turn], model: Opened) -> list[dict]:
+    """Ids of each turn, message by message: every message is closed by marks of its own."""
+    written = [[_oasst_text(m) for m in _messages(turn)] for turn in turns]
+    distinct = list(dict.fromkeys(text for texts in written for text in texts))
+    ids = model.tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"] \
+        if distinct else []
+    known = dict(zip(distinct, ids, strict=True))
+    rows = []
+    for turn, texts in zip(turns, written, strict=True):
+        parts = [known[text] for text in texts]
+        cut = _first_kept([len(part) for part in parts], model.max_tokens)
+        whole = [token for part in parts[cut:] for token in part]
+        kept = whole[: model.max_tokens]
+        rows.append({"input_ids": kept, "note": _note(turn, cut, len(whole) > len(kept))})
+    return rows
+
+
+def _oasst_text(message: dict[str, str]) -> str:
+    return f"{_OASST_MARKS[message['role']]}{message['content']}{_OASST_END}"
+
+
+def _pair_rows(turns: Sequence[Turn], model: Opened) -> list[dict]:
+    rows: list[dict | None] = [None] * len(turns)
+    cut = [0] * len(turns)
+    waiting = list(range(len(turns)))
+    while waiting:
+        found = _pairs([turns[i] for i in waiting], [cut[i] for i in waiting], model)
+        longer = []
+        for i, row in zip(waiting, found, strict=True):
+            if len(row["input_ids"]) > model.max_tokens and cut[i] < len(turns[i].context) - 1:
+                cut[i] += 1
+                longer.append(i)
+            else:
+                rows[i] = row
+        waiting = longer
+    for i, row in enumerate(rows):
+        over = len(row["input_ids"]) > model.max_tokens
+        if over:
+            row.update(_pairs([turns[i]], [cut[i]], model, truncation=True)[0])
+        row["note"] = _note(turns[i], cut[i], over)
+    return rows
+
+
+def _pairs(turns, cuts, model: Opened, truncation: bool = False) -> list[dict]:
+    before = ["\n\n".join(m["content"] for m in t.context[cut:]) for t, cut in zip(turns, cuts)]
+    batch = model.tokenizer(
+        before, [turn.response for turn in turns], verbose=False, return_attention_mask=False,
+        truncation=truncation, max_length=model.max_tokens if truncation else None,
+    )  # fmt: skip
+    types = batch.get("token_type_ids") or [None] * len(turns)
+    return [
+        {"input_ids": ids, "token_type_ids": kinds}
+        for ids, kinds in zip(batch["input_ids"], types, strict=True)
+    ]
+
+
+def _messages(turn: Turn) -> list[dict[str, str]]:
+    return [*turn.context, {"role": "assistant", "content": turn.response}]
+
+
+def _first_kept(lengths: Sequence[int], most: int) -> int:
+    """The first message kept so that the rest fits, the last question and answer always."""
+    first = 0
+    while sum(lengths[first:]) > most and first < len(lengths) - 2:
+        first += 1
+    return first
+
+
+def _note(turn: Turn, cut: int, truncated: bool) -> str:
+    notes = [EMPTY] if not turn.response else []
+    if cut:
+        notes.append(f"{cut} earlier messages cut to fit the model")
+    if truncated:
+        notes.append("end of the text cut to fit the model")
+    return "; ".join(notes)

@@ -1,0 +1,151 @@
+"""Naturalness, coherence and understandability (UniEval, Zhong et al. 2022, arXiv 2210.07197).
+
+UniEval asks a T5 a yes-or-no question; the score is P(Yes) / (P(Yes) + P(No)) at the first decoder
+step, which is the sigmoid of the difference of two logits: one decoder step and two rows of the
+vocabulary are enough. Prompts as in InstructMining v3 (model MingZhong/unieval-dialog, longest
+input 1024 tokens). With several messages before the response the dialogue history is these, one a
+line. The model was trained on English dialogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+from instructmining_core.batching import Failed, map_batches, pad
+from instructmining_core.indicators.opened import Opened, open_model
+from instructmining_core.indicators.text import (
+    EMPTY,
+    Column,
+    Conversation,
+    Turn,
+    each_turn,
+    mean_over_turns,
+)
+
+MAX_TOKENS = 1024
+QUESTIONS = {
+    "naturalness": "question: Is this a natural response in the dialogue? </s> response: {response}",
+    "coherence": "question: Is this a coherent response given the dialogue history? </s> "
+    "response: {response} </s> dialogue history: {history}",
+    "understandability": "question: Is this an understandable response in the dialogue? </s> "
+    "response: {response}",
+}
+
+
+class EvaluatorError(ValueError):
+    """A model that cannot answer yes or no."""
+
+
+def load(ref, *, device: str | None = None, standins: Path | None = None) -> Opened:
+    """Open an evaluator: an encoder-decoder whose tokenizer tells "Yes" from "No"."""
+    opened = open_model(ref, AutoModelForSeq2SeqLM, device=device, standins=standins)
+    opened.max_tokens = MAX_TOKENS
+    answer_ids(opened.tokenizer)
+    return opened
+
+
+def answer_ids(tokenizer) -> tuple[int, int]:
+    """First token of "Yes" and of "No", as UniEval takes them."""
+    yes, no = (tokenizer(word)["input_ids"][0] for word in ("Yes", "No"))
+    if yes == no:
+        raise EvaluatorError(
+            "the tokenizer gives Yes and No the same first token; this is no UniEval model"
+        )
+    return yes, no
+
+
+def compute(
+    conversations: Sequence[Conversation],
+    model: Opened,
+    *,
+    progress: bool = False,
+    batch_tokens: int = 16384,
+    padding_side: str = "right",
+) -> dict[str, Column]:
+    """The three scores of each response, 0 to 1; mean over the assistant's turns.
+
+    All questions of all turns are pooled and sorted by length together. An empty response is NaN.
+    A history that does not fit loses its first messages; what is still too long is cut at its end.
+    """
+    turns = [turn for turn in each_turn(conversations) if turn.response]
+    questions = [(name, turn) for turn in turns for name in QUESTIONS]
+    ids, notes = _encode(questions, model)
+    scores = map_batches(
+        lambda rows: yes_share(model, [ids[i] for i in rows], padding_side),
+        [len(row) for row in ids], batch_tokens, progress, "unieval",
+    )  # fmt: skip
+    return _columns(conversations, scores, notes)
+
+
+def prompt(name: str, turn: Turn, cut: int = 0) -> str:
+    """The text of one question; `cut` first messages of the history are left out."""
+    history = "\n".join(m["content"] for m in turn.context[cut:])
+    return QUESTIONS[name].format(response=turn.response, history=history)
+
+
+@torch.inference_mode()
+def yes_share(model: Opened, rows: Sequence[Sequence[int]], side: str = "right") -> list[float]:
+    """P(Yes) / (P(Yes) + P(No)) after one decoder step, for rows of token ids."""
+    ids, mask = (torch.from_numpy(a).to(model.device) for a in pad(rows, model.pad_id, side))
+    t5 = model.model
+    encoded = t5.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    start = torch.full((len(rows), 1), t5.config.decoder_start_token_id, device=model.device)
+    hidden = t5.get_decoder()(
+        input_ids=start, encoder_hidden_states=encoded, encoder_attention_mask=mask,
+        use_cache=False,
+    ).last_hidden_state[:, 0].float()  # fmt: skip
+    if _scaled(t5.config):
+        hidden = hidden * t5.config.d_model**-0.5
+    yes, no = answer_ids(model.tokenizer)
+    weight = t5.get_output_embeddings().weight
+    difference = hidden @ (weight[yes].float() - weight[no].float())
+    return torch.sigmoid(difference.double()).cpu().tolist()
+
+
+def _scaled(config) -> bool:
+    """Whether decoder outputs are scaled before the head: T5 1.0 does, with tied embeddings."""
+    return bool(getattr(config, "scale_decoder_outputs", config.tie_word_embeddings))
+
+
+def _encode(questions, model: Opened) -> tuple[list[list[int]], list[str]]:
+    ids = _tokens([prompt(name, turn) for name, turn in questions], model)
+    notes = [""] * len(ids)
+    for i, (name, turn) in enumerate(questions):
+        cut = 0
+        while len(ids[i]) > model.max_tokens and name == "coherence" and cut < len(turn.context) - 1:
+            cut += 1
+            ids[i] = _tokens([prompt(name, turn, cut)], model)[0]
+        if cut:
+            notes[i] = f"{cut} earlier messages cut to fit the model"
+        if len(ids[i]) > model.max_tokens:
+            notes[i] = "; ".join(filter(None, [notes[i], "end of the text cut to fit the model"]))
+            ids[i] = ids[i][: model.max_tokens - 1] + ids[i][-1:]  # the closing </s> stays
+    return ids, notes
+
+
+def _tokens(texts: list[str], model: Opened) -> list[list[int]]:
+    if not texts:
+        return []
+    return model.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _columns(conversations, scores, notes) -> dict[str, Column]:
+    """Back from pooled questions to one column a question."""
+    empty = [not turn.response for turn in each_turn(conversations)]
+    columns = {}
+    for number, name in enumerate(QUESTIONS):
+        values = np.full(len(empty), np.nan)
+        reasons = [EMPTY if nothing else "" for nothing in empty]
+        places = [i for i, nothing in enumerate(empty) if not nothing]
+        mine = slice(number, None, len(QUESTIONS))
+        for place, score, note in zip(places, scores[mine], notes[mine], strict=True):
+            failed = isinstance(score, Failed)
+            values[place] = np.nan if failed else score
+            reasons[place] = score.reason if failed else note
+        columns[name] = mean_over_turns(conversations, values, reasons)
+    return columns

@@ -1,0 +1,82 @@
+"""Score tables on disk: Parquet, with what made each column in the file's own metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+METADATA_KEY = b"instructmining"
+
+
+class ScoreFileError(ValueError):
+    """A file that is not a score table, or chunks that do not belong together."""
+
+
+class ScoreWriter:
+    """Write a score table chunk by chunk; the file appears when all is written.
+
+    >>> with ScoreWriter("scores.parquet") as writer:          # doctest: +SKIP
+    ...     for table, problems in iter_records("data.jsonl"):
+    ...         writer.write(scorer.score(table))
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        self._writer: pq.ParquetWriter | None = None
+        self._attrs: str | None = None
+
+    def __enter__(self) -> ScoreWriter:
+        return self
+
+    def write(self, scores: pd.DataFrame) -> None:
+        """Append a frame of `scoring.score`; its attrs must equal those of the first one."""
+        attrs = json.dumps(scores.attrs, sort_keys=True)
+        table = pa.Table.from_pandas(scores, preserve_index=False)
+        if self._writer is None:
+            metadata = {**(table.schema.metadata or {}), METADATA_KEY: attrs.encode()}
+            self._attrs = attrs
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            schema = table.schema.with_metadata(metadata)
+            self._writer = pq.ParquetWriter(self._partial, schema, compression="zstd")
+        if attrs != self._attrs:
+            raise ScoreFileError("this chunk was scored by other models or references than before")
+        self._writer.write_table(table.cast(self._writer.schema))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        if self._writer is None:
+            return
+        self._writer.close()
+        if kind is None:
+            os.replace(self._partial, self.path)
+        else:
+            self._partial.unlink(missing_ok=True)
+
+
+def write_scores(scores: pd.DataFrame, path: str | Path) -> None:
+    """Write a whole score table, atomically; its attrs go into the metadata."""
+    with ScoreWriter(path) as writer:
+        writer.write(scores)
+
+
+def read_scores(path: str | Path) -> pd.DataFrame:
+    """Read a score table and its attrs. Raises ScoreFileError for any other file."""
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except pa.ArrowInvalid as error:
+        raise ScoreFileError(f"{path} is no Parquet file: {error}") from None
+    found = (table.schema.metadata or {}).get(METADATA_KEY)
+    if found is None:
+        raise ScoreFileError(f"{path} is no score table; make one with `instructmining score`")
+    frame = table.replace_schema_metadata(None).to_pandas()
+    frame.attrs = json.loads(found)
+    return frame

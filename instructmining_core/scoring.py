@@ -1,0 +1,330 @@
+"""Score a record table: every indicator that was asked for, each row once, nothing lost.
+
+`Scorer` keeps models open and is called table by table; `score` is the one-shot form. Importing
+this module imports no model library: an indicator is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from instructmining_core.bank import Memory, Shelf, open_shelf
+from instructmining_core.indicators import INDICATORS, Indicator, choose
+from instructmining_core.indicators.reference import REFERENCE_ROWS, Reference, make_reference
+from instructmining_core.indicators.text import Conversation, read
+from instructmining_core.records import file_sha256, row_hash
+from instructmining_core.score_files import ScoreWriter, read_scores, write_scores
+from instructmining_core.scoring_models import Models
+from instructmining_core.templates import clean_text
+
+if TYPE_CHECKING:
+    from instructmining_core.profiles import ModelRef
+
+__all__ = [
+    "ScoreWriter", "Scorer", "ScoringError", "estimate_seconds", "read_scores", "score",
+    "write_scores",
+]  # fmt: skip
+
+BLOCK_ROWS = 512  # rows between two writes to the bank
+_RETRIED = "out of memory"  # a reason that another machine or another day may not give
+
+
+class ScoringError(ValueError):
+    """An indicator without its model, or without its reference."""
+
+
+class Scorer:
+    """Indicators with their models, opened once.
+
+    models : role ("base", "ppl", "reward", "unieval", "encoder") -> ModelRef
+    indicators : names of indicators or of their columns; None for all that need no model and
+        those of the paper whose model is there
+    bank : folder of the score bank, None to keep nothing
+    reference : for pool-relative indicators; None until `make_reference`
+    standins : folder of stand-in models, for "standin:" references
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ModelRef] | None = None,
+        *,
+        indicators: Sequence[str] | None = None,
+        bank: str | Path | None = None,
+        reference: Reference | None = None,
+        standins: str | Path | None = None,
+        device: str | None = None,
+        block_rows: int = BLOCK_ROWS,
+    ) -> None:
+        self.models = Models(models or {}, standins, device)
+        self.indicators = self._chosen(indicators)
+        self.bank = bank
+        self.reference = reference
+        self.block_rows = block_rows
+        self._shelves: dict[str, Shelf] = {}
+        self._file_hashes: dict[str, str] = {}
+
+    def score(self, table: pd.DataFrame, *, progress: bool = False) -> pd.DataFrame:
+        """Score every row of a record table, in its order.
+
+        returns : id, source, file, file_sha256, row (part, where the table has it), row_hash, one
+            column an indicator column, and `reasons`: JSON, column -> why it is NaN or what was
+            cut to get it ("row" for a row that could not be read), "" where all is fine.
+            `.attrs["indicators"]` tells for each column version, model, revision, dtype, stand_in
+            and reference.
+
+        Raises ScoringError if a pool-relative indicator is asked for without a reference.
+        """
+        conversations, hashes = read_rows(table)
+        out = self._identity_columns(table, hashes)
+        reasons: list[dict[str, str]] = [
+            {"row": c.problem} if c.problem else {} for c in conversations
+        ]
+        fine = [i for i, c in enumerate(conversations) if not c.problem]
+        readable, names = [conversations[i] for i in fine], [hashes[i] for i in fine]
+        for indicator in self.indicators:
+            values, why = self._values(indicator, readable, names, progress)
+            for j, column in enumerate(indicator.columns):
+                whole = np.full(len(table), np.nan)
+                whole[fine] = values[:, j]
+                out[column] = whole
+                for i, row in zip(fine, why, strict=True):
+                    if row[j]:
+                        reasons[i][column] = row[j]
+        out["reasons"] = [json.dumps(r, ensure_ascii=False) if r else "" for r in reasons]
+        frame = pd.DataFrame(out)
+        frame.attrs["indicators"] = self.describe()
+        return frame
+
+    def make_reference(
+        self, table: pd.DataFrame, *, size: int = REFERENCE_ROWS, seed: int = 0,
+        progress: bool = False,
+    ) -> Reference:  # fmt: skip
+        """Draw the reference of pool-relative indicators from a pool, and use it from now on."""
+        conversations, hashes = read_rows(table)
+        self.reference = make_reference(
+            self.models.open("encoder"), conversations, hashes, size=size, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+        return self.reference
+
+    def estimate_seconds(
+        self, table: pd.DataFrame, *, sample: int = 64, seed: int = 0
+    ) -> dict[str, float]:
+        """Seconds that each indicator would take on `table`, from a timed sample of its rows.
+
+        Scaled by characters. Models are opened before the clock starts; the bank is not asked.
+        """
+        conversations, _ = read_rows(table)
+        fine = [c for c in conversations if not c.problem]
+        if not fine:
+            return dict.fromkeys((i.name for i in self.indicators), 0.0)
+        draw = np.random.default_rng(seed).permutation(len(fine))[:sample]
+        some = [fine[i] for i in draw]
+        share = sum(map(_characters, fine)) / max(1, sum(map(_characters, some)))
+        seconds = {}
+        for indicator in self.indicators:
+            options = self._options(indicator, [""] * len(some))
+            compute = indicator.load().compute
+            compute(some[:1], **{**options, **_first(options)})  # the first call warms up
+            start = time.perf_counter()
+            compute(some, **options)
+            seconds[indicator.name] = (time.perf_counter() - start) * share
+        return seconds
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """For each column: indicator, version, model, revision, dtype, stand_in, reference."""
+        known = {}
+        for indicator in self.indicators:
+            entry = {"indicator": indicator.name, **self._key(indicator)}
+            entry |= self.models.describe(indicator.role)
+            known |= {column: dict(entry) for column in indicator.columns}
+        return known
+
+    def _chosen(self, names: Sequence[str] | None) -> list[Indicator]:
+        given = self.models.roles
+        if names is None:
+            return [
+                i for i in INDICATORS.values()
+                if i.default and (i.role is None or i.role_optional or i.role in given)
+            ]  # fmt: skip
+        chosen = choose(list(names))
+        for indicator in chosen:
+            if indicator.role and not indicator.role_optional and indicator.role not in given:
+                raise ScoringError(
+                    f"{indicator.name} needs a model for the role {indicator.role!r}: give one in "
+                    "`models` (on the command line: --profile or --models)"
+                )
+        return chosen
+
+    def _identity_columns(self, table: pd.DataFrame, hashes: list[str]) -> dict[str, list]:
+        out: dict[str, list] = {}
+        for column in ("id", "source", "file"):
+            found = table[column] if column in table else [""] * len(table)
+            out[column] = [clean_text(str(value)) for value in found]
+        out["file_sha256"] = [self._file_hash(name) for name in out["file"]]
+        out["row"] = list(table["row"] if "row" in table else range(len(table)))
+        if "part" in table:
+            out["part"] = list(table["part"])
+        out["row_hash"] = hashes
+        return out
+
+    def _file_hash(self, name: str) -> str:
+        if name not in self._file_hashes:
+            is_file = bool(name) and name != "-" and Path(name).is_file()
+            self._file_hashes[name] = file_sha256(name) if is_file else ""
+        return self._file_hashes[name]
+
+    def _key(self, indicator: Indicator) -> dict[str, Any]:
+        with_model = indicator.role in self.models.roles
+        version = indicator.version if with_model or not indicator.role_optional \
+            else indicator.version_without
+        key: dict[str, Any] = {"version": version}
+        if with_model:
+            who = self.models.describe(indicator.role)
+            key |= {name: who[name] for name in ("model", "revision", "dtype")}
+        if indicator.pool_relative:
+            key["reference"] = self._reference_of(indicator).describe()
+        return key
+
+    def _reference_of(self, indicator: Indicator) -> Reference:
+        if self.reference is None:
+            raise ScoringError(
+                f"{indicator.name} is relative to a reference set: give `reference`, or call "
+                "`make_reference` with the pool that the rule is fitted on"
+            )
+        return self.reference
+
+    def _options(self, indicator: Indicator, names: Sequence[str]) -> dict[str, Any]:
+        has_model = indicator.role in self.models.roles
+        options: dict[str, Any] = {"model": self.models.open(indicator.role) if has_model else None}
+        if indicator.pool_relative:
+            options |= {"reference": self._reference_of(indicator), "row_hashes": list(names)}
+        return options
+
+    def _values(self, indicator, conversations, names, progress) -> tuple[np.ndarray, list]:
+        if indicator.role is None or indicator.role_optional:
+            return _stacked(indicator, conversations, self._options(indicator, names))
+        key = {"indicator": indicator.name, **self._key(indicator)}
+        shelf = self._shelf(indicator, key)
+        first = {name: i for i, name in reversed(list(enumerate(names)))}
+        order = list(first)
+        missing = [first[order[i]] for i in shelf.missing(order)]
+        self._fill(indicator, shelf, conversations, names, missing, progress)
+        found = shelf.get(names)
+        if isinstance(shelf, Memory):
+            shelf.forget()
+        return found
+
+    def _shelf(self, indicator: Indicator, key: dict) -> Shelf:
+        where = json.dumps(key, sort_keys=True)
+        if where not in self._shelves:
+            self._shelves[where] = open_shelf(self.bank, key, indicator.columns)
+        shelf = self._shelves[where]
+        shelf.refresh()
+        return shelf
+
+    def _fill(self, indicator, shelf, conversations, names, missing, progress) -> None:
+        """Compute missing rows, longest first, and store them block by block."""
+        sizes = np.array([_characters(conversations[i]) for i in missing])
+        order = [missing[i] for i in np.argsort(-sizes, kind="stable")]
+        bar = tqdm(
+            total=len(order), desc=indicator.name, unit="row", disable=not progress or not order
+        )
+        characters, start = 0, time.perf_counter()
+        with bar:
+            for first in range(0, len(order), self.block_rows):
+                block = order[first : first + self.block_rows]
+                rows, hashes = [conversations[i] for i in block], [names[i] for i in block]
+                values, reasons = _stacked(indicator, rows, self._options(indicator, hashes))
+                _store(shelf, hashes, values, reasons)
+                characters += sum(map(_characters, rows))
+                rate = characters / 4 / (time.perf_counter() - start)
+                bar.set_postfix_str(f"about {rate:,.0f} tokens/s", refresh=False)
+                bar.update(len(block))
+
+
+def score(
+    table: pd.DataFrame,
+    models: Mapping[str, ModelRef] | None = None,
+    *,
+    indicators: Sequence[str] | None = None,
+    bank: str | Path | None = None,
+    reference: Reference | None = None,
+    standins: str | Path | None = None,
+    device: str | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Open models, score one table, and return its frame; arguments and columns as in `Scorer`.
+
+    Without a `reference` a seeded sample of the table itself is taken for pool-relative indicators.
+    """
+    scorer = Scorer(
+        models, indicators=indicators, bank=bank, reference=reference, standins=standins,
+        device=device,
+    )  # fmt: skip
+    if reference is None and any(i.pool_relative for i in scorer.indicators):
+        scorer.make_reference(table, progress=progress)
+    return scorer.score(table, progress=progress)
+
+
+def estimate_seconds(
+    table: pd.DataFrame, models: Mapping[str, ModelRef] | None = None, *, sample: int = 64, **options
+) -> dict[str, float]:
+    """Seconds that each indicator would take on a table; `options` as in `Scorer`."""
+    scorer = Scorer(models, **options)
+    if scorer.reference is None and any(i.pool_relative for i in scorer.indicators):
+        scorer.make_reference(table, size=min(len(table), 256))
+    return scorer.estimate_seconds(table, sample=sample)
+
+
+def read_rows(table: pd.DataFrame) -> tuple[list[Conversation], list[str]]:
+    """The checked conversation and the row hash of each row; a row that cannot be read has "".
+
+    A column `problem` (`read_records(on_error="keep")`) takes the place of our own finding.
+    """
+    conversations = [read(messages) for messages in table["messages"]]
+    if "problem" in table:
+        conversations = [
+            Conversation((), (), clean_text(problem)) if problem else conversation
+            for conversation, problem in zip(conversations, table["problem"], strict=True)
+        ]
+    hashes = [
+        "" if c.problem else row_hash(messages)
+        for c, messages in zip(conversations, table["messages"], strict=True)
+    ]
+    return conversations, hashes
+
+
+def _stacked(indicator: Indicator, conversations, options) -> tuple[np.ndarray, list]:
+    """An indicator's columns side by side: values, shape (n, columns), and reasons, n tuples."""
+    columns = indicator.load().compute(conversations, **options)
+    ordered = [columns[name] for name in indicator.columns]
+    values = np.column_stack([column.values for column in ordered])
+    return values, list(zip(*(column.reasons for column in ordered), strict=True))
+
+
+def _store(shelf: Shelf, names: list[str], values: np.ndarray, reasons: list) -> None:
+    """Put rows on the shelf, and on disk those whose reason is not a passing one."""
+    passing = [any(_RETRIED in why for why in row) for row in reasons]
+    lasting = [i for i, now in enumerate(passing) if not now]
+    if lasting:
+        shelf.add([names[i] for i in lasting], values[lasting], [reasons[i] for i in lasting])
+    for i, now in enumerate(passing):
+        if now:
+            shelf.values[names[i]] = (tuple(values[i]), tuple(reasons[i]))
+
+
+def _characters(conversation: Conversation) -> int:
+    return sum(len(m["content"]) for m in conversation.messages)
+
+
+def _first(options: dict[str, Any]) -> dict[str, Any]:
+    return {"row_hashes": options["row_hashes"][:1]} if "row_hashes" in options else {}

@@ -1,0 +1,236 @@
+"""Loss against set size: intervals, the test of "falls, rises, falls", the trend of the gap.
+
+Source: the paper (v3, Figs. 1 and 4) claims a double descent from few points and without a test.
+The test is ours (statistical plan, section 9).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from sklearn.isotonic import isotonic_regression
+
+_CHUNK = 2_000
+
+
+class CurveError(ValueError):
+    """The curve has too few sizes or repeats for a test."""
+
+
+@dataclass(frozen=True)
+class SizeCurveTest:
+    """Does the curve fall, rise and fall again?
+
+    statistic : the largest, over four sizes a < b < c < d, of the *smallest* of the three steps
+    (fall a→b, rise b→c, fall c→d), in standard errors; critical, p : simulated at the worst shape
+    that is no such curve; sizes : the four, in rows; rise : of the loss from b to c, relative
+    (0.03 is 3 %), the largest of many and so flattering. isotonic_statistic, isotonic_p : against
+    "only ever falls", which a plain U rejects as well. sd : pooled sd of log loss, with df.
+    """
+
+    statistic: float
+    critical: float
+    p: float
+    falls_rises_falls: bool
+    sizes: tuple[int, int, int, int]
+    rise: float
+    isotonic_statistic: float
+    isotonic_p: float
+    sd: float
+    df: int
+
+
+def size_curve_test(
+    runs: pd.DataFrame,
+    loss: str = "loss_eval_1",
+    *,
+    alpha: float = 0.05,
+    draws: int = 20_000,
+    seed: int = 0,
+) -> SizeCurveTest:
+    """Test one curve for "falls, rises, falls" by a max–min contrast.
+
+    runs : one method and pool, columns size (rows) and `loss` (nats), several draws at each of at
+    least 4 sizes. Works on log loss with one pooled variance.
+
+    Null: the curve is anything else. At the boundary one of the three steps is nil over a flat
+    stretch while the other two are as large as you like; the critical value is the greatest of
+    those of all such shapes, so the test holds its level at every curve that is not of the shape
+    (shown by simulation, for equal numbers of draws).
+    """
+    sizes, means, counts, variance, df = _curve(runs, loss)
+    quads = np.array(list(combinations(range(len(sizes)), 4)))
+    scale = np.sqrt(variance)
+    statistic, where = _max_min(means[None] / scale, counts, quads)
+    rng = np.random.default_rng(seed)
+    null = [
+        _simulate(shape, counts, df, quads, draws, rng) for shape in _boundary_shapes(len(sizes))
+    ]
+    critical = max(float(np.quantile(t, 1 - alpha)) for t in null)
+    p = max(_p(t, statistic[0]) for t in null)
+    isotonic = _isotonic(means[None], counts)[0] / variance
+    flat = rng.normal(size=(min(draws, 4_000), len(sizes))) / np.sqrt(counts)
+    null_isotonic = _isotonic(flat, counts) / (rng.chisquare(df, len(flat)) / df)
+    best = quads[where[0]]
+    return SizeCurveTest(
+        float(statistic[0]), critical, p, bool(statistic[0] > critical),
+        tuple(int(sizes[i]) for i in best), float(np.expm1(means[best[2]] - means[best[1]])),
+        float(isotonic), _p(null_isotonic, isotonic), float(scale), df,
+    )
+
+
+def size_curve_power(
+    bump: float,
+    *,
+    sizes: int = 8,
+    draws_each: int = 5,
+    alpha: float = 0.05,
+    studies: int = 4_000,
+    seed: int = 0,
+) -> float:
+    """Power of the test at a bump of `bump` seed standard deviations, in [0, 1].
+
+    The curve falls by `bump` from each size to the next, but for one size in the middle where it
+    rises by as much: the narrowest bump there is.
+    """
+    counts = np.full(sizes, draws_each)
+    df = sizes * (draws_each - 1)
+    quads = np.array(list(combinations(range(sizes), 4)))
+    rng = np.random.default_rng(seed)
+    critical = max(
+        float(np.quantile(_simulate(shape, counts, df, quads, studies * 2, rng), 1 - alpha))
+        for shape in _boundary_shapes(sizes)
+    )
+    steps = np.full(sizes - 1, -bump, float)
+    steps[(sizes - 1) // 2] = bump
+    truth = np.r_[0.0, np.cumsum(steps)]
+    return float((_simulate(truth, counts, df, quads, studies, rng) > critical).mean())
+
+
+def size_means(
+    runs: pd.DataFrame, loss: str = "loss_eval_1", *, level: float = 0.95
+) -> pd.DataFrame:
+    """Mean loss with a t interval at each size, per pool and method.
+
+    runs : columns pool, method, size (rows), seed, `loss` (nats). The noise of one curve is pooled
+    over its sizes (on log loss), so few draws a size still give an interval; with one draw at
+    every size it is NaN. Returns pool, method, size, n, mean, low, high (nats).
+    """
+    rows = []
+    for (pool, method), part in runs.groupby(["pool", "method"], sort=False):
+        logs = np.log(part[loss]).groupby(part["size"]).agg(["mean", "count", "var"])
+        df = int((logs["count"] - 1).sum())
+        pooled = ((logs["count"] - 1) * logs["var"].fillna(0)).sum() / df if df else np.nan
+        reach = stats.t.isf((1 - level) / 2, max(df, 1)) * np.sqrt(pooled / logs["count"])
+        rows.append(pd.DataFrame({
+            "pool": pool, "method": method, "size": logs.index, "n": logs["count"].to_numpy(),
+            "mean": np.exp(logs["mean"]).to_numpy(),
+            "low": np.exp(logs["mean"] - reach).to_numpy(),
+            "high": np.exp(logs["mean"] + reach).to_numpy(),
+        }))
+    return pd.concat(rows, ignore_index=True)
+
+
+def gap_trend(
+    runs: pd.DataFrame,
+    loss: str = "loss_eval_1",
+    *,
+    selected: str = "selected",
+    random: str = "random",
+    level: float = 0.95,
+) -> dict[str, float]:
+    """Does the gap between selected and random shrink with size (paper v3, Fig. 4)?
+
+    runs : one pool, columns method, size, `loss`. Regresses log loss on one level a size and the
+    gap on log2 size, over the sizes both have. Returns gap (relative difference at the middle of
+    the log sizes), slope (its change a doubling, in log loss; > 0 where selected is ahead means
+    that the gap shrinks), low, high (interval of the slope), p, and df.
+    """
+    part = runs[runs["method"].isin([selected, random])].dropna(subset=[loss])
+    common = set.intersection(*(set(part.loc[part["method"] == m, "size"])
+                                for m in (selected, random)))
+    part = part[part["size"].isin(common)]
+    if len(common) < 2:
+        raise CurveError(f"the gap needs two sizes that both methods have, got {sorted(common)}")
+    levels = pd.get_dummies(part["size"]).to_numpy(float)
+    doublings = np.log2(part["size"].to_numpy(float))
+    doublings -= np.log2(sorted(common)).mean()
+    is_selected = (part["method"] == selected).to_numpy(float)
+    design = np.column_stack([levels, is_selected, is_selected * doublings])
+    y = np.log(part[loss].to_numpy(float))
+    df = len(y) - design.shape[1]
+    if df < 1:
+        raise CurveError("the gap needs more than one run at a size")
+    beta, *_ = np.linalg.lstsq(design, y, rcond=None)
+    noise = ((y - design @ beta) ** 2).sum() / df
+    se = np.sqrt(noise * np.linalg.inv(design.T @ design)[-1, -1])
+    reach = stats.t.isf((1 - level) / 2, df) * se
+    return {
+        "gap": float(np.expm1(beta[-2])), "slope": float(beta[-1]),
+        "low": float(beta[-1] - reach), "high": float(beta[-1] + reach),
+        "p": float(2 * stats.t.sf(abs(beta[-1]) / se, df)), "df": float(df),
+    }
+
+
+def _curve(runs: pd.DataFrame, loss: str) -> tuple:
+    kept = runs.dropna(subset=[loss])
+    groups = np.log(kept[loss]).groupby(kept["size"])
+    counts = groups.count().to_numpy()
+    df = int((counts - 1).sum())
+    if len(counts) < 4 or df < 2:
+        raise CurveError(
+            f"the test needs at least 4 sizes and repeats at them, got {len(counts)} sizes and "
+            f"{len(kept)} runs"
+        )
+    variance = float(((counts - 1) * groups.var().fillna(0).to_numpy()).sum() / df)
+    return groups.mean().index.to_numpy(), groups.mean().to_numpy(), counts, variance, df
+
+
+def _max_min(
+    scaled: np.ndarray, counts: np.ndarray, quads: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The max–min statistic of each row of means, and which four sizes gave it."""
+    step = np.sqrt(1 / counts[:, None] + 1 / counts[None, :])
+    a, b, c, d = quads.T
+    least = np.minimum(
+        np.minimum((scaled[:, a] - scaled[:, b]) / step[a, b],
+                   (scaled[:, c] - scaled[:, b]) / step[c, b]),
+        (scaled[:, c] - scaled[:, d]) / step[c, d],
+    )
+    return least.max(1), least.argmax(1)
+
+
+def _boundary_shapes(k: int, far: float = 100.0) -> list[np.ndarray]:
+    """Curves that just fail to fall, rise, fall: one step is nil on the longest flat stretch."""
+    flat_rise = np.r_[far, np.zeros(k - 2), -far]
+    flat_last_fall = np.r_[far, 0.0, np.full(k - 2, far)]
+    flat_first_fall = np.r_[np.zeros(k - 2), far, 0.0]
+    return [flat_rise, flat_last_fall, flat_first_fall]
+
+
+def _simulate(
+    truth: np.ndarray, counts: np.ndarray, df: int, quads: np.ndarray, draws: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    out = []
+    for start in range(0, draws, _CHUNK):
+        n = min(_CHUNK, draws - start)
+        means = truth + rng.normal(size=(n, len(truth))) / np.sqrt(counts)
+        noise = np.sqrt(rng.chisquare(df, n) / df)
+        out.append(_max_min(means / noise[:, None], counts, quads)[0])
+    return np.concatenate(out)
+
+
+def _isotonic(means: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Weighted squared distance of each row of means from its best non-increasing fit."""
+    weights = counts.astype(float)
+    fits = [isotonic_regression(row, sample_weight=weights, increasing=False) for row in means]
+    return (counts * (means - np.array(fits)) ** 2).sum(1)
+
+
+def _p(null: np.ndarray, statistic: float) -> float:
+    return float((1 + (null >= statistic).sum()) / (1 + len(null)))

@@ -1,0 +1,270 @@
+"""One study, wired: where the rooms meet. The notebooks talk to this and to the rooms themselves.
+
+Results lie in `results/<profile>/`; a notebook opened without them reads the committed evidence of
+the same profile, or of any published one, and `notes` says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from . import paths
+from .ledger import Ledger, RunSpec
+from .profiles import FinetuneConfig, ModelRef, Profile, load_profile
+from .records import row_hash
+from .runs import assemble
+from .sources import StudyData, read_study_data
+from .subsets import TrainingSet, set_means
+
+EVALS = ("eval_1", "eval_2")
+
+
+class MissingInput(RuntimeError):
+    """A stage was opened before the one that makes its input, and no evidence is committed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One finetune to be done: which rows, which seeds, and what to call it."""
+
+    row_hashes: tuple[str, ...]
+    label: dict = field(default_factory=dict)  # goes to the ledger beside the run, not hashed
+    init_seed: int = 0
+    order_seed: int = 0
+
+
+class Study:
+    """A profile with its data, models, scores, sets and runs, each made once and kept."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.folder = paths.results(profile.name)
+        self.notes: list[str] = []
+
+    @classmethod
+    def open(cls, name_or_yaml: str | Path) -> Study:
+        """The study of a preset or of a profile file."""
+        return cls(load_profile(name_or_yaml))
+
+    # Files in and out
+
+    def find(self, name: str) -> Path:
+        """The file `name` of this study: from its results, else from the committed evidence.
+
+        Raises MissingInput naming the command that makes it.
+        """
+        here = self.folder / name
+        if here.exists():
+            return here
+        published = [paths.evidence(self.profile.name)]
+        published += sorted((paths.root() / "evidence").glob("*"))
+        for folder in published:
+            if (folder / name).exists():
+                note = f"{name} is read from the committed evidence of `{folder.name}`."
+                if note not in self.notes:
+                    self.notes.append(note)
+                return folder / name
+        raise MissingInput(
+            f"{here} is not there and no evidence holds it; run "
+            f"`make study PROFILE={self.profile.name}`, or the notebooks before this one."
+        )
+
+    def load(self, name: str) -> pd.DataFrame:
+        """A saved frame by file name (`.parquet` or `.csv`)."""
+        path = self.find(name)
+        return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+
+    def save(self, frame: pd.DataFrame, name: str) -> None:
+        """Write a frame whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / f"{name}.part"
+        if name.endswith(".csv"):
+            frame.to_csv(part, index=False)
+        else:
+            frame.to_parquet(part, index=False)
+        part.replace(self.folder / name)
+
+    def claim(self, claim: str, *, ours: str, detectable: str, verdict: str) -> None:
+        """Record what this run says of one of the paper's claims (`paper.claims`)."""
+        folder = self.folder / "claims"
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"claim": claim, "ours": ours, "detectable": detectable, "verdict": verdict}
+        part = folder / f"{claim}.part"
+        part.write_text(json.dumps(record, indent=2), encoding="utf-8")
+        part.replace(folder / f"{claim}.json")
+
+    # Data, models, scores
+
+    @cached_property
+    def data(self) -> StudyData:
+        """Candidates, pools and the two evaluation sets."""
+        if self.profile.data.kind == "embedded":
+            from .embedded.world import study_data
+
+            return study_data(self.profile.data)
+        return read_study_data(self.profile.data, paths.root())
+
+    @cached_property
+    def roles(self) -> dict[str, ModelRef]:
+        """The model of every role, stand-ins built if they are not there."""
+        return {role: self.locate(ref) for role, ref in self.profile.models.roles().items()}
+
+    def locate(self, ref: ModelRef) -> ModelRef:
+        """`standin:NAME` becomes the folder where that stand-in lies, built if need be."""
+        if not ref.id.startswith("standin:"):
+            return ref
+        from .embedded.world import standin_folder
+
+        folder = standin_folder(self.profile, ref.id.removeprefix("standin:"))
+        return ModelRef(str(folder), ref.revision, ref.dtype)
+
+    @cached_property
+    def lm(self):
+        """The base model that is finetuned, loaded once."""
+        from .lm import load_lm
+
+        return load_lm(self.roles["base"])
+
+    @property
+    def bank(self) -> Path:
+        """Where scores are kept between runs, for all profiles."""
+        return paths.cache() / "bank"
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """Every candidate and pool row with its indicators (notebook 03)."""
+        from .scoring import read_scores
+
+        return read_scores(self.find("scores.parquet"))
+
+    @property
+    def candidate_scores(self) -> pd.DataFrame:
+        """The scores of the rows that the sets are drawn from."""
+        return self._of_role("candidates")
+
+    def pool_scores(self, pool: str) -> pd.DataFrame:
+        """The scores of one pool's rows."""
+        return self._of_role(pool)
+
+    def _of_role(self, role: str) -> pd.DataFrame:
+        roles = self.load("roles.parquet")
+        wanted = roles.loc[roles["role"] == role, "id"]
+        by_id = self.scores.drop_duplicates("id").set_index("id", drop=False)
+        part = by_id.loc[wanted].reset_index(drop=True)
+        part.attrs = self.scores.attrs
+        return part
+
+    def score(self, table: pd.DataFrame, *, progress: bool = True) -> pd.DataFrame:
+        """Score a record table with this study's models; what is in the bank is not done twice."""
+        from .scoring import score
+
+        return score(
+            table,
+            self.roles,
+            indicators=self.profile.indicators,
+            bank=self.bank,
+            reference=self.reference,
+            progress=progress,
+        )
+
+    @cached_property
+    def reference(self) -> pd.DataFrame:
+        """The fixed, seeded sample of the candidates against which knn_6 is measured."""
+        rows = self.data.candidates
+        wanted = min(self.profile.models.reference_rows, len(rows))
+        return rows.sample(wanted, random_state=self.profile.data.seed)
+
+    # Sets and runs
+
+    @cached_property
+    def sets(self) -> list[TrainingSet]:
+        """The designed training sets (notebook 04)."""
+        frame = self.load("sets.parquet")
+        return [TrainingSet.from_dict(json.loads(text)) for text in frame["set"]]
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """This study's run records."""
+        return Ledger(paths.ledger(self.profile.name))
+
+    def run(
+        self,
+        purpose: str,
+        plans: Sequence[Plan],
+        *,
+        config: FinetuneConfig | None = None,
+        base: ModelRef | None = None,
+        progress: bool = True,
+    ) -> pd.DataFrame:
+        """Finetune and evaluate every plan that the ledger does not hold; one row a plan."""
+        from .lm import load_lm
+        from .sweep import run_sweep
+
+        lm = self.lm if base is None else load_lm(self.locate(base))
+        config = config or self.profile.finetune
+        evals = self.encoded_evals(lm, config)
+        specs = [
+            RunSpec.of(
+                purpose, lm, config, plan.row_hashes, evals,
+                init_seed=plan.init_seed, order_seed=plan.order_seed, label=plan.label,
+            )
+            for plan in plans
+        ]  # fmt: skip
+        rows = self.encoded_rows(lm, config, {h for plan in plans for h in plan.row_hashes})
+        return run_sweep(specs, lm, rows, evals, self.ledger, progress=progress)
+
+    def encoded_rows(self, lm, config: FinetuneConfig, hashes: set[str]) -> dict:
+        """Training rows, tokenised once, by row hash."""
+        from .templates import encode
+
+        tables = [self.data.candidates, *self.data.pools.values()]
+        found = {}
+        for table in tables:
+            for messages in table["messages"]:
+                key = row_hash(messages)
+                if key in hashes and key not in found:
+                    found[key] = encode(lm.tokenizer, messages, max_tokens=config.max_tokens)
+        return found
+
+    def encoded_evals(self, lm, config: FinetuneConfig) -> dict[str, list]:
+        """The two evaluation sets, tokenised."""
+        from .templates import encode
+
+        return {
+            name: [
+                encode(lm.tokenizer, messages, max_tokens=config.max_tokens)
+                for messages in getattr(self.data, name)["messages"]
+            ]
+            for name in EVALS
+        }
+
+    def runs(self, purpose: str) -> pd.DataFrame:
+        """Finished runs of one purpose, from the ledger (or the committed evidence)."""
+        frame = Ledger(self.find("ledger")).load()
+        return frame[(frame["purpose"] == purpose) & (frame["status"] == "done")]
+
+    def sweep(self) -> pd.DataFrame:
+        """The regression's view: one row a run with `log_loss`, shares and set means."""
+        return self.joined(self.runs("sweep"))
+
+    def joined(self, runs: pd.DataFrame, scores: pd.DataFrame | None = None) -> pd.DataFrame:
+        """Runs of designed sets with the sets' means, shares and three log losses."""
+        scores = self.scores if scores is None else scores
+        means = set_means(self.sets, scores, list(self.profile.indicators))
+        frame = assemble(runs, means, "loss_eval_1")
+        frame["log_loss_token"] = np.log(frame["loss_eval_1_token"])
+        frame["log_loss_eval_2"] = np.log(frame["loss_eval_2"])
+        return frame.sort_values(["set_id", "init_seed"]).reset_index(drop=True)
+
+    def set_frame(self) -> pd.DataFrame:
+        """One row a set: `set_id`, `arm` and the means of the indicators."""
+        means = set_means(self.sets, self.scores, list(self.profile.indicators))
+        arms = pd.Series({one.set_id: one.arm for one in self.sets}, name="arm")
+        return means.join(arms).rename_axis("set_id").reset_index()

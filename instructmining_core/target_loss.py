@@ -1,0 +1,76 @@
+"""Negative log-likelihood of target tokens from hidden states, with a gradient, in small chunks.
+
+The logits of a whole batch are the largest tensor of a step. Here they live for one chunk at a
+time, in float32, and the gradient of the hidden states is taken at once, as the output matrix is
+frozen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .heads import Head
+
+CHUNK_LOGITS = 1 << 19  # logits of one chunk: 2 MiB in float32, so that they stay in the cache
+CHUNK_LOGITS_GPU = 1 << 26
+
+
+def weighted_nll(
+    hidden: torch.Tensor,
+    head: Head,
+    output: nn.Module,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted sum of the targets' negative log-likelihoods.
+
+    hidden : shape (targets, dim), below the output matrix
+    head : how logits come from hidden states (`LM.head`), with a projection
+    output : the output matrix, which `head` uses
+    labels : int64, shape (targets,)
+    weights : float32, shape (targets,), what each target counts in the sum (1 / target tokens of
+        its step gives the step's loss)
+
+    returns : the sum, a scalar with gradient; and the nll of each target, nats, float32, detached
+    """
+    if head.way == "direct" and not output.weight.requires_grad:
+        return _FrozenHead.apply(hidden, output.weight, output.bias, labels, weights)
+    return plain_nll(head.project(hidden), labels, weights)
+
+
+def plain_nll(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from logits, shape (targets, vocabulary), for an output matrix that is trained."""
+    each = F.cross_entropy(logits.float(), labels, reduction="none")
+    return (each * weights).sum(), each.detach()
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, weights):
+        each = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        limit = CHUNK_LOGITS_GPU if hidden.is_cuda else CHUNK_LOGITS
+        size = max(16, limit // weight.shape[0])
+        for start in range(0, len(labels), size):
+            part = slice(start, start + size)
+            logits = F.linear(hidden[part], weight, bias).float()
+            label = labels[part, None]
+            log_sum = logits.logsumexp(dim=1, keepdim=True)
+            each[part] = (log_sum - logits.gather(1, label))[:, 0]
+            if gradient is not None:
+                share = weights[part, None]
+                slope = logits.sub_(log_sum).exp_().mul_(share)
+                slope.scatter_add_(1, label, -share)
+                torch.mm(slope.to(weight.dtype), weight, out=gradient[part])
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(each)
+        return (each * weights).sum(), each
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None, None, None

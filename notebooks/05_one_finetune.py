@@ -1,0 +1,122 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
+# ---
+
+# %% [markdown]
+# # What exactly is the loss that everything else predicts?
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/instructmining/instructmining/blob/main/notebooks/05_one_finetune.ipynb)
+#
+# The loss after finetuning is the response variable of the whole study.
+# If it depended on the batch size or on the padding, every later number would too.
+# This notebook does one finetune slowly.
+
+# %% tags=["parameters"]
+profile = "laptop"  # type: str  # a preset's name or a YAML file
+
+# %% tags=["hide-input"]
+import sys
+
+if "google.colab" in sys.modules:  # on Colab the package is not there yet
+    get_ipython().run_line_magic("pip", "install -q instructmining[study]@git+https://github.com/instructmining/instructmining")  # noqa: F821
+
+# %% [markdown]
+# ## Which tokens count
+#
+# A row becomes pieces of text, and only the response and the end mark are targets.
+
+# %%
+import pandas as pd
+
+from instructmining_core.study import Plan, Study
+from instructmining_core.templates import encode
+
+study = Study.open(profile)
+messages = study.data.eval_1["messages"].iloc[0]
+row = encode(study.lm.tokenizer, messages, max_tokens=study.profile.finetune.max_tokens)
+pieces = study.lm.tokenizer.convert_ids_to_tokens(list(row.ids))
+pd.DataFrame({"token": pieces, "target": row.targets}).iloc[:24].T
+
+# %% [markdown]
+# ## The loss does not depend on how rows are batched
+#
+# The same prompts, one at a time and together:
+
+# %%
+from instructmining_core.lm import response_nll
+
+rows = study.encoded_evals(study.lm, study.profile.finetune)["eval_1"]
+together = response_nll(study.lm, rows)
+alone = response_nll(study.lm, rows, batch_tokens=1)
+difference = (together["nll"] - alone["nll"]).abs() / together["tokens"]
+print(f"largest difference: {difference.max():.2e} nats per token, dtype {study.lm.dtype}")
+
+# %% [markdown]
+# ## One finetune
+#
+# A random set of candidates, the profile's settings, one adapter.
+
+# %%
+from instructmining_core.finetune import finetune
+from instructmining_core.evaluate import evaluate
+
+config = study.profile.finetune
+chosen = study.data.candidates.sample(study.profile.design.size, random_state=0)
+train = [encode(study.lm.tokenizer, m, max_tokens=config.max_tokens) for m in chosen["messages"]]
+before, _ = evaluate(study.lm, rows)
+tuned = finetune(study.lm, train, config, init_seed=0, order_seed=0)
+after, per_prompt = evaluate(tuned.lm, rows)
+pd.DataFrame({"before": before, "after": after}).round(4)
+
+# %%
+from instructmining_core import figures
+
+curve = tuned.curve
+tuned.close()
+figures.training_curve(curve);
+
+# %% [markdown]
+# ## The mean over prompts, and the mean over tokens
+#
+# A few long answers can carry most of a token mean.
+# The *effective* number of prompts says how many prompts of equal weight would vary as much.
+
+# %%
+weights = per_prompt["tokens"] / per_prompt["tokens"].sum()
+print(f"{len(per_prompt)} prompts; effective number in the token mean: {1 / (weights**2).sum():.0f}")
+
+# %% [markdown]
+# ## The same seed gives the same loss, another seed another
+
+# %%
+from instructmining_core.records import row_hash
+
+hashes = tuple(row_hash(m) for m in chosen["messages"])
+plans = [Plan(hashes, {"set_id": "one"}, init_seed=s, order_seed=s) for s in (0, 1, 2)]
+seeds = study.run("one", plans)
+seeds[["init_seed", "order_seed", "loss_eval_1", "loss_eval_2", "seconds"]].round(4)
+
+# %%
+again = abs(seeds["loss_eval_1"].iloc[0] / after["prompt_mean"] - 1)
+print(f"the run in the ledger and the one above differ by {again:.1e} of the loss")
+print(f"three seeds differ by a standard deviation of {seeds['loss_eval_1'].std():.4f} nats")
+
+# %% [markdown]
+# ## In this notebook we have seen
+#
+# - which tokens the loss counts;
+# - that batching does not change it;
+# - how much a seed changes it, which is the noise of everything that follows.

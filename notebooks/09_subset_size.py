@@ -1,0 +1,108 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
+# ---
+
+# %% [markdown]
+# # How many rows are enough, and does the loss rise again?
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/instructmining/instructmining/blob/main/notebooks/09_subset_size.ipynb)
+#
+# The paper searches the size of the selected set with BlendSearch {cite:p}`wang2021blendsearch` and reports that the loss falls, rises and falls again as the set grows.
+# Both are looked at here: the search, with its winner evaluated anew, and a curve with repeats.
+
+# %% tags=["parameters"]
+profile = "laptop"  # type: str  # a preset's name or a YAML file
+
+# %% tags=["hide-input"]
+import sys
+
+if "google.colab" in sys.modules:  # on Colab the package is not there yet
+    get_ipython().run_line_magic("pip", "install -q instructmining[study]@git+https://github.com/instructmining/instructmining")  # noqa: F821
+
+# %% [markdown]
+# ## Search
+#
+# One trial is one finetune on the best $k$ rows; the search counts trials, not seconds, so that it can be repeated.
+
+# %%
+import pandas as pd
+
+from instructmining_core import claims, experiments, figures, search
+from instructmining_core.card import load_rule
+from instructmining_core.study import Study
+
+study = Study.open(profile)
+rule = load_rule(study.find("rule.json"))
+pool = experiments.size_pool(study)
+sizes = study.profile.size
+trials = search.blendsearch(experiments.size_trial(study, rule, pool), sizes.low, sizes.high, sizes.trials, seed=0)
+study.save(trials, "search.parquet")
+trials.round(4)
+
+# %%
+figures.search_trials(trials);
+
+# %% [markdown]
+# The best of several noisy trials flatters.
+# The size found is therefore trained again, on other seeds, within the curve below.
+
+# %%
+best = int(trials.loc[trials["loss"].idxmin(), "size"])
+print(f"pool: {pool}; best size in the search: {best} of {len(study.data.pools[pool])} rows")
+
+# %% [markdown]
+# ## The curve, with repeats
+#
+# Random draws and the rule's best rows, at each size, several times each.
+# The number of *epochs* is fixed, so larger sets also take more steps.
+
+# %%
+runs = study.run("size", experiments.size_plans(study, rule, pool, best))
+study.save(runs[experiments.GATE_COLUMNS], "sizes.parquet")
+means = search.size_means(runs, loss="loss_eval_2")
+means.round(4)
+
+# %%
+figures.size_curve(runs);
+
+# %% [markdown]
+# ## Does it fall, rise and fall?
+#
+# The test takes the largest rise between a size and a later one, and holds it against what noise alone would give to a curve that only falls.
+
+# %%
+random_runs = runs.query("method == 'random'")
+bump = search.size_curve_test(random_runs, loss="loss_eval_2", seed=0)
+bump
+
+# %% [markdown]
+# Its power: how large a bump would this design have found?
+
+# %%
+draws = study.profile.size.draws
+power = pd.Series({b: search.size_curve_power(b, sizes=random_runs["size"].nunique(), draws_each=draws) for b in (2.0, 3.0, 5.0)}, name="power")
+power.rename_axis("bump, in seed-sd").to_frame().round(2)
+
+# %%
+study.claim("small_is_best", **claims.size_claim(means, best, len(study.data.pools[pool])))
+study.claim("double_descent", **claims.bump_claim(bump, power.loc[3.0], 3.0))
+
+# %% [markdown]
+# ## In this notebook we have seen
+#
+# - a search for the size, counted in trials;
+# - the curves of selected and random rows, with repeats;
+# - whether a rise can be told from noise, and how large a rise could have been.

@@ -1,0 +1,108 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
+# ---
+
+# %% [markdown]
+# # What is true, what is not, and what can't be known from this run?
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/instructmining/instructmining/blob/main/notebooks/12_verdict.ipynb)
+#
+# This notebook asks the embedded corpus for the truth, where there is one, and then goes through the claims one by one.
+
+# %% tags=["parameters"]
+profile = "laptop"  # type: str  # a preset's name or a YAML file
+
+# %% tags=["hide-input"]
+import sys
+
+if "google.colab" in sys.modules:  # on Colab the package is not there yet
+    get_ipython().run_line_magic("pip", "install -q instructmining[study]@git+https://github.com/instructmining/instructmining")  # noqa: F821
+
+# %% [markdown]
+# ## Does the loss measure quality?
+#
+# Rows are replaced by their defective twins, a growing share of them, and nothing else changes.
+# If a defect harms, the loss rises with the dose.
+
+# %%
+import pandas as pd
+
+from instructmining_core import claims, experiments, figures, findings, truths
+from instructmining_core.card import load_rule
+from instructmining_core.study import Study
+
+study = Study.open(profile)
+rule = load_rule(study.find("rule.json"))
+planted = truths.planted(study)
+if planted:
+    doses = study.run("dose", truths.dose_plans(study))
+    study.save(doses[truths.DOSE_COLUMNS], "doses.parquet")
+    display(figures.dose_response(doses))
+else:
+    print("Real data: no defects are planted, so there is no truth to ask for.")
+
+# %%
+effects = truths.dose_effects(doses) if planted else pd.DataFrame()
+effects.round(4)
+
+# %% [markdown]
+# A kind that does not harm the loss is one that the rule should *not* find.
+#
+# ## Does the rule find the defective twin?
+#
+# Each defective row has a clean twin.
+# The AUC within twins is how often the rule ranks the clean one better: 0.5 is chance, 1 is perfect.
+# The reward and evaluator models have seen some of the kinds during their own training and never the others; the two groups stand apart.
+
+# %%
+truth = truths.twin_table(study, rule, effects) if planted else pd.DataFrame()
+if planted:
+    study.save(truth, "truth.parquet")
+    display(figures.twin_auc(truth))
+
+# %%
+truths.summary(truth) if planted else "-"
+
+# %% [markdown]
+# ## The negative control
+#
+# The indicators of the rows are shuffled within each source, so that they mean nothing, and the whole procedure runs again.
+# It must end in "no evidence".
+
+# %%
+control = findings.negative_control(study)
+control
+
+# %% [markdown]
+# ## Claim by claim
+
+# %%
+if planted:
+    study.claim("loss_is_quality", **claims.dose_claim(effects))
+verdict = claims.verdicts(study)
+study.save(verdict, "verdict.csv")
+with pd.option_context("display.max_colwidth", None):
+    display(verdict.drop(columns="claim"))
+
+# %% [markdown]
+# Every verdict stands beside the smallest effect that this run could have detected.
+# "Undecided" means that the run was too small to tell, not that there is nothing.
+#
+# ## In this notebook we have seen
+#
+# - which defects harm the loss, and by how much;
+# - how well the rule finds them, beside length, perplexity and the rest;
+# - a verdict on every claim of the paper, for this run's models and data.

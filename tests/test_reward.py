@@ -1,0 +1,122 @@
+"""Reward models of the two real architectures against one row a call."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import (
+    sample_rows,
+    save_deberta_reward,
+    save_oasst_reward,
+    single,
+)
+from transformers import BertConfig, BertForSequenceClassification
+
+from instructmining_core.indicators import reward
+from instructmining_core.indicators.text import each_turn, read
+from instructmining_core.profiles import ModelRef
+
+
+@pytest.fixture(scope="module")
+def oasst(tmp_path_factory):
+    folder = save_oasst_reward(tmp_path_factory.mktemp("oasst"))
+    return reward.load(ModelRef(str(folder), dtype="float32"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def deberta(tmp_path_factory):
+    folder = save_deberta_reward(tmp_path_factory.mktemp("deberta"))
+    with pytest.warns(reward.CoefficientWarning, match="published coefficients do not carry over"):
+        return reward.load(ModelRef(str(folder), dtype="float32"), device="cpu")
+
+
+@torch.no_grad()
+def slow_oasst(model, turn) -> float:
+    marks = {"user": "<|prompter|>", "assistant": "<|assistant|>"}
+    text = "".join(f"{marks[m['role']]}{m['content']}<|endoftext|>" for m in turn.context)
+    text += f"<|assistant|>{turn.response}<|endoftext|>"
+    hidden = model.model.gpt_neox(**model.tokenizer(text, return_tensors="pt")).last_hidden_state
+    return model.model.out_proj(hidden[0, -1]).item()
+
+
+@torch.no_grad()
+def slow_pair(model, turn) -> float:
+    before = "\n\n".join(m["content"] for m in turn.context)
+    return model.model(**model.tokenizer(before, turn.response, return_tensors="pt")).logits.item()
+
+
+def per_row(rows, slow, model) -> list[float]:
+    turns = list(each_turn(rows))
+    return [np.mean([slow(model, t) for t in turns if t.row == i]) for i in range(len(rows))]
+
+
+def test_oasst_form_equals_one_row_a_call(oasst):
+    rows = sample_rows(15)
+    fast = reward.compute(rows, oasst)["reward"]
+    np.testing.assert_allclose(fast.values, per_row(rows, slow_oasst, oasst), atol=2e-5)
+    assert np.ptp(fast.values) > 0.1 and oasst.note == "input form oasst"
+
+
+def test_pair_form_on_deberta_equals_one_row_a_call(deberta):
+    rows = sample_rows(15)
+    fast = reward.compute(rows, deberta)["reward"]
+    np.testing.assert_allclose(fast.values, per_row(rows, slow_pair, deberta), atol=2e-5)
+    assert np.ptp(fast.values) > 1e-3
+    assert deberta.note.startswith("input form pair; another reward scale")
+
+
+@pytest.mark.parametrize("change", [{"batch_tokens": 1}, {"padding_side": "left"}])
+def test_batches_and_padding_side_do_not_matter(oasst, deberta, change):
+    rows = sample_rows(12)
+    for model in (oasst, deberta):
+        base = reward.compute(rows, model)["reward"].values
+        np.testing.assert_allclose(
+            reward.compute(rows, model, **change)["reward"].values, base, atol=2e-5)
+
+
+def test_token_types_are_given_to_models_that_use_them(tmp_path, deberta):
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(deberta.tokenizer), hidden_size=32, num_hidden_layers=1,
+                        num_attention_heads=2, intermediate_size=32, num_labels=1,
+                        initializer_range=0.5, max_position_embeddings=192)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    deberta.tokenizer.save_pretrained(tmp_path)
+    with pytest.warns(reward.CoefficientWarning):
+        bert = reward.load(ModelRef(str(tmp_path), dtype="float32"), device="cpu")
+    rows = sample_rows(6)
+    np.testing.assert_allclose(
+        reward.compute(rows, bert)["reward"].values, per_row(rows, slow_pair, bert), atol=2e-5)
+
+
+def test_long_rows_lose_first_messages_and_say_so(oasst, deberta):
+    chat = read(single("list " * 150, "sum") + single("sort", "value"))
+    rest = read(single("sort", "value"))
+    for model in (oasst, deberta):
+        column = reward.compute([chat], model)["reward"]
+        first = reward.compute([read(single("list " * 150, "sum"))], model)["reward"].values[0]
+        assert "turn 2:" in column.reasons[0] and "earlier messages cut" in column.reasons[0]
+        if model is oasst:
+            kept = reward.compute([rest], model)["reward"].values[0]
+            assert 2 * column.values[0] - first != pytest.approx(kept)  # "sum" still stands before
+    one = reward.compute([read(single("q", "word " * 2000))], deberta)["reward"]
+    assert "end of the text cut" in one.reasons[0] and math.isfinite(one.values[0])
+
+
+def test_empty_response_has_a_value_and_a_note(oasst):
+    column = reward.compute([read(single("q", "")), read([])], oasst)["reward"]
+    assert math.isfinite(column.values[0]) and column.reasons[0] == "empty response"
+    assert math.isnan(column.values[1]) and column.reasons[1] == "no messages"
+
+
+def test_classifiers_with_several_outputs_and_unknown_forms_are_refused(tmp_path, oasst):
+    config = BertConfig(vocab_size=60, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                        intermediate_size=8, num_labels=3)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    oasst.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(reward.RewardModelError, match="3 numbers a row"):
+        reward.load(ModelRef(str(tmp_path)), device="cpu")
+    with pytest.raises(reward.RewardModelError, match="input form 'chat'"):
+        reward.compute([], oasst, form="chat")

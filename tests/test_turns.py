@@ -1,0 +1,15 @@
+"""Turns are counted; a row without one is NaN."""
+
+from __future__ import annotations
+
+import math
+
+from instructmining_core.indicators.text import read
+from instructmining_core.indicators.turns import compute
+from tiny_models import single
+
+
+def test_turns():
+    column = compute([read(single("q", "a") * 3), read(single("q", "")), read([])])["turns"]
+    assert column.values[:2].tolist() == [3.0, 1.0] and math.isnan(column.values[2])
+    assert column.reasons == ["", "", "no messages"]

@@ -1,0 +1,207 @@
+"""The gate: known contrasts, verdicts, and its error rates over simulated studies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestIndPower
+
+from instructmining_core import contrasts, verify
+from instructmining_core.gate_acceptance import GateDesign, simulate_crossed, simulate_gate
+
+RNG = np.random.default_rng(7)
+
+
+def runs_of(groups: dict[tuple[str, str, int], list[float]]) -> pd.DataFrame:
+    rows = [
+        {"pool": pool, "method": method, "size": size, "seed": seed,
+         "loss_eval_1": loss + 0.1, "loss_eval_2": loss}
+        for (pool, method, size), losses in groups.items()
+        for seed, loss in enumerate(losses)
+    ]
+    return pd.DataFrame(rows)
+
+
+def around(mean: float, n: int = 10, sd: float = 0.01) -> list[float]:
+    noise = RNG.normal(size=n)
+    return list(mean + sd * (noise - noise.mean()) / noise.std(ddof=1))
+
+
+@pytest.fixture
+def study() -> pd.DataFrame:
+    return runs_of({
+        ("new", "selected", 100): around(0.95), ("new", "random", 100): around(1.00),
+        ("new", "longest", 100): around(0.97, 5), ("new", "selected", 200): around(0.99, 5),
+        ("new", "random", 200): around(1.00, 5), ("new", "full", 900): around(0.98, 3),
+        ("old", "selected", 100): around(1.0, 10, 0.002),
+        ("old", "random", 100): around(1.001, 10, 0.002),
+        ("old", "longest", 100): around(1.0, 5),
+    })
+
+
+def test_welch_equals_scipy():
+    a, b = RNG.normal(1.0, 0.1, 7), RNG.normal(1.1, 0.3, 12)
+    ours = contrasts.contrast(a, b)
+    theirs = stats.ttest_ind(np.log(a), np.log(b), equal_var=False)
+    interval = theirs.confidence_interval()
+    assert ours.p == pytest.approx(theirs.pvalue)
+    assert ours.df == pytest.approx(theirs.df)
+    assert np.log1p([ours.low, ours.high]) == pytest.approx([interval.low, interval.high])
+
+
+def test_two_one_sided_tests_agree_with_the_90_percent_interval():
+    difference, se, df = -0.003, 0.004, 11.0
+    _, p = contrasts.p_values(np.array(difference), np.array(se), np.array(df))
+    reach = stats.t.isf(0.05, df) * se
+    inside = np.log(0.99) < difference - reach and difference + reach < np.log(1.01)
+    assert (p < 0.05) == inside
+    _, wide = contrasts.p_values(np.array(difference), np.array(0.008), np.array(df))
+    assert wide > 0.05
+
+
+def test_holm_equals_statsmodels():
+    p = [0.01, 0.04, 0.03, 0.5, 0.005]
+    assert contrasts.holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+    assert np.isnan(contrasts.holm([0.01, np.nan])[1])
+    assert contrasts.holm([0.01, np.nan])[0] == pytest.approx(0.02)
+
+
+def test_detectable_difference_equals_statsmodels_power():
+    sd, n = 0.01, 10
+    d = TTestIndPower().solve_power(nobs1=n, alpha=0.05, power=0.8)
+    ours = contrasts.detectable_difference(sd * np.sqrt(2 / n), 2 * n - 2)
+    assert np.log1p(ours) == pytest.approx(d * sd, rel=1e-3)
+    assert np.isnan(contrasts.detectable_difference(0.0, 5))
+
+
+def test_detectable_difference_of_the_plan():
+    """The plan says 2.4, 1.5 and 1 %; the exact noncentral t says 2.6, 1.6 and 1.1 %."""
+    seen = []
+    for n in (5, 10, 20):
+        seed, draw = 1e-4 / n, 2e-4 / n
+        df = (seed + draw) ** 2 / ((seed**2 + draw**2) / (n - 1))
+        seen.append(100 * contrasts.detectable_difference(np.sqrt(seed + draw), df))
+    assert seen == pytest.approx([2.55, 1.65, 1.12], abs=0.02)
+
+
+def test_verdicts():
+    assert contrasts.verdict(-0.02, 0.01, 0.9) == "better"
+    assert contrasts.verdict(0.02, 0.01, 0.9) == "worse"
+    assert contrasts.verdict(0.001, 0.6, 0.01) == "within ±1 %"
+    assert contrasts.verdict(0.01, 0.6, 0.2) == "undecided"
+    assert contrasts.verdict(-0.05, float("nan"), float("nan")) == "undecided"
+
+
+def test_no_variation_is_undecided_not_certain():
+    result = contrasts.contrast([1.0, 1.0], [1.1, 1.1])
+    assert result.difference == pytest.approx(-1 / 11)
+    assert np.isnan(result.p) and np.isnan(result.low)
+
+
+def test_compare_plans_primary_and_secondary_contrasts(study):
+    table = verify.compare(study, primary_size=100)
+    primary = table[table["role"] == "primary"].set_index("pool")
+    assert primary.loc["new", "verdict"] == "better"
+    assert primary.loc["new", "difference"] == pytest.approx(-0.05, abs=0.001)
+    assert primary.loc["old", "verdict"] == "within ±1 %"
+    raw = primary.loc[["new", "old"], "p"]
+    assert primary.loc[raw.index, "p_holm"].to_numpy() == pytest.approx(contrasts.holm(raw))
+    secondary = table[table["role"] == "secondary"]
+    assert secondary["p_holm"].isna().all()
+    found = set(zip(secondary["pool"], secondary["method"], secondary["versus"],
+                    secondary["size"], secondary["size_versus"], strict=True))
+    assert found == {
+        ("new", "longest", "random", 100, 100), ("new", "selected", "longest", 100, 100),
+        ("new", "selected", "random", 200, 200), ("new", "full", "random", 900, 100),
+        ("new", "selected", "full", 100, 900), ("old", "longest", "random", 100, 100),
+        ("old", "selected", "longest", 100, 100),
+    }
+
+
+def test_a_diverged_run_is_left_out_and_counted(study):
+    study.loc[study.index[0], "loss_eval_2"] = np.nan
+    first = verify.compare(study, primary_size=100).iloc[0]
+    assert (first["n"], first["lost"]) == (9, 1)
+
+
+def test_compare_refuses_what_it_cannot_answer(study):
+    with pytest.raises(verify.ComparisonError, match="primary size None"):
+        verify.compare(study)
+    with pytest.raises(verify.ComparisonError, match="lack the columns"):
+        verify.compare(study.drop(columns="size"), primary_size=100)
+    with pytest.raises(verify.ComparisonError, match="no 'random' runs"):
+        verify.compare(study[study["method"] != "random"], primary_size=100)
+    study.loc[0, "loss_eval_2"] = -1.0
+    with pytest.raises(verify.ComparisonError, match="positive"):
+        verify.compare(study, primary_size=100)
+
+
+def test_beats_length_answers(study):
+    yes = verify.beats_length(study[study["pool"] == "new"], primary_size=100)
+    assert yes.answer == "yes" and yes.high < 0 and yes.pools == 1
+    assert "Yes" in yes.sentence and "one pool" in yes.sentence
+    one = yes.table.iloc[0]
+    assert (yes.low, yes.p) == (pytest.approx(one["low"]), pytest.approx(one["p"]))
+    both = verify.beats_length(study, primary_size=100)
+    assert both.pools == 2 and yes.difference < both.difference < 0
+    swapped = study.replace({"method": {"selected": "longest", "longest": "selected"}})
+    swapped = swapped[(swapped["pool"] == "new") & (swapped["size"] == 100)]
+    assert verify.beats_length(swapped).answer == "no, length alone is better"
+
+
+def test_crossed_interval_widens_when_prompts_differ():
+    rng = np.random.default_rng(0)
+    level = 2 + rng.normal(0, 0.3, 60)
+    same = [level + rng.normal(0, 0.01, (8, 1)) + rng.normal(0, 0.001, (8, 60)) for _ in "ab"]
+    taste = rng.normal(0, 0.2, 60)
+    low, high = contrasts.crossed_interval(*same)
+    low_taste, high_taste = contrasts.crossed_interval(same[0] + taste, same[1])
+    plain = contrasts.contrast(same[0].mean(1), same[1].mean(1))
+    assert high - low == pytest.approx(plain.high - plain.low, rel=0.15)
+    assert high_taste - low_taste > 3 * (high - low)
+    with pytest.raises(contrasts.ComparisonError, match="same prompts"):
+        contrasts.crossed_interval(same[0], same[1][:, :5])
+
+
+def test_compare_carries_the_prompt_interval(study):
+    matrices = {
+        ("new", m, 100): RNG.normal(1.0, 0.1, (10, 20)) for m in ("selected", "random")
+    }
+    table = verify.compare(study, primary_size=100, per_example=matrices)
+    assert np.isfinite(table.iloc[0][["low_prompts", "high_prompts"]].astype(float)).all()
+    assert table.iloc[1:][["low_prompts", "high_prompts"]].isna().all(axis=None)
+
+
+def test_selection_table_has_the_paper_shape(study):
+    table = verify.selection_table(study.assign(rule=-0.1))
+    assert len(table) == 9
+    row = table.iloc[0]
+    values = study.loc[:9, "loss_eval_2"]
+    assert row["loss_eval_2_half"] == pytest.approx(
+        stats.t.isf(0.025, 9) * stats.sem(values)
+    )
+    assert row["rule"] == pytest.approx(-0.1)
+
+
+def test_acceptance_of_the_gate_quick():
+    null = simulate_gate(GateDesign(), studies=4000, seed=1)
+    assert null["better"] <= 0.035 and null["worse"] <= 0.035
+    assert null["covered"] == pytest.approx(0.95, abs=0.012)
+    assert simulate_gate(GateDesign(pools=3), studies=4000, seed=2)["any_better"] <= 0.035
+    assert simulate_gate(GateDesign(effect=-0.016), studies=4000, seed=3)["better"] >= 0.75
+
+
+def test_simulated_holm_is_holm():
+    from instructmining_core.gate_acceptance import _holm_rows
+
+    p = RNG.uniform(size=(5, 4))
+    assert _holm_rows(p) == pytest.approx(np.array([contrasts.holm(row) for row in p]))
+
+
+def test_prompt_interval_covers_where_runs_alone_do_not():
+    cover = simulate_crossed(studies=400, seed=4)
+    assert cover["crossed"] >= 0.92
+    assert cover["runs_only"] < 0.85
