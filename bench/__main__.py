@@ -70,12 +70,13 @@ def merged(old: list[dict], new: list[dict]) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table; `ok` where the ratio reaches the goal."""
-    lines = ["| bench | peer | ours | theirs | unit | ratio | goal |", "|---|---" + "|--:" * 5 + "|"]
+    head = ("bench", "peer", "ours", "theirs", "unit", "ratio", "goal")
+    lines = ["| " + " | ".join(head) + " |", "|---|---" + "|--:" * 5 + "|"]
     for row in rows:
         goal = GOALS.get(row["bench"])
         known = goal is not None and row["ratio"] is not None
         mark = "" if not known else f"{goal} {'ok' if row['ratio'] >= goal else 'MISSED'}"
-        cells = [row[key] for key in ("bench", "peer", "ours", "theirs", "unit", "ratio")]
+        cells = [row[key] for key in head[:-1]]
         lines.append("| " + " | ".join(map(str, [*cells, mark])) + " |")
     return "\n".join(lines)
 

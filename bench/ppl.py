@@ -132,12 +132,12 @@ def _compare(bench: str, size: str, rows: int, rows_a_call: int, repeats: int) -
 def file_order() -> list[dict]:
     """`ppl_vs_file_order` at about 1 and 15 M parameters."""
     return [_compare("ppl_vs_file_order", "1m", 2048, 32, 3),
-            _compare("ppl_vs_file_order", "15m", 2048, 32, 1)]
+            _compare("ppl_vs_file_order", "15m", 2048, 32, 3)]
 
 
 def one_row() -> list[dict]:
     """`ppl_vs_row` at about 1 and 15 M parameters."""
-    return [_compare("ppl_vs_row", "1m", 2048, 1, 3), _compare("ppl_vs_row", "15m", 2048, 1, 1)]
+    return [_compare("ppl_vs_row", "1m", 2048, 1, 3), _compare("ppl_vs_row", "15m", 2048, 1, 3)]
 
 
 def file_order_60m() -> list[dict]:

@@ -6,6 +6,7 @@ import pandas as pd
 
 from .card import RuleCard
 from .experiments import repeated, size_pool
+from .records import row_hash
 from .study import Study
 
 
@@ -33,3 +34,38 @@ def generate_pairs(study: Study, rule: RuleCard, *, progress: bool = True) -> pd
             pd.DataFrame({"pair": pair, "prompt_id": prompts["id"], "prompt": questions, **answers})
         )
     return pd.concat(frames, ignore_index=True)
+
+
+def judge_with_reward(study: Study, pairs: pd.DataFrame) -> pd.DataFrame:
+    """The reward model's preference for each pair of answers, in both orders.
+
+    pairs : from `generate_pairs`; returns the frame of `judge.judge_pairs`, all pairs of models.
+    """
+    from .judge import judge_pairs, reward_judge
+
+    conversations = [
+        [*row["prompt"], {"role": "assistant", "content": row[method]}]
+        for row in pairs.to_dict("records")
+        for method in ("selected", "random")
+    ]
+    rewards = _rewards(study, conversations)
+    judge = reward_judge(lambda messages: rewards[row_hash(messages)])
+    judged = [
+        judge_pairs(part["prompt"].tolist(), part["selected"].tolist(), part["random"].tolist(),
+                    judge, pair=pair)
+        for pair, part in pairs.groupby("pair")
+    ]  # fmt: skip
+    return pd.concat(judged, ignore_index=True)
+
+
+def _rewards(study: Study, conversations: list[list[dict]]) -> dict[str, float]:
+    """Reward by row hash, all conversations in one pass."""
+    from .scoring import score
+
+    table = pd.DataFrame({
+        "id": [str(i) for i in range(len(conversations))],
+        "source": "answers", "messages": conversations, "file": "", "row": range(len(conversations)),
+    })  # fmt: skip
+    ref = study.profile.models.reward
+    scores = score(table, {"reward": ref}, indicators=("reward",), standins=study.standins(ref))
+    return dict(zip(map(row_hash, conversations), scores["reward"], strict=True))

@@ -1,4 +1,4 @@
-"""From a result to a verdict on a claim: what was seen, what could have been seen, what it means."""
+"""From a result to a verdict on a claim: what was seen, and what could have been."""
 
 from __future__ import annotations
 

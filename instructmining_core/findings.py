@@ -11,7 +11,8 @@ from . import inference, regression
 from .card import RuleCard
 from .experiments import ladder_sweep, size_pool
 from .records import assistant_turns, row_hash
-from .runs import RunsError, Standardisation
+from .planner import plan_runs
+from .runs import RunsError, Standardisation, share_matrix, standardised
 from .selection import choose
 from .study import Study
 from .unigram import unigram_losses
@@ -152,3 +153,43 @@ def negative_control(study: Study, seed: int = 0) -> pd.DataFrame:
         "slopes beyond zero": f"{beyond} of {len(columns)}",
         "verdict": "no evidence" if test.p >= 0.05 else "evidence where there is none",
     }])  # fmt: skip
+
+
+def rule_card(study: Study, fit: Fit, jack, held: pd.DataFrame, test) -> RuleCard:
+    """The card of the study's rule, with all that is needed to use it or to refuse to."""
+    from .card_making import make_card
+    from .hub import resolve
+
+    profile = study.profile
+    ref = profile.models.base
+    base = resolve(ref, standins=study.standins(ref))
+    sources = ", ".join(fit.sources)
+    return make_card(
+        fit, study.candidate_scores,
+        fitted_on=f"profile {profile.name}: {len(fit.runs)} sets of {profile.design.size} rows "
+        f"from {len(fit.sources)} sources ({sources})",
+        not_for="other models, other reference sets, other languages; rows outside the range "
+        "of the fitted sets" + ("; models of any use: these are stand-ins" * base.stand_in),
+        new_sources=jack, held_out=held, permutation=test,
+        base={"id": base.id, "revision": base.revision, "stand_in": base.stand_in},
+    )  # fmt: skip
+
+
+def planned_half_widths(study: Study, frame: pd.DataFrame, sigma: float = 0.01) -> pd.DataFrame:
+    """Half-widths of the slopes that each arm would give, before any run.
+
+    frame : `Study.set_frame`; sigma : assumed noise, sd of the log loss. Columns arm, runs,
+    coefficient, half_width (95 %, log loss per sd of a row), low, high (80 % band).
+    """
+    columns = study.profile.rule_columns()
+    constants = Standardisation.fit(study.candidate_scores, columns)
+    assumed = inference.SeedVariance(sigma, 8, sigma, sigma)
+    parts = []
+    for arm, names in (("fusion", ["fusion"]), ("designed", ["within", "mixed"])):
+        rows = frame[frame["arm"].isin(names)]
+        order = rows.sample(frac=1.0, random_state=study.profile.design.seed)
+        shares = share_matrix(order)[0]
+        plan = plan_runs(shares, standardised(order, columns, constants), columns, assumed)
+        parts.append(plan.table.assign(arm=arm))
+    table = pd.concat(parts, ignore_index=True).replace(np.inf, np.nan)
+    return table[["arm", "runs", "coefficient", "half_width", "low", "high"]]

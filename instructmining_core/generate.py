@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from .batching import Failed, map_batches, pad
 from .heads import unwrapped
-from .lm import LM
+from .lm import LM, max_positions
 from .templates import Message, encode_many
 
 
@@ -40,11 +40,17 @@ def generate(
     batch_tokens : padded tokens of a batch, prompts and answers; halved when memory runs out.
     temperature : 0 is greedy. Above, each token is drawn with Gumbel noise from a generator seeded
         by (`seed`, the prompt's number), so a draw does not depend on the batch.
-    max_prompt_tokens : a longer prompt loses whole messages from the left, then its end.
+    max_prompt_tokens : a longer prompt loses whole messages from the left; the model's own number
+        of positions, less the answer's, limits it too.
 
-    Raises GenerationError for a prompt that alone does not fit into memory.
+    Raises GenerationError for a prompt whose last message is too long, or that alone does not fit
+    into memory.
     """
-    encoded = encode_many(lm.tokenizer, prompts, max_tokens=max_prompt_tokens)
+    limit = int(min(max_prompt_tokens, max_positions(lm) - max_new_tokens))
+    encoded = encode_many(lm.tokenizer, prompts, max_tokens=max(1, limit))
+    for number, row in enumerate(encoded):
+        if row.truncated:
+            raise GenerationError(f"Prompt {number}'s last message has more than {limit} tokens.")
     lengths = np.array([len(row) + max_new_tokens for row in encoded], dtype=np.int64)
 
     def batch(numbers: np.ndarray) -> list[str]:

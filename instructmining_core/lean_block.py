@@ -16,9 +16,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import row_attention
-from .stacked import StackedLinear, base_layer
+from .stacked_linear import Route, StackedLinear, base_layer
 
+_LARGEST = 200_000_000  # parameters; above, products rule the time and joined weights the memory
 _SHAPES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+
+
+def lean_blocks(model: nn.Module, route: Route) -> dict[str, LeanBlock]:
+    """A block for each decoder layer that fits, by the layer's name.
+
+    model : with the adapters on; route : of the adapters
+    """
+    if sum(p.numel() for p in model.parameters()) > _LARGEST:
+        return {}
+    shared: dict = {}
+    return {name: LeanBlock(layer, route, shared) for name, layer in model.named_modules()
+            if type(layer).__name__ in _SHAPES and fits(layer, model.config)}
 
 
 def fits(layer: nn.Module, config) -> bool:
@@ -115,9 +128,10 @@ class Joined:
 class LeanBlock(nn.Module):
     """Stands where a decoder layer stood; `layer` is that layer."""
 
-    def __init__(self, layer: nn.Module, route) -> None:
+    def __init__(self, layer: nn.Module, route: Route, shared: dict) -> None:
+        """shared : one dict for all blocks of a model."""
         super().__init__()
-        self.layer, self.route = layer, route
+        self.layer, self.route, self.shared = layer, route, shared
         attention, mlp = layer.self_attn, layer.mlp
         self.read = Joined([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = Joined([attention.o_proj])
@@ -126,6 +140,7 @@ class LeanBlock(nn.Module):
         self.dim, self.scale = attention.head_dim, attention.scaling
         self.key_heads = self.read.widths[1] // self.dim
         self.heads = self.read.widths[0] // self.dim
+        self.half = _half_turn(self.dim, self.out.weight.dtype)
         linears = [m for m in _linears(layer) if isinstance(m, StackedLinear)]
         self.trigger = linears[0].trigger if linears else None
 
@@ -140,13 +155,24 @@ class LeanBlock(nn.Module):
                 position_embeddings=position_embeddings, past_key_values=past_key_values, **kwargs,
             )
         flat = hidden_states.flatten(0, 1)
-        ways = _ways(position_embeddings, rows, len(flat), groups, packed_rows)
+        ways = self._ways(position_embeddings, rows, len(flat), groups, packed_rows)
         return _Block.apply(flat, self.trigger, self, ways).view_as(hidden_states)
+
+    def _ways(self, position_embeddings, rows, tokens, groups, packed_rows) -> _Ways:
+        """Made by the first layer of a pass, used by all: they are given the same tensors."""
+        cos, sin = position_embeddings
+        if self.shared.get("cos") is not cos or self.shared["groups"] is not groups:
+            turned = self.heads + self.key_heads
+            wide = [x.expand(rows, -1, -1).reshape(tokens, -1).repeat(1, turned) for x in (cos, sin)]
+            take, back = (None, None) if packed_rows is None else (packed_rows.take,
+                                                                   packed_rows.back)
+            self.shared.update(cos=cos, groups=groups, ways=_Ways(*wide, groups, take, back))
+        return self.shared["ways"]
 
 
 @dataclass
 class _Ways:
-    """Rotation of each token, shape (tokens, 1, dim / 2), and where attention finds rows."""
+    """Rotation of each query and key number, shape (tokens, heads x dim); where rows lie."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -155,23 +181,14 @@ class _Ways:
     back: torch.Tensor | None
 
 
-def _ways(position_embeddings, rows, tokens, groups, packed_rows) -> _Ways:
-    half = position_embeddings[0].shape[-1] // 2
-    cos, sin = (x[..., :half].expand(rows, -1, -1).reshape(tokens, 1, half)
-                for x in position_embeddings)
-    if packed_rows is None:
-        return _Ways(cos, sin, groups, None, None)
-    return _Ways(cos, sin, groups, packed_rows.take, packed_rows.back)
-
-
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, trigger, block, ways):
         blocks = block.route.over(len(x))
         h1, r1 = _norm(x, block.layer.input_layernorm)
         joined, read = block.read.forward(h1, blocks)
+        _turn(joined[:, : ways.cos.shape[1]], ways.cos, ways.sin, block.half)
         joined = joined.view(len(x), -1, block.dim)
-        _turn(joined[:, : block.heads + block.key_heads], ways.cos, ways.sin)
         mixed, shares = _mix(block, joined, ways)
         y, out = block.out.forward(mixed, blocks)
         middle = y.add_(x)
@@ -197,10 +214,10 @@ class _Block(torch.autograd.Function):
         middle_slope = _norm_back(slope, middle, r2, block.layer.post_attention_layernorm)
         middle_slope.add_(gradient)
         slope = block.out.backward(middle_slope, out)
-        joined_slope = _unmix(block, slope, joined, shares, ways)
-        _turn(joined_slope[:, : block.heads + block.key_heads], ways.cos, -ways.sin)
+        joined_slope = _unmix(block, slope, joined, shares, ways).flatten(1)
+        _turn(joined_slope[:, : ways.cos.shape[1]], ways.cos, ways.sin, -block.half)
         wanted = ctx.needs_input_grad[0]
-        slope = block.read.backward(joined_slope.flatten(1), read, wanted=wanted)
+        slope = block.read.backward(joined_slope, read, wanted=wanted)
         if not wanted:
             return None, None, None, None
         slope = _norm_back(slope, x, r1, block.layer.input_layernorm)
@@ -224,15 +241,21 @@ def _norm_back(gradient, x, inverse, norm) -> torch.Tensor:
     return g.addcmul_(n, mean, value=-1).mul_(inverse).to(x.dtype)
 
 
-def _turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+def _turn(numbers: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: torch.Tensor) -> None:
     """Rotary positions, in place; the negative sine turns back.
 
-    heads : shape (tokens, heads, dim), halves of dim are the two coordinates
+    numbers : shape (tokens, heads x dim); half : shape (dim, dim), `_half_turn`
+    A product with a permutation is three times as fast as moving halves of 16 numbers.
     """
-    first, second = heads.chunk(2, dim=-1)
-    turned = (first * cos).addcmul_(second, sin, value=-1)
-    second.mul_(cos).addcmul_(first, sin)
-    first.copy_(turned)
+    turned = (numbers.reshape(-1, len(half)) @ half).view(numbers.shape).mul_(sin)
+    numbers.copy_(turned.addcmul_(numbers, cos))
+
+
+def _half_turn(dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix H with x H = (-second half of x, first half of x)."""
+    eye = torch.eye(dim // 2, dtype=dtype)
+    zero = torch.zeros_like(eye)
+    return torch.cat([torch.cat([zero, eye], 1), torch.cat([-eye, zero], 1)])
 
 
 def _mix(block, joined, ways) -> tuple[torch.Tensor, list]:

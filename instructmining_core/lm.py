@@ -68,8 +68,16 @@ def load_lm(ref: ModelRef, device: str | None = None, *, standins=None) -> LM:
     device = device or hub.pick_device()
     dtype = hub.pick_dtype(ref.dtype, device)
     resolved = hub.fetch(hub.resolve(ref, standins=standins))
-    tokenizer = AutoTokenizer.from_pretrained(resolved.folder, trust_remote_code=False)
-    model = _load_model(resolved.folder, dtype).to(device).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolved.folder, trust_remote_code=False)
+        model = _load_model(resolved.folder, dtype).to(device).eval()
+    except ValueError as error:
+        if "trust_remote_code" not in str(error) and "model type" not in str(error):
+            raise
+        raise hub.HubError(
+            f"{ref.id} needs its own code, which is never run here, or its model type is not known "
+            "to the installed transformers. Choose a model that transformers has."
+        ) from error
     return LM(model, tokenizer, resolved, device, dtype)
 
 
@@ -112,32 +120,42 @@ def response_nll(
     prediction, so it must not be a target.
     """
     lm.model.eval()
-    lengths = np.array([len(row.ids) for row in rows], dtype=np.int64)
-    scorable = np.array([any(row.targets[1:]) for row in rows], dtype=bool)
-    found = [_nothing(row) for row in rows]
-    chosen = np.flatnonzero(scorable)
+    limit = max_positions(lm)
+    found = [_nan(_unusable(row, limit)) for row in rows]
+    chosen = np.array([i for i, row in enumerate(rows) if not _unusable(row, limit)], dtype=int)
+    lengths = [len(rows[i].ids) for i in chosen]
 
     def batch(numbers: np.ndarray) -> list[tuple]:
         return _batch_rows(lm, [rows[i] for i in chosen[numbers]], padding_side)
 
-    def stored(numbers: np.ndarray, results: Sequence) -> None:
-        results = [_nothing(rows[i], r.reason) if isinstance(r, Failed) else r
-                   for i, r in zip(chosen[numbers], results, strict=True)]
-        for i, result in zip(chosen[numbers], results, strict=True):
-            found[i] = result
+    def keep(numbers: np.ndarray, results: Sequence) -> None:
+        results = [_nan(r.reason) if isinstance(r, Failed) else r for r in results]
+        for row, result in zip(chosen[numbers], results, strict=True):
+            found[row] = result
         if on_batch is not None:
             on_batch(chosen[numbers], results)
 
     budget = batch_tokens or BATCH_TOKENS[lm.device.partition(":")[0]]
-    map_batches(
-        batch, lengths[chosen], budget, progress, f"loss of {len(rows)} rows", on_batch=stored
-    )
+    map_batches(batch, lengths, budget, progress, f"loss of {len(rows)} rows", on_batch=keep)
     return pd.DataFrame(found, columns=list(COLUMNS))
 
 
-def _nothing(row: Encoded, reason: str = "") -> tuple:
-    reason = reason or ("no response token within max_tokens" if row.truncated
-                        else "no response token")
+def max_positions(lm: LM) -> float:
+    """Tokens that a row may have; infinite where the model's configuration names no limit."""
+    config = unwrapped(lm.model).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or float("inf")
+
+
+def _unusable(row: Encoded, limit: float) -> str:
+    """Why a row cannot have a loss, or ""."""
+    if len(row.ids) > limit:
+        return f"{len(row.ids)} tokens are more than the model's {limit} positions"
+    if any(row.targets[1:]):
+        return ""
+    return "no response token within max_tokens" if row.truncated else "no response token"
+
+
+def _nan(reason: str) -> tuple:
     return (np.nan, 0, np.nan, 0, np.nan, 0, reason)
 
 

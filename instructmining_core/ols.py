@@ -81,8 +81,8 @@ class OLS:
 def ols(X: np.ndarray, y: np.ndarray, names: Sequence[str]) -> OLS:
     """Fit by QR on columns of unit length, which keeps Longley's data right to 1e-9.
 
-    X : (n, k), any constant included; y : (n,). Errors: RankError with the columns at fault;
-    ValueError where values are missing or n ≤ k.
+    X : (n, k), any constant included; y : (n,). Errors: RankError with the columns at fault, or where n ≤ k;
+    ValueError where values are missing.
     """
     X, y = np.asarray(X, float), np.asarray(y, float)
     if not (np.isfinite(X).all() and np.isfinite(y).all()):
@@ -90,7 +90,7 @@ def ols(X: np.ndarray, y: np.ndarray, names: Sequence[str]) -> OLS:
         raise ValueError(f"values are missing or infinite in {bad or 'the outcome'}: drop those "
                          "runs or those columns")
     if X.shape[0] <= X.shape[1]:
-        raise ValueError(f"{X.shape[0]} runs can't fit {X.shape[1]} coefficients: add runs or "
+        raise RankError(f"{X.shape[0]} runs can't fit {X.shape[1]} coefficients: add runs or "
                          "leave columns out")
     norms = np.linalg.norm(X, axis=0)
     q, r = np.linalg.qr(X / np.where(norms > 0, norms, 1))

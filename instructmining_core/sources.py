@@ -1,4 +1,4 @@
-"""Named sets of records: what a study draws its training rows, pools and evaluation prompts from."""
+"""Named sets of records: what training rows, pools and evaluation prompts are drawn from."""
 
 from __future__ import annotations
 

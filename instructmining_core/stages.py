@@ -25,9 +25,9 @@ from . import paths
 from .profiles import Profile, load_profile, profile_path
 
 NUMBERS = (
-    "scores.parquet", "roles.parquet", "sets.parquet", "rule.json", "verdict.csv", "comparison.parquet",
-    "doses.parquet", "truth.parquet", "sizes.parquet", "search.parquet", "robustness.parquet",
-    "transfer.parquet", "ablation.parquet", "judge.parquet", "plan.json",
+    "scores.parquet", "roles.parquet", "sets.parquet", "rule.json", "verdict.csv", "plan.json",
+    "comparison.parquet", "doses.parquet", "truth.parquet", "sizes.parquet", "search.parquet",
+    "robustness.parquet", "transfer.parquet", "ablation.parquet", "judge.parquet",
 )  # fmt: skip
 MAX_CODE_CELLS = 20
 

@@ -7,7 +7,8 @@ the same profile, or of any published one, and `notes` says so.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from .profiles import FinetuneConfig, ModelRef, Profile, load_profile
 from .records import row_hash
 from .runs import assemble
 from .sources import StudyData, read_study_data
-from .subsets import TrainingSet, set_means
+from .subsets import TrainingSet, anchors, designed_sets, fusion_sets, set_means
 
 EVALS = ("eval_1", "eval_2")
 
@@ -76,7 +77,7 @@ class Study:
             f"`make study PROFILE={self.profile.name}`, or the notebooks before this one."
         )
 
-    def load(self, name: str) -> pd.DataFrame:
+    def frame(self, name: str) -> pd.DataFrame:
         """A saved frame by file name (`.parquet` or `.csv`)."""
         path = self.find(name)
         return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
@@ -111,26 +112,28 @@ class Study:
             return study_data(self.profile.data)
         return read_study_data(self.profile.data, paths.root())
 
-    @cached_property
-    def roles(self) -> dict[str, ModelRef]:
-        """The model of every role, stand-ins built if they are not there."""
-        return {role: self.locate(ref) for role, ref in self.profile.models.roles().items()}
+    def standins(self, *refs: ModelRef) -> Path | None:
+        """The folder that holds the stand-ins among `refs`, built if they are not there.
 
-    def locate(self, ref: ModelRef) -> ModelRef:
-        """`standin:NAME` becomes the folder where that stand-in lies, built if need be."""
-        if not ref.id.startswith("standin:"):
-            return ref
+        None where `refs` names real models only.
+        """
+        parts = [r.id.removeprefix("standin:") for r in refs if r.id.startswith("standin:")]
+        if not parts:
+            return None
         from .embedded.world import standin_folder
 
-        folder = standin_folder(self.profile, ref.id.removeprefix("standin:"))
-        return ModelRef(str(folder), ref.revision, ref.dtype)
+        return standin_folder(self.profile, parts)
+
+    def load(self, ref: ModelRef):
+        """A base model, opened by the same code whether it is real or a stand-in."""
+        from .lm import load_lm
+
+        return load_lm(ref, standins=self.standins(ref))
 
     @cached_property
     def lm(self):
         """The base model that is finetuned, loaded once."""
-        from .lm import load_lm
-
-        return load_lm(self.roles["base"])
+        return self.load(self.profile.models.base)
 
     @property
     def bank(self) -> Path:
@@ -154,39 +157,50 @@ class Study:
         return self._of_role(pool)
 
     def _of_role(self, role: str) -> pd.DataFrame:
-        roles = self.load("roles.parquet")
+        roles = self.frame("roles.parquet")
         wanted = roles.loc[roles["role"] == role, "id"]
         by_id = self.scores.drop_duplicates("id").set_index("id", drop=False)
         part = by_id.loc[wanted].reset_index(drop=True)
         part.attrs = self.scores.attrs
         return part
 
-    def score(self, table: pd.DataFrame, *, progress: bool = True) -> pd.DataFrame:
-        """Score a record table with this study's models; what is in the bank is not done twice."""
-        from .scoring import score
+    def scorer(self, *, progress: bool = True):
+        """The indicators with this study's models opened; knn_6 is measured against a fixed,
+        seeded sample of the candidates. What is in the bank is not computed again.
+        """
+        from .scoring import Scorer
 
-        return score(
-            table,
-            self.roles,
+        roles = self.profile.models.roles()
+        scorer = Scorer(
+            roles,
             indicators=self.profile.indicators,
             bank=self.bank,
-            reference=self.reference,
-            progress=progress,
+            standins=self.standins(*roles.values()),
         )
-
-    @cached_property
-    def reference(self) -> pd.DataFrame:
-        """The fixed, seeded sample of the candidates against which knn_6 is measured."""
         rows = self.data.candidates
-        wanted = min(self.profile.models.reference_rows, len(rows))
-        return rows.sample(wanted, random_state=self.profile.data.seed)
+        size = min(self.profile.models.reference_rows, len(rows))
+        scorer.make_reference(rows, size=size, seed=self.profile.data.seed, progress=progress)
+        return scorer
 
     # Sets and runs
+
+    def draw_sets(self) -> list[TrainingSet]:
+        """Draw the design: fusion sets, designed sets, and the anchors' repeats on further seeds."""
+        plan, scores = self.profile.design, self.candidate_scores
+        fusion = fusion_sets(scores, plan.fusion, plan.size, plan.seed, on_short="redraw")
+        designed = designed_sets(
+            scores, scores, plan.within, plan.mixed, plan.size, plan.strength, plan.seed,
+            columns=self.profile.rule_columns(),
+            min_sources=min(8, scores["source"].nunique()),
+            sets_per_source=plan.sets_per_source,
+        )  # fmt: skip
+        further = range(1, plan.anchor_seeds + 1)
+        return fusion + designed + anchors(designed, plan.anchors, tuple(further))
 
     @cached_property
     def sets(self) -> list[TrainingSet]:
         """The designed training sets (notebook 04)."""
-        frame = self.load("sets.parquet")
+        frame = self.frame("sets.parquet")
         return [TrainingSet.from_dict(json.loads(text)) for text in frame["set"]]
 
     @cached_property
@@ -204,10 +218,9 @@ class Study:
         progress: bool = True,
     ) -> pd.DataFrame:
         """Finetune and evaluate every plan that the ledger does not hold; one row a plan."""
-        from .lm import load_lm
         from .sweep import run_sweep
 
-        lm = self.lm if base is None else load_lm(self.locate(base))
+        lm = self.lm if base is None else self.load(base)
         config = config or self.profile.finetune
         evals = self.encoded_evals(lm, config)
         specs = [
@@ -219,6 +232,22 @@ class Study:
         ]  # fmt: skip
         rows = self.encoded_rows(lm, config, {h for plan in plans for h in plan.row_hashes})
         return run_sweep(specs, lm, rows, evals, self.ledger, progress=progress)
+
+    @contextmanager
+    def tuned(self, plan: Plan) -> Iterator:
+        """One finetune, kept open for answering; the base is given back at the end."""
+        from .finetune import finetune
+
+        config = self.profile.finetune
+        rows = self.encoded_rows(self.lm, config, set(plan.row_hashes))
+        tuned = finetune(
+            self.lm, [rows[h] for h in plan.row_hashes], config,
+            init_seed=plan.init_seed, order_seed=plan.order_seed,
+        )  # fmt: skip
+        try:
+            yield tuned
+        finally:
+            tuned.close()
 
     def encoded_rows(self, lm, config: FinetuneConfig, hashes: set[str]) -> dict:
         """Training rows, tokenised once, by row hash."""
@@ -264,7 +293,11 @@ class Study:
         return frame.sort_values(["set_id", "init_seed"]).reset_index(drop=True)
 
     def set_frame(self) -> pd.DataFrame:
-        """One row a set: `set_id`, `arm` and the means of the indicators."""
+        """One row a set, before any run: `set_id`, `arm`, `share_<source>` and indicator means."""
+        planned = [
+            {"set_id": s.set_id, "arm": s.arm, "source": s.source, "shares": dict(s.shares), "loss": 1.0}
+            for s in self.sets
+            if not s.anchor
+        ]
         means = set_means(self.sets, self.scores, list(self.profile.indicators))
-        arms = pd.Series({one.set_id: one.arm for one in self.sets}, name="arm")
-        return means.join(arms).rename_axis("set_id").reset_index()
+        return assemble(pd.DataFrame(planned), means, "loss").drop(columns=["loss", "log_loss"])

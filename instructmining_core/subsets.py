@@ -162,14 +162,16 @@ def within_space(scores: pd.DataFrame, pool: Mapping[str, np.ndarray],
 
     A missing value counts as the source's mean (0), a constant indicator as 0: neither tilts.
     """
-    by_hash = scores.drop_duplicates("row_hash").set_index("row_hash")
+    rows = scores.drop_duplicates("row_hash")
+    values = rows[list(columns)].to_numpy(float)
+    place = {h: i for i, h in enumerate(rows["row_hash"].to_numpy(object))}
     space = {}
     for source, hashes in pool.items():
-        missing = ~pd.Index(hashes).isin(by_hash.index)
-        if missing.any():
-            raise SubsetError(f"{int(missing.sum())} rows of source {source!r} have no scores, "
-                              f"the first is {hashes[missing][0]}: score the whole pool first")
-        raw = by_hash.loc[hashes, list(columns)].to_numpy(float)
+        at = np.array([place.get(h, -1) for h in hashes])
+        if (at < 0).any():
+            raise SubsetError(f"{int((at < 0).sum())} rows of source {source!r} have no scores, "
+                              f"the first is {hashes[at < 0][0]}: score the whole pool first")
+        raw = values[at]
         finite = np.where(np.isfinite(raw), raw, np.nan)
         seen = np.maximum(np.isfinite(finite).sum(axis=0), 1)
         mean = np.nansum(finite, axis=0) / seen

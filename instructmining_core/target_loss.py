@@ -59,12 +59,14 @@ class _FrozenHead(torch.autograd.Function):
             part = slice(start, start + size)
             logits = F.linear(hidden[part], weight, bias).float()
             label = labels[part, None]
-            log_sum = logits.logsumexp(dim=1, keepdim=True)
-            each[part] = (log_sum - logits.gather(1, label))[:, 0]
+            slope = logits.softmax(dim=1)
+            # the largest share is at least 1 / vocabulary, so its logarithm is safe, and one
+            # softmax serves both the loss and its gradient: exp is what costs here
+            log_sum = logits.amax(dim=1) - slope.amax(dim=1).log()
+            each[part] = log_sum - logits.gather(1, label)[:, 0]
             if gradient is not None:
                 share = weights[part, None]
-                slope = logits.sub_(log_sum).exp_().mul_(share)
-                slope.scatter_add_(1, label, -share)
+                slope.mul_(share).scatter_add_(1, label, -share)
                 torch.mm(slope.to(weight.dtype), weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(each)

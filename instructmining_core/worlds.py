@@ -73,13 +73,13 @@ def synthetic_world(n_sources: int, rows: int = 1000, seed: int = 0, *,
 def design(sets: Sequence[TrainingSet], scores: pd.DataFrame,
            columns: Sequence[str] = COLUMNS) -> Design:
     """The design matrix of drawn sets; `scores` standardised, one row a row_hash."""
-    position = pd.Series(np.arange(len(scores)), scores["row_hash"])
+    place = {h: i for i, h in enumerate(scores["row_hash"].to_numpy(object))}
     values = scores[list(columns)].to_numpy(float)
     codes, names = pd.factorize(scores["source"], sort=True)
     parts = np.zeros((len(sets), len(names), len(columns)))
     shares = np.zeros((len(sets), len(names)))
     for i, one in enumerate(sets):
-        at = position.loc[list(one.row_hashes)].to_numpy()
+        at = np.array([place[h] for h in one.row_hashes])
         np.add.at(parts[i], codes[at], values[at] / len(at))
         shares[i] = np.bincount(codes[at], minlength=len(names)) / len(at)
     return Design(shares, parts.sum(axis=1), parts, tuple(map(str, names)),

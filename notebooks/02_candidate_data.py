@@ -109,9 +109,9 @@ pd.Series(leaks, name="evaluation rows with a near copy").to_frame()
 # %%
 from instructmining_core.hub import resolve
 
+found = {role: resolve(ref, standins=study.standins(ref)) for role, ref in study.profile.models.roles().items()}
 pd.DataFrame(
-    [{"role": role, "model": study.profile.models.roles()[role].id, "revision": r.revision, "stand-in": r.stand_in}
-     for role, r in ((role, resolve(ref)) for role, ref in study.roles.items())]
+    [{"role": role, "model": r.id, "revision": r.revision, "stand-in": r.stand_in} for role, r in found.items()]
 )
 
 # %% [markdown]

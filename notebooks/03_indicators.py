@@ -45,9 +45,9 @@ from instructmining_core.scoring import write_scores
 from instructmining_core.study import Study
 
 study = Study.open(profile)
-table = study.data.everything
-scores = study.score(table)
+scores = study.scorer().score(study.data.everything, progress=True)
 write_scores(scores, study.folder / "scores.parquet")
+study.save(study.data.roles, "roles.parquet")
 columns = list(study.profile.indicators)
 scores[columns].describe().T.round(3)
 
@@ -67,7 +67,7 @@ scores[columns].isna().sum().rename("rows without a value").to_frame()
 # ## How they spread, by source
 
 # %%
-candidates = scores[scores["id"].isin(set(study.data.candidates["id"]))]
+candidates = study.candidate_scores
 figures.indicator_distributions(candidates, columns);
 
 # %% [markdown]

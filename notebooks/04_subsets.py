@@ -43,12 +43,12 @@ import json
 
 import pandas as pd
 
-from instructmining_core import figures, planner, subsets
+from instructmining_core import figures, findings
 from instructmining_core.study import Study
 
 study = Study.open(profile)
-columns = list(study.profile.indicators)
-sets = subsets.draw(study.data.candidates, study.scores, columns, study.profile.design)
+columns = study.profile.rule_columns()
+sets = study.draw_sets()
 study.save(pd.DataFrame({"set_id": [s.set_id for s in sets], "set": [json.dumps(s.as_dict()) for s in sets]}), "sets.parquet")
 pd.Series([s.arm for s in sets]).value_counts().rename("sets").to_frame()
 
@@ -57,8 +57,6 @@ pd.Series([s.arm for s in sets]).value_counts().rename("sets").to_frame()
 
 # %%
 frame = study.set_frame()
-sources = [c for c in frame if c.startswith("share_")]
-frame["arm"] = frame["set_id"].map({s.set_id: s.arm for s in sets})
 frame.groupby("arm")[columns].std().T.round(3)
 
 # %% [markdown]
@@ -70,20 +68,22 @@ frame.groupby("arm")[columns].std().T.round(3)
 # %%
 from instructmining_core.inference import effective_dimensions
 
-pd.Series({arm: effective_dimensions(rows[columns]) for arm, rows in frame.groupby("arm")}, name="effective dimensions").round(2).to_frame()
+constants = study.candidate_scores[columns].std()
+pd.DataFrame({arm: effective_dimensions(rows[columns] / constants) for arm, rows in frame.groupby("arm")}).round(2)
 
 # %% [markdown]
 # ## How many runs are enough?
 #
 # The design matrix is known before training; only the noise is not.
-# So the half-width of the interval of each slope can be computed for any number of runs, in units of the noise.
+# So the half-width of the interval of each slope can be computed for any number of runs.
+Until there are runs, the noise is taken to be a standard deviation of 0.01 in log loss; notebook 06 measures it.
 
 # %%
-plan = planner.half_widths(frame.assign(log_loss=0.0), columns, sigma=0.01)
-plan.round(4)
+plan = findings.planned_half_widths(study, frame)
+plan.pivot_table(index="coefficient", columns=["arm", "runs"], values="half_width").round(4)
 
 # %% [markdown]
-# The last column compares the designed arm with as many fusion sets.
+# A fusion arm sees the slopes mostly through differences between sources; an empty cell says that so few sets can't tell the indicators apart at all.
 # A slope that differs between sources is another matter: there more runs do not help, more sources do.
 
 # %%

@@ -104,13 +104,16 @@ def test_other_errors_are_raised():
 def test_on_batch_sees_each_row_once_even_if_stopped():
     stored = {}
 
+    def keep(rows, done):
+        stored.update(zip(rows, done, strict=True))
+
     def fn(rows):
         if len(stored) >= 4:
             raise KeyboardInterrupt
         return [int(r) for r in rows]
 
     with pytest.raises(KeyboardInterrupt):
-        map_batches(fn, [10] * 9, 20, on_batch=lambda rows, done: stored.update(zip(rows, done)))
+        map_batches(fn, [10] * 9, 20, on_batch=keep)
     assert stored == {0: 0, 1: 1, 2: 2, 3: 3}
 
 

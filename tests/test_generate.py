@@ -63,3 +63,10 @@ def test_a_prompt_that_does_not_fit_is_an_error(lm, monkeypatch):
     monkeypatch.setattr(generate_module, "_answers", full)
     with pytest.raises(GenerationError, match="Prompt 0: out of memory"):
         generate(lm, prompts(), 4)
+
+
+def test_a_prompt_longer_than_the_limit_is_an_error_not_cut(lm):
+    with pytest.raises(GenerationError, match="Prompt 2's last message has more than 40 tokens"):
+        generate(lm, prompts(), 4, max_prompt_tokens=40)
+    with pytest.raises(GenerationError, match="more than 12 tokens"):
+        generate(lm, prompts(), 500)  # the model has 512 positions

@@ -13,7 +13,7 @@ import transformers as tf
 
 from instructmining_core import lm as lm_module
 from instructmining_core.heads import HeadError, find_head
-from instructmining_core.hub import Resolved
+from instructmining_core.hub import HubError, Resolved
 from instructmining_core.lm import LM, load_lm, response_nll, token_nll
 from instructmining_core.profiles import ModelRef
 from instructmining_core.templates import Encoded
@@ -144,13 +144,14 @@ def test_chunks_of_the_projection_do_not_change_the_loss(monkeypatch):
 
 def test_log_softmax_is_float32_where_weights_are_not():
     lm = wrapped(build(tf.LlamaConfig(**GROUPED, **IDS)).to(torch.bfloat16))
-    row = some_rows(1, 60)[0]
+    row = some_rows()[0]
     ids = np.array([row.ids])
     wanted = np.array([row.targets])
     nll = token_nll(lm, ids, np.ones_like(ids), wanted)
     with torch.no_grad():
         logits = lm.model(torch.tensor(ids)).logits[0, :-1].double()
-    exact = -logits.log_softmax(-1)[range(len(row.ids) - 1), row.ids[1:]][torch.tensor(wanted)[0, 1:]]
+    exact = -logits.log_softmax(-1)[range(len(row.ids) - 1), row.ids[1:]]
+    exact = exact[torch.tensor(row.targets[1:])]
     assert nll.dtype == torch.float32
     np.testing.assert_allclose(nll.numpy(), exact.numpy(), rtol=1e-5, atol=1e-5)
 
@@ -181,12 +182,23 @@ def test_columns_of_a_long_row_and_of_turns():
 def test_row_without_target_is_nan_with_a_reason():
     lm = wrapped(build(tf.LlamaConfig(**GROUPED, **IDS)))
     rows = [Encoded((1, 5), (False, False)), Encoded((1, 5), (False, False), truncated=True),
-            Encoded((), ()), some_rows(1)[0]]
+            Encoded((), ()), some_rows()[0]]
     frame = response_nll(lm, rows)
     assert frame["nll"].isna().tolist() == [True, True, True, False]
     assert frame["reason"].tolist() == [
         "no response token", "no response token within max_tokens", "no response token", ""]
     assert response_nll(lm, []).columns.tolist() == list(lm_module.COLUMNS)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_row_longer_than_the_models_positions_is_nan_with_a_reason(family):
+    config = FAMILIES[family][0]()
+    config.max_position_embeddings = 64
+    lm = wrapped(build(config))
+    rows = [Encoded((1,) * n, (False,) + (True,) * (n - 1)) for n in (65, 64)]
+    frame = response_nll(lm, rows)
+    assert np.isnan(frame["nll"][0]) and frame["nll"][1] > 0
+    assert frame["reason"][0] == "65 tokens are more than the model's 64 positions"
 
 
 def test_nan_of_one_row_is_said_and_stays_there():
@@ -236,7 +248,7 @@ def test_on_batch_gets_what_the_frame_holds():
     lm = wrapped(build(tf.LlamaConfig(**GROUPED, **IDS)))
     rows, stored = [Encoded((1, 5), (False, False)), *some_rows()], {}
     frame = response_nll(lm, rows, batch_tokens=200,
-                         on_batch=lambda numbers, done: stored.update(zip(numbers, done)))
+                         on_batch=lambda n, done: stored.update(zip(n, done, strict=True)))
     assert sorted(stored) == list(range(1, len(rows)))
     assert all(stored[i][0] == frame["nll"][i] for i in stored)
 
@@ -246,6 +258,18 @@ def test_load_from_a_folder(tiny_lm_folder):
     assert lm.dtype == torch.float32 == next(lm.model.parameters()).dtype
     assert lm.model.config._attn_implementation == "sdpa" and not lm.model.training
     assert lm.resolved.revision.startswith("sha256:") and lm.pad_id == 0
+
+
+def test_model_that_needs_its_own_code_is_refused(tiny_lm_folder, tmp_path):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_lm_folder, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "made_up"}
+    config["auto_map"] = {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Config"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(HubError, match="its own code, which is never run|not known"):
+        load_lm(ModelRef(str(folder)), device="cpu")
 
 
 def test_code_in_a_model_folder_is_never_run(tiny_lm_folder, tmp_path):

@@ -29,8 +29,8 @@ STDLIB_MODULES = (
     "plistlib poplib posixpath pprint profile pstats py_compile pyclbr pydoc queue quopri random "
     "reprlib rlcompleter runpy sched secrets selectors shelve shlex shutil signal site smtplib "
     "socket socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable "
-    "sysconfig tabnanny tarfile telnetlib tempfile textwrap threading timeit tkinter token tokenize "
-    "tomllib trace traceback tracemalloc turtle types typing unittest urllib uuid venv warnings "
+    "sysconfig tabnanny tarfile telnetlib tempfile textwrap threading timeit tkinter token "
+    "tokenize tomllib trace traceback tracemalloc turtle types typing unittest urllib uuid venv warnings "
     "wave weakref webbrowser wsgiref xml xmlrpc zipapp zipfile zipimport zoneinfo"
 ).split()
 CANDIDATES = (

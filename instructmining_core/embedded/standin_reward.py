@@ -20,6 +20,7 @@ from ..gpt_neox_reward import GPTNeoXRewardConfig, GPTNeoXRewardModel
 from .defects import SEEN_KINDS, twins
 from .tiny_training import (
     TrainingConfig,
+    at_most,
     epochs_of,
     last,
     save,
@@ -82,6 +83,7 @@ def build_reward(
     returns : parameters, pairs seen, last loss (mean of 20 steps), and `accuracy`: kind -> share
         of held-out pairs in which the clean answer has the larger reward
     """
+    learn, check = at_most(learn, config.steps * config.pairs), at_most(check, 400)
     pairs, held = pair_rows(learn, config.seed), pair_rows(check, config.seed)
     tokenizer = train_tokenizer(
         [*learn["prompt"], *learn["response"]], config.vocab, "$A",

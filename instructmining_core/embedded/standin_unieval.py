@@ -20,7 +20,15 @@ from ..batching import pad
 from ..indicators.text import Turn
 from ..indicators.unieval import QUESTIONS, prompt
 from .defects import twins
-from .tiny_training import TrainingConfig, epochs_of, last, save, train, train_tokenizer
+from .tiny_training import (
+    TrainingConfig,
+    at_most,
+    epochs_of,
+    last,
+    save,
+    train,
+    train_tokenizer,
+)
 
 NEGATIVES = {
     "naturalness": ("scrambled", "cut_short"),
@@ -75,6 +83,7 @@ def build_unieval(
     returns : parameters, questions seen, last loss (nats, mean of 20 steps), and `accuracy`:
         question -> share of held-out questions answered rightly (half of them are "Yes")
     """
+    learn, check = at_most(learn, config.steps * config.rows // 4), at_most(check, 400)
     asked, held = questions(learn, config.seed), questions(check, config.seed)
     tokenizer = train_tokenizer(
         [*asked["text"].str.replace(EOS, ""), *QUESTIONS.values()], config.vocab, f"$A {EOS}",

@@ -116,7 +116,7 @@ def build(
         started = time.perf_counter()
         measured = _build_part(unfinished, part, corpus, own, texts, progress)
         reports[part] = {
-            "stand_in": part, "note": "a small model built on the spot; it stands in for a real one",
+            "stand_in": part, "note": "small, built on the spot, in place of a real model",
             "corpus": corpus.key, "config": asdict(own),
             "seconds": round(time.perf_counter() - started, 1), **measured,
         }  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -75,6 +76,12 @@ def save(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> 
 def last(losses: Sequence[float], steps: int = 20) -> float | None:
     """Mean loss of the last steps; None for a model that made none."""
     return float(np.mean(losses[-steps:])) if losses else None
+
+
+def at_most(rows: pd.DataFrame, wanted: int) -> pd.DataFrame:
+    """A fixed random part of the rows, in their order; never fewer than 256, if they are there."""
+    wanted = max(wanted, 256)
+    return rows if len(rows) <= wanted else rows.sample(wanted, random_state=0).sort_index()
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:

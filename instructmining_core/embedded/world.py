@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..profiles import DataConfig, Profile
+from .. import paths
+from ..profiles import DataConfig, Profile, ProfileError
 from ..sources import StudyData
-from . import pydocs
+from . import pydocs, standins
 from .defects import KINDS, plant
 from .libraries import CANDIDATES, UNSEEN
 
@@ -88,8 +92,30 @@ def _facts(
     return facts.rename(columns={"rows": "read", "words": "mean words of a response"})
 
 
-def standin_folder(profile: Profile, name: str, *, progress: bool = True) -> Path:
-    """The folder of a stand-in model, built if it is not there."""
-    from . import standins
+def standin_folder(profile: Profile, parts: Sequence[str], *, progress: bool = True) -> Path:
+    """The folder that holds the named stand-ins (`standins.PARTS`), built if they are not there.
 
-    return standins.ensure(profile, name, progress=progress)
+    With `models.standin_text` the base learns from those files in place of the corpus.
+    """
+    corpus = pydocs.build_corpus(profile.data.corpus, progress=progress)
+    texts = _texts(profile) if profile.models.standin_text else None
+    size = profile.models.standin_size
+    folders = [
+        standins.standin_folder(part, corpus, size, texts=texts, progress=progress)
+        for part in parts
+    ]
+    return folders[0].parent
+
+
+def _texts(profile: Profile) -> list[str]:
+    """The documents of the profile's text files, JSONL with a field `text`."""
+    folder = paths.root() / profile.data.folder
+    rows = []
+    for name in profile.models.standin_text:
+        path = folder / name
+        if not path.is_file():
+            raise ProfileError(f"models.standin_text names {path}, which is not there.")
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8") as lines:
+            rows += [json.loads(line)["text"] for line in lines]
+    return rows

@@ -49,7 +49,8 @@ def embed(
     returns : float32, shape (len(texts), dim), rows of length 1; NaN for a row that did not fit
         into memory
     """
-    texts = list(texts)
+    longest = 64 * model.max_tokens  # characters; what comes later never reaches the model
+    texts = [text[:longest] for text in texts]
     lengths = token_counts(model, texts)
 
     def batch(rows: np.ndarray) -> list[np.ndarray]:

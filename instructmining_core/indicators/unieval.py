@@ -28,6 +28,7 @@ from instructmining_core.indicators.text import (
 )
 
 MAX_TOKENS = 1024
+_LONGEST = 64 * MAX_TOKENS  # characters; what comes later never reaches the model
 QUESTIONS = {
     "naturalness": "question: Is this a natural response in the dialogue? </s> response: {response}",
     "coherence": "question: Is this a coherent response given the dialogue history? </s> "
@@ -85,7 +86,7 @@ def compute(
 def prompt(name: str, turn: Turn, cut: int = 0) -> str:
     """The text of one question; `cut` first messages of the history are left out."""
     history = "\n".join(m["content"] for m in turn.context[cut:])
-    return QUESTIONS[name].format(response=turn.response, history=history)
+    return QUESTIONS[name].format(response=turn.response[:_LONGEST], history=history[:_LONGEST])
 
 
 @torch.inference_mode()

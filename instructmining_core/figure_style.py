@@ -1,0 +1,162 @@
+"""One look for every figure: one thing has one colour, one name and one unit everywhere."""
+
+from __future__ import annotations
+
+import functools
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+WIDTH = 7.2  # inches, a page of the book
+INK, MUTED, GRID, PAPER = "#24292f", "#6b7280", "#e3e5e8", "#fcfcfb"
+BLUE, ORANGE, GREEN, PURPLE = "#1f6fb2", "#d9822b", "#2a8f6b", "#8250a8"
+RED, TEAL, OLIVE, ROSE, GREY = "#c0392b", "#1b8a9c", "#8a7a1f", "#c45a92", "#7f868f"
+
+METHODS = {
+    "selected": BLUE, "random": GREY, "longest": ORANGE, "lowest_ppl": GREEN, "reward": ROSE,
+    "compression": OLIVE, "full": PURPLE, "BlendSearch": TEAL, "rule": BLUE, "oracle": INK,
+}
+ARMS = {"fusion": ORANGE, "within": BLUE, "mixed": GREEN}
+OUTCOMES = {"win": BLUE, "tie": "#c9cdd2", "lose": ORANGE, "none": "#eef0f2"}
+# estimates: ours in blue and teal, whatever the paper's procedure gives in orange
+KINDS = (BLUE, TEAL, ORANGE, PURPLE, GREY)
+OTHERS = (TEAL, PURPLE, RED, OLIVE, ROSE, GREEN, ORANGE)
+
+UNITS = {
+    "len_in": ("input length", "tokens"),
+    "len_out": ("output length", "tokens"),
+    "reward": ("reward", "score"),
+    "ppl": ("perplexity", ""),
+    "mtld": ("lexical diversity, MTLD", "words"),
+    "knn_6": ("6th nearest neighbour", "distance"),
+    "naturalness": ("naturalness", "probability"),
+    "coherence": ("coherence", "probability"),
+    "understandability": ("understandability", "probability"),
+    "ifd": ("instruction difficulty", "ratio"),
+    "compression": ("compression", "ratio"),
+    "turns": ("turns", "count"),
+    "loss_eval_1": ("loss, evaluation set 1", "nats/token"),
+    "loss_eval_2": ("loss, evaluation set 2", "nats/token"),
+}
+LOG_SCALED = ("len_in", "len_out", "ppl")
+
+_RC = {
+    "figure.facecolor": PAPER, "axes.facecolor": PAPER, "savefig.facecolor": PAPER,
+    "figure.dpi": 120, "savefig.dpi": 160, "font.family": "sans-serif",
+    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK,
+    "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": "#9aa1a9",
+    "axes.linewidth": 0.8, "grid.color": GRID, "grid.linewidth": 0.8,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8,
+    "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
+    "figure.titlesize": 10.5, "axes.titlelocation": "left", "lines.linewidth": 1.6,
+    "figure.constrained_layout.use": True,
+}
+
+
+class FigureError(ValueError):
+    """A frame lacks what the figure needs."""
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Run a figure function under the house style, whatever the caller's settings are.
+
+    The figure has its own light background, so it reads in a light and in a dark page. It stays
+    open in pyplot, as seaborn's do: a notebook shows it once, when the call ends in a semicolon.
+    """
+    @functools.wraps(draw)
+    def wrapped(*args, **kwargs) -> Figure:
+        with sns.axes_style("whitegrid"), plt.rc_context(_RC):
+            figure = draw(*args, **kwargs)
+            # Ticks made while drawing take the settings of that moment: draw while ours hold.
+            figure.draw_without_rendering()
+        return figure
+
+    return wrapped
+
+
+def require(frame: pd.DataFrame, columns: Iterable[str], what: str) -> None:
+    """Raise FigureError if the frame is empty or lacks one of the columns."""
+    missing = [c for c in columns if c not in frame]
+    if missing or len(frame) == 0:
+        problem = f"lacks the columns {missing}" if missing else "has no rows"
+        raise FigureError(f"the frame for {what} {problem}")
+
+
+def name_of(column: str) -> str:
+    """Readable name of a column; an unknown one with spaces for underscores."""
+    return UNITS.get(column, (column.replace("_", " "), ""))[0]
+
+
+def label_of(column: str, width: int = 40) -> str:
+    """Readable name with its unit, wrapped to `width` characters."""
+    name, unit = UNITS.get(column, (column.replace("_", " "), ""))
+    return wrap(f"{name} ({unit})" if unit else name, width)
+
+
+def wrap(text: object, width: int = 22) -> str:
+    """Break a long name into lines; underscores and dots are taken for possible breaks."""
+    text = str(text)
+    if len(text) <= width:
+        return text
+    spaced = text.replace("_", "_\u200b").replace(".", ".\u200b") if " " not in text else text
+    lines = textwrap.wrap(spaced.replace("\u200b", " "), width)
+    return "\n".join(lines).replace("_ ", "_").replace(". ", ". " if " " in text else ".")
+
+
+def colours(names: Sequence[str], known: dict[str, str] = METHODS) -> dict[str, str]:
+    """A colour for each name: its own where it has one, else the next spare one."""
+    spare = [c for c in OTHERS if c not in {known[n] for n in names if n in known}]
+    unknown = [n for n in names if n not in known]
+    return {n: known[n] for n in names if n in known} | {
+        n: spare[i % len(spare)] for i, n in enumerate(unknown)
+    }
+
+
+def mean_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean and t interval; the bounds are NaN for fewer than two values."""
+    values = np.asarray(list(values), float)
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        mean = float(values.mean()) if len(values) else float("nan")
+        return mean, float("nan"), float("nan")
+    reach = stats.t.isf((1 - level) / 2, len(values) - 1) * stats.sem(values)
+    return float(values.mean()), float(values.mean() - reach), float(values.mean() + reach)
+
+
+def draw_interval(
+    ax: Axes, y: float, centre: float, low: float, high: float, colour: str, size: float = 5.5
+) -> None:
+    """A point with a horizontal interval; a NaN bound leaves the point alone."""
+    if np.isfinite([low, high]).all():
+        ax.plot([low, high], [y, y], color=colour, lw=2.2, solid_capstyle="butt", zorder=3)
+    ax.plot(centre, y, "o", color=colour, ms=size, mec=PAPER, mew=0.9, zorder=4)
+
+
+def grid(n: int, columns: int, height: float, **kwargs) -> tuple[Figure, list[Axes]]:
+    """A figure of page width with `n` panels in `columns` columns; `height` inches a row."""
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, height * rows), squeeze=False, **kwargs
+    )
+    flat = list(axes.ravel())
+    for ax in flat[n:]:
+        ax.remove()
+    return figure, flat[:n]
+
+
+def rows_axis(ax: Axes, names: Sequence[object], width: int = 22) -> None:
+    """Name the rows of a panel from the top, without lines between them."""
+    ax.set_yticks(range(len(names)), [wrap(n, width) for n in names])
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_ylabel("")
+    ax.grid(False, axis="y")
+    ax.tick_params(axis="y", length=0)
