@@ -57,7 +57,7 @@ def regression_panels(
     palette = colours(list(dict.fromkeys(arms)), ARMS)
     y = _given(runs["log_loss"], runs[shares])
     figure, axes = grid(len(columns), 3, 2.15, sharey=True)
-    for i, (ax, column) in enumerate(zip(axes, columns, strict=True)):
+    for ax, column in zip(axes, columns, strict=True):
         x = _given(runs[column], runs[shares])
         for arm, colour in palette.items():
             ax.scatter(x[arms == arm], y[arms == arm], s=9, color=colour, alpha=0.6, lw=0,
@@ -65,15 +65,12 @@ def regression_panels(
         _line(ax, x.to_numpy(), y.to_numpy(), len(shares))
         ax.set_xlabel(label_of(column, 30))
         ax.set_title(_slope_title(fit, column), fontsize=8)
-        if i % 3 == 0:
-            ax.set_ylabel("log loss" + (", given shares" if shares else ""))
     if len(palette) > 1:
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper right", ncols=len(palette),
                       markerscale=1.6)
-    if shares:
-        figure.suptitle("set means less what the source shares explain", x=0.01, ha="left",
-                        fontsize=9)
+    given = ", less what the source shares explain" if shares else ""
+    figure.supylabel(f"log loss (log nats/token){given}", fontsize=9)
     return figure
 
 

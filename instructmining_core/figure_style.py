@@ -16,12 +16,13 @@ from scipy import stats
 
 WIDTH = 7.2  # inches, a page of the book
 INK, MUTED, GRID, PAPER = "#24292f", "#6b7280", "#e3e5e8", "#fcfcfb"
-BLUE, ORANGE, GREEN, PURPLE = "#1f6fb2", "#d9822b", "#2a8f6b", "#8250a8"
+BLUE, ORANGE, GREEN, PURPLE = "#1f6fb2", "#cc7722", "#2a8f6b", "#8250a8"
 RED, TEAL, OLIVE, ROSE, GREY = "#c0392b", "#1b8a9c", "#8a7a1f", "#c45a92", "#7f868f"
 
 METHODS = {
     "selected": BLUE, "random": GREY, "longest": ORANGE, "lowest_ppl": GREEN, "reward": ROSE,
     "compression": OLIVE, "full": PURPLE, "BlendSearch": TEAL, "rule": BLUE, "oracle": INK,
+    "length": ORANGE, "len_out": ORANGE, "ppl": GREEN, "perplexity": GREEN,
 }
 ARMS = {"fusion": ORANGE, "within": BLUE, "mixed": GREEN}
 OUTCOMES = {"win": BLUE, "tie": "#c9cdd2", "lose": ORANGE, "none": "#eef0f2"}
@@ -68,15 +69,19 @@ class FigureError(ValueError):
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Run a figure function under the house style, whatever the caller's settings are.
 
-    The figure has its own light background, so it reads in a light and in a dark page. It stays
-    open in pyplot, as seaborn's do: a notebook shows it once, when the call ends in a semicolon.
+    The figure has its own light background, so it reads in a light and in a dark page. It is
+    closed in pyplot: a notebook shows it once, as the value of its cell or by `display`.
     """
     @functools.wraps(draw)
     def wrapped(*args, **kwargs) -> Figure:
+        # Pyplot wakes its backend at the first figure, and in a notebook that sets "interactive":
+        # woken inside the context, the setting would be undone for the reader's own figures too.
+        plt.draw_if_interactive()
         with sns.axes_style("whitegrid"), plt.rc_context(_RC):
             figure = draw(*args, **kwargs)
             # Ticks made while drawing take the settings of that moment: draw while ours hold.
             figure.draw_without_rendering()
+        plt.close(figure)
         return figure
 
     return wrapped
@@ -103,7 +108,7 @@ def label_of(column: str, width: int = 40) -> str:
 
 def wrap(text: object, width: int = 22) -> str:
     """Break a long name into lines; underscores and dots are taken for possible breaks."""
-    text = str(text)
+    text = str(text).replace("$", r"\$")  # else matplotlib reads a formula
     if len(text) <= width:
         return text
     spaced = text.replace("_", "_\u200b").replace(".", ".\u200b") if " " not in text else text
@@ -150,6 +155,8 @@ def grid(n: int, columns: int, height: float, **kwargs) -> tuple[Figure, list[Ax
     flat = list(axes.ravel())
     for ax in flat[n:]:
         ax.remove()
+    for ax in flat[max(n - columns, 0) : n]:
+        ax.tick_params(axis="x", labelbottom=True)  # also above a panel that is not there
     return figure, flat[:n]
 
 

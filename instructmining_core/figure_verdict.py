@@ -10,12 +10,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from scipy import stats
 
 from .figure_style import (
     BLUE,
     GREY,
     INK,
-    METHODS,
     MUTED,
     OUTCOMES,
     PAPER,
@@ -115,7 +115,7 @@ def size_curve(runs: pd.DataFrame, losses: Sequence[str] = _LOSSES) -> Figure:
     for row, pool in zip(axes, pools, strict=True):
         for ax, loss in zip(row, losses, strict=True):
             _curves(ax, runs[runs["pool"] == pool], loss, palette)
-            ax.set_ylabel(label_of(loss))
+            ax.set_ylabel(label_of(loss, 26))
         row[0].set_title(wrap(pool, 60))
     for ax in axes[-1]:
         ax.set_xlabel("rows in the training set")
@@ -180,17 +180,19 @@ def dose_response(
     """Loss against the share of rows replaced by defective twins, a panel a kind of defect.
 
     runs : columns kind, dose (share in [0, 1] or per cent), seed and `loss` (nats/token). Points
-    are runs, the line joins means, bars are 95 % intervals. Red where the loss at the full dose
-    lies above that without by more than noise (slope's interval above 0), grey where it does not:
-    the negative controls. seen : kinds that the stand-in models were trained on, marked so.
+    are runs, the line joins means, bars are 95 % intervals. Red where the loss rises with the dose
+    (the 95 % interval of a line's slope lies above 0), grey where that can't be said:
+    the negative controls. Runs of kind "clean" or "" (dose 0) are shared by all panels. seen :
+    kinds that the stand-in models were trained on, marked so.
     """
     require(runs, ["kind", "dose", "seed", loss], "dose_response")
-    kinds = list(dict.fromkeys(runs["kind"]))
+    of = runs["kind"].fillna("").astype(str).replace("clean", "")
+    kinds = [kind for kind in dict.fromkeys(of) if kind]
     percent = 100 if runs["dose"].max() <= 1 else 1
     columns = 4 if len(kinds) > 6 else 3
     figure, axes = grid(len(kinds), columns, 2.1, sharex=True, sharey=True)
     for i, (ax, kind) in enumerate(zip(axes, kinds, strict=True)):
-        part = runs[runs["kind"] == kind].dropna(subset=[loss])
+        part = runs[of.isin([kind, ""])].dropna(subset=[loss])
         colour = RED if _rises(part["dose"].to_numpy(), part[loss].to_numpy()) else GREY
         ax.scatter(percent * part["dose"], part[loss], s=11, color=colour, alpha=0.45, lw=0)
         rows = [(percent * d, *mean_interval(g)) for d, g in part.groupby("dose")[loss]]
@@ -208,8 +210,6 @@ def dose_response(
 
 
 def _rises(dose: np.ndarray, loss: np.ndarray) -> bool:
-    from scipy import stats
-
     if len(dose) < 3 or np.ptp(dose) == 0:
         return False
     fit = stats.linregress(dose, loss)
@@ -223,11 +223,10 @@ def twin_auc(truth: pd.DataFrame) -> Figure:
     truth : columns kind, scorer, auc, low, high (in [0, 1], 95 % over libraries) and, if there,
     seen (bool: the stand-in models were trained on this kind). The line at ½ is chance.
     """
-    require(truth, ["kind", "scorer", "auc"], "twin_auc")
-    truth = truth.assign(**{c: truth.get(c, np.nan) for c in ("low", "high")})
-    kinds, scorers = list(dict.fromkeys(truth["kind"])), list(dict.fromkeys(truth["scorer"]))
+    require(truth, ["kind", "scorer", "auc", "low", "high"], "twin_auc")
     seen = set(truth.loc[truth["seen"].astype(bool), "kind"]) if "seen" in truth else set()
-    kinds.sort(key=lambda kind: kind in seen)
+    kinds = sorted(dict.fromkeys(truth["kind"]), key=lambda kind: kind in seen)
+    scorers = list(dict.fromkeys(truth["scorer"]))
     columns = 4 if len(kinds) > 6 else 3
     figure, axes = grid(len(kinds), columns, 0.75 + 0.2 * len(scorers), sharex=True, sharey=True)
     palette = colours(scorers)
@@ -236,8 +235,7 @@ def twin_auc(truth: pd.DataFrame) -> Figure:
         rows = truth[truth["kind"] == kind].set_index("scorer")
         for y, scorer in enumerate(scorers):
             if scorer in rows.index:
-                row = rows.loc[scorer]
-                draw_interval(ax, y, row["auc"], row["low"], row["high"], palette[scorer])
+                draw_interval(ax, y, *rows.loc[scorer, ["auc", "low", "high"]], palette[scorer])
         ax.set_title(wrap(name_of(kind) + (" (seen)" if kind in seen else ""), 26))
         ax.set(xlim=(-0.03, 1.03), xticks=[0, 0.5, 1])
         if i >= len(kinds) - columns:

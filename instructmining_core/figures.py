@@ -1,8 +1,7 @@
 """All figures of the study under one name: tidy frames in, a matplotlib Figure out.
 
 A figure names its columns in its docstring; the look is in `figure_style`. Figures have their own
-light background and stay open in pyplot: in a notebook end the call with a semicolon, and it is
-shown once.
+light background and are closed in pyplot: a notebook shows one as the value of its cell.
 """
 
 from __future__ import annotations

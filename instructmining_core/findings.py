@@ -9,6 +9,7 @@ import pandas as pd
 
 from . import inference, regression
 from .card import RuleCard
+from .embedded.truth import permuted_within_source
 from .experiments import ladder_sweep, size_pool
 from .records import assistant_turns, row_hash
 from .planner import plan_runs
@@ -133,13 +134,8 @@ def negative_control(study: Study, seed: int = 0) -> pd.DataFrame:
     One row: the permutation test's largest R² and p, and how many slopes have an interval that
     leaves out zero. Must end in "no evidence" but for one study in twenty.
     """
-    columns, scores = study.profile.rule_columns(), study.scores
-    rng = np.random.default_rng(seed)
-    shuffled = scores.copy()
-    for rows in scores.groupby("source").indices.values():
-        shuffled.iloc[rows, [scores.columns.get_loc(c) for c in columns]] = (
-            scores[columns].to_numpy()[rng.permutation(rows)]
-        )
+    columns = study.profile.rule_columns()
+    shuffled = permuted_within_source(study.scores, columns, seed)
     runs = study.joined(study.runs("sweep"), scores=shuffled)
     constants = Standardisation.fit(shuffled, columns)
     test = inference.permutation(

@@ -11,7 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from instructmining_core.messages import Conversation, FormatError, in_turn, listed, messages_in
+from instructmining_core.messages import (
+    Conversation,
+    FormatError,
+    in_turn,
+    listed,
+    message,
+    messages_in,
+)
 from instructmining_core.oasst import tree
 
 ANSWERS = {
@@ -22,6 +29,7 @@ ANSWERS = {
     "inputs": ("targets",),
 }
 IDS = ("id", "question_id", "message_tree_id", "prompt_id", "conversation_id", "uuid")
+CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
 HH_MARK = re.compile(r"\n*(?:^|\n\n)(Human|Assistant):", re.ASCII)
 
 
@@ -71,6 +79,8 @@ def _form(raw: dict) -> Callable[[dict, str], list[Conversation]]:
         )
     if "chosen" in has:
         return _chosen
+    if isinstance(raw.get("prompt"), list) and not has.intersection(ANSWERS["prompt"]):
+        return _turns
     if "instances" in raw:
         return _instances
     for question in ANSWERS:
@@ -78,6 +88,8 @@ def _form(raw: dict) -> Callable[[dict, str], list[Conversation]]:
             return lambda record, _, question=question: [_pair(record, question)]
     if "turns" in has:
         return _turns
+    if "text" in has and "<|im_start|>" in str(raw["text"]):
+        return _chatml
     if "text" in has and "question_id" in raw:
         return lambda record, _: [in_turn(_text(record, "text"))]
     raise FormatError(
@@ -116,8 +128,6 @@ def _pair(raw: dict, question: str) -> Conversation:
         asked = in_turn(_asked(raw) if question == "instruction" else _text(raw, question))
     answer = next((key for key in ANSWERS[question] if key in raw), None)
     if answer is None:
-        if question == "prompt" and "turns" in raw:
-            return _turns(raw, "best")[0]
         raise FormatError(f"{ANSWERS[question][0]!r} beside {question!r}", raw)
     if isinstance(raw[answer], list):
         return [*asked, *messages_in(raw, answer)]
@@ -156,8 +166,11 @@ def _instances(raw: dict, _: str) -> list[Conversation]:
 
 
 def _turns(raw: dict, _: str) -> list[Conversation]:
-    """MT-Bench: questions in turn, with the reference answers where they are published."""
-    questions = listed(raw, "turns")
+    """MT-Bench: questions in turn, with the reference answers where they are published.
+
+    The hub's copy calls the turns `prompt`.
+    """
+    questions = listed(raw, "turns" if "turns" in raw else "prompt")
     given = next((key for key in ("reference_turns", "reference", "answers") if raw.get(key)), None)
     if given is None:
         answers = []
@@ -172,6 +185,12 @@ def _turns(raw: dict, _: str) -> list[Conversation]:
     for i, question in enumerate(questions):
         said += [question, answers[i] if i < len(answers) else ""]
     return [in_turn(*said)]
+
+
+def _chatml(raw: dict, _: str) -> list[Conversation]:
+    """One text with `<|im_start|>role` marks, as in oasst_top1."""
+    turns = CHATML.findall(_text(raw, "text"))
+    return [[message({"role": who, "content": said.strip()}, "'text'") for who, said in turns]]
 
 
 def _chosen(raw: dict, _: str) -> list[Conversation]:

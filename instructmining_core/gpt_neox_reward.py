@@ -10,8 +10,13 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, GPTNeoXConfig
-from transformers import GPTNeoXModel, GPTNeoXPreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    GPTNeoXModel,
+    GPTNeoXPreTrainedModel,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 POOLINGS = ("last", "mean")

@@ -48,7 +48,7 @@ class Ledger:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise LedgerError(f"{path.name} in the ledger is no record: {error}; remove it.") from None
+            raise LedgerError(f"{path.name} is no record: {error}; remove the file.") from None
 
     def has(self, run_id: str) -> bool:
         """Whether the run is finished: done or diverged. A failed run is not."""
@@ -83,7 +83,7 @@ class Ledger:
         self._claim_path(run_id).unlink(missing_ok=True)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write a record atomically and give the claim back. A finished run is never overwritten."""
+        """Write a record atomically, give the claim back. A finished run is never overwritten."""
         run_id = record["run_id"]
         if self.has(run_id):
             raise LedgerError(f"Run {run_id} is finished already; its record is not overwritten.")
@@ -126,6 +126,8 @@ def tidy(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     `effective_n_<e>`, then tokens_trained, rows, steps, final_train_loss, seconds,
     peak_memory_bytes, attempt, error.
     """
+    if not records:
+        return pd.DataFrame(columns=["run_id", "purpose", "status", *_PLAIN_COLUMNS])
     return pd.DataFrame([_row(record) for record in records])
 
 

@@ -65,14 +65,22 @@ def listed(raw: dict, key: str) -> list:
 
 
 def messages_in(raw: dict, key: str) -> Conversation:
-    """ShareGPT (`from`, `value`), OpenAI (`role`, `content`), or LIMA's plain texts in turn.
+    """ShareGPT (`from`, `value`), OpenAI (`role`, `content`), LIMA's plain texts in turn, or
+    Capybara's pairs (`input`, `output`).
 
     Raises FormatError naming the entry.
     """
     entries = listed(raw, key)
     if entries and all(isinstance(entry, str) for entry in entries):
         return in_turn(*entries)
+    if entries and all(_is_pair(entry) for entry in entries):
+        return in_turn(*(entry[side] for entry in entries for side in ("input", "output")))
     return [message(entry, f"{key}[{i}]") for i, entry in enumerate(entries)]
+
+
+def _is_pair(entry: object) -> bool:
+    sides = ("input", "output")
+    return isinstance(entry, dict) and all(isinstance(entry.get(side), str) for side in sides)
 
 
 def message(entry: object, where: str) -> Message:

@@ -81,8 +81,8 @@ class OLS:
 def ols(X: np.ndarray, y: np.ndarray, names: Sequence[str]) -> OLS:
     """Fit by QR on columns of unit length, which keeps Longley's data right to 1e-9.
 
-    X : (n, k), any constant included; y : (n,). Errors: RankError with the columns at fault, or where n ≤ k;
-    ValueError where values are missing.
+    X : (n, k), any constant included; y : (n,). Errors: RankError with the columns at
+    fault, or where n ≤ k; ValueError where values are missing.
     """
     X, y = np.asarray(X, float), np.asarray(y, float)
     if not (np.isfinite(X).all() and np.isfinite(y).all()):

@@ -109,3 +109,13 @@ def claims() -> pd.DataFrame:
     ]  # fmt: skip
     columns = ["claim", "statement", "paper_value", "paper_source", "notebook"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def quote(text: str, words: int = 25) -> str:
+    """The first words of a text on one line: committed pages quote at most 25.
+
+    >>> quote("one two three four", words=3)
+    'one two three …'
+    """
+    split = text.split()
+    return " ".join(split[:words]) + (" …" if len(split) > words else "")

@@ -31,7 +31,7 @@ MAX_FIELD = 2**31 - 1  # characters in one CSV field; Python's own limit of 131,
 
 
 class RecordError(ValueError):
-    """A file or record that cannot be read: names the file, the place, what was expected, what stood."""
+    """A file or record that cannot be read: which, where, what was expected, what stood there."""
 
 
 class Raw(NamedTuple):
@@ -74,9 +74,28 @@ def read_raw(where: str | Path, stdin: BinaryIO | None = None) -> Iterator[Raw]:
         with _opened(name, stdin) as stream:
             yield from _records(name, stream)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise RecordError(f"{name}: expected a whole gzip file, got one that breaks: {error}") from None
+        raise RecordError(
+            f"{name}: expected a whole gzip file, got one that breaks: {error}"
+        ) from None
     except OSError as error:
         raise RecordError(f"{name}: expected a readable file: {error.strerror or error}") from None
+
+
+def count_records(where: str | Path) -> int | None:
+    """How many records a file holds, read as fast as its format allows; None for standard input
+    and hub names. For progress and estimates: a CSV or JSON file is read once for it.
+    """
+    name = str(where)
+    if name == "-" or is_hub_name(name):
+        return None
+    if name.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson")):
+        with _opened(name, None) as stream:
+            return sum(1 for line in stream if line.strip())
+    if name.lower().endswith(".parquet"):
+        import pyarrow.parquet as pq
+
+        return pq.read_metadata(name).num_rows
+    return sum(1 for _ in read_raw(name))
 
 
 def _opened(name: str, stdin: BinaryIO | None) -> BinaryIO:

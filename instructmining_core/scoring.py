@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from instructmining_core.bank import Memory, Shelf, open_shelf
 from instructmining_core.indicators import INDICATORS, Indicator, choose
 from instructmining_core.indicators.reference import REFERENCE_ROWS, Reference, make_reference
-from instructmining_core.indicators.text import Conversation, read
-from instructmining_core.records import file_sha256, row_hash
+from instructmining_core.records import file_sha256
 from instructmining_core.score_files import ScoreWriter, read_scores, write_scores
+from instructmining_core.scoring_blocks import characters, fill, read_rows, stacked
 from instructmining_core.scoring_models import Models
 from instructmining_core.templates import clean_text
 
@@ -34,7 +33,6 @@ __all__ = [
 ]  # fmt: skip
 
 BLOCK_ROWS = 512  # rows between two writes to the bank
-_RETRIED = "out of memory"  # a reason that another machine or another day may not give
 
 
 class ScoringError(ValueError):
@@ -128,7 +126,7 @@ class Scorer:
             return dict.fromkeys((i.name for i in self.indicators), 0.0)
         draw = np.random.default_rng(seed).permutation(len(fine))[:sample]
         some = [fine[i] for i in draw]
-        share = sum(map(_characters, fine)) / max(1, sum(map(_characters, some)))
+        share = sum(map(characters, fine)) / max(1, sum(map(characters, some)))
         seconds = {}
         for indicator in self.indicators:
             options = self._options(indicator, [""] * len(some))
@@ -211,13 +209,16 @@ class Scorer:
 
     def _values(self, indicator, conversations, names, progress) -> tuple[np.ndarray, list]:
         if indicator.role is None or indicator.role_optional:
-            return _stacked(indicator, conversations, self._options(indicator, names))
+            return stacked(indicator, conversations, self._options(indicator, names))
         key = {"indicator": indicator.name, **self._key(indicator)}
         shelf = self._shelf(indicator, key)
         first = {name: i for i, name in reversed(list(enumerate(names)))}
         order = list(first)
         missing = [first[order[i]] for i in shelf.missing(order)]
-        self._fill(indicator, shelf, conversations, names, missing, progress)
+        fill(
+            shelf, indicator, [conversations[i] for i in missing], [names[i] for i in missing],
+            lambda block: self._options(indicator, block), self.block_rows, progress,
+        )  # fmt: skip
         found = shelf.get(names)
         if isinstance(shelf, Memory):
             shelf.forget()
@@ -230,25 +231,6 @@ class Scorer:
         shelf = self._shelves[where]
         shelf.refresh()
         return shelf
-
-    def _fill(self, indicator, shelf, conversations, names, missing, progress) -> None:
-        """Compute missing rows, longest first, and store them block by block."""
-        sizes = np.array([_characters(conversations[i]) for i in missing])
-        order = [missing[i] for i in np.argsort(-sizes, kind="stable")]
-        bar = tqdm(
-            total=len(order), desc=indicator.name, unit="row", disable=not progress or not order
-        )
-        characters, start = 0, time.perf_counter()
-        with bar:
-            for first in range(0, len(order), self.block_rows):
-                block = order[first : first + self.block_rows]
-                rows, hashes = [conversations[i] for i in block], [names[i] for i in block]
-                values, reasons = _stacked(indicator, rows, self._options(indicator, hashes))
-                _store(shelf, hashes, values, reasons)
-                characters += sum(map(_characters, rows))
-                rate = characters / 4 / (time.perf_counter() - start)
-                bar.set_postfix_str(f"about {rate:,.0f} tokens/s", refresh=False)
-                bar.update(len(block))
 
 
 def score(
@@ -276,54 +258,14 @@ def score(
 
 
 def estimate_seconds(
-    table: pd.DataFrame, models: Mapping[str, ModelRef] | None = None, *, sample: int = 64, **options
+    table: pd.DataFrame, models: Mapping[str, ModelRef] | None = None, *, sample: int = 64,
+    **options,
 ) -> dict[str, float]:
     """Seconds that each indicator would take on a table; `options` as in `Scorer`."""
     scorer = Scorer(models, **options)
     if scorer.reference is None and any(i.pool_relative for i in scorer.indicators):
         scorer.make_reference(table, size=min(len(table), 256))
     return scorer.estimate_seconds(table, sample=sample)
-
-
-def read_rows(table: pd.DataFrame) -> tuple[list[Conversation], list[str]]:
-    """The checked conversation and the row hash of each row; a row that cannot be read has "".
-
-    A column `problem` (`read_records(on_error="keep")`) takes the place of our own finding.
-    """
-    conversations = [read(messages) for messages in table["messages"]]
-    if "problem" in table:
-        conversations = [
-            Conversation((), (), clean_text(problem)) if problem else conversation
-            for conversation, problem in zip(conversations, table["problem"], strict=True)
-        ]
-    hashes = [
-        "" if c.problem else row_hash(messages)
-        for c, messages in zip(conversations, table["messages"], strict=True)
-    ]
-    return conversations, hashes
-
-
-def _stacked(indicator: Indicator, conversations, options) -> tuple[np.ndarray, list]:
-    """An indicator's columns side by side: values, shape (n, columns), and reasons, n tuples."""
-    columns = indicator.load().compute(conversations, **options)
-    ordered = [columns[name] for name in indicator.columns]
-    values = np.column_stack([column.values for column in ordered])
-    return values, list(zip(*(column.reasons for column in ordered), strict=True))
-
-
-def _store(shelf: Shelf, names: list[str], values: np.ndarray, reasons: list) -> None:
-    """Put rows on the shelf, and on disk those whose reason is not a passing one."""
-    passing = [any(_RETRIED in why for why in row) for row in reasons]
-    lasting = [i for i, now in enumerate(passing) if not now]
-    if lasting:
-        shelf.add([names[i] for i in lasting], values[lasting], [reasons[i] for i in lasting])
-    for i, now in enumerate(passing):
-        if now:
-            shelf.values[names[i]] = (tuple(values[i]), tuple(reasons[i]))
-
-
-def _characters(conversation: Conversation) -> int:
-    return sum(len(m["content"]) for m in conversation.messages)
 
 
 def _first(options: dict[str, Any]) -> dict[str, Any]:

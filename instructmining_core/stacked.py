@@ -98,9 +98,9 @@ class AdapterStack:
         """
         ends = np.cumsum(slots)
         starts = ends - slots
+        runs = [list(run) for _, run in groupby(range(len(owners)), owners.__getitem__)]
         self.route.blocks = [
-            (k, int(starts[rows[0]]), int(ends[rows[-1]]))
-            for k, rows in ((k, list(g)) for k, g in groupby(range(len(owners)), owners.__getitem__))
+            (owners[run[0]], int(starts[run[0]]), int(ends[run[-1]])) for run in runs
         ]
 
     def use(self, adapter: int) -> None:

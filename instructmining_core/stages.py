@@ -183,7 +183,8 @@ def _build_book(folder: Path) -> Path:
     shutil.copytree(paths.root() / "book", stage / "book", ignore=_not_notebooks)
     shutil.copytree(folder / "notebooks", stage / "book" / "notebooks")
     shutil.copy2(paths.root() / "_config.yml", stage / "_config.yml")
-    command = [sys.executable, "-m", "jupyter_book", "build", "book", "-n", "-W", "--keep-going"]
+    tool = Path(sys.executable).parent / "jupyter-book"  # of this environment, on PATH or not
+    command = [str(tool), "build", "book", "-n", "-W", "--keep-going"]
     log = folder / "book.log"
     with log.open("w") as stream:
         done = subprocess.run(command, cwd=stage, stdout=stream, stderr=subprocess.STDOUT)

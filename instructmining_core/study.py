@@ -215,9 +215,13 @@ class Study:
         *,
         config: FinetuneConfig | None = None,
         base: ModelRef | None = None,
+        tables: Sequence[pd.DataFrame] = (),
         progress: bool = True,
     ) -> pd.DataFrame:
-        """Finetune and evaluate every plan that the ledger does not hold; one row a plan."""
+        """Finetune and evaluate every plan that the ledger does not hold; one row a plan.
+
+        config, base : in place of the profile's; tables : further rows that the plans may name
+        """
         from .sweep import run_sweep
 
         lm = self.lm if base is None else self.load(base)
@@ -230,7 +234,8 @@ class Study:
             )
             for plan in plans
         ]  # fmt: skip
-        rows = self.encoded_rows(lm, config, {h for plan in plans for h in plan.row_hashes})
+        hashes = {h for plan in plans for h in plan.row_hashes}
+        rows = self.encoded_rows(lm, config, hashes, tables)
         return run_sweep(specs, lm, rows, evals, self.ledger, progress=progress)
 
     @contextmanager
@@ -249,11 +254,13 @@ class Study:
         finally:
             tuned.close()
 
-    def encoded_rows(self, lm, config: FinetuneConfig, hashes: set[str]) -> dict:
+    def encoded_rows(
+        self, lm, config: FinetuneConfig, hashes: set[str], tables: Sequence[pd.DataFrame] = ()
+    ) -> dict:
         """Training rows, tokenised once, by row hash."""
         from .templates import encode
 
-        tables = [self.data.candidates, *self.data.pools.values()]
+        tables = [self.data.candidates, *self.data.pools.values(), *tables]
         found = {}
         for table in tables:
             for messages in table["messages"]:

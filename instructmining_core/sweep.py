@@ -6,21 +6,25 @@ again by the next start; one that diverged is a result and stays.
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import pandas as pd
 from tqdm.auto import tqdm
 
 from .batching import is_out_of_memory
 from .finetune import stackable
+from .helpers import WORTH, Helpers, describe, helpers_wanted, one_thread
 from .ledger import Ledger, RunSpec, tidy
 from .lm import LM
 from .run import Evals, Rows, check, failure, run_one, run_together
 from .width import adapters_together
 
-_WAIT = 0.5  # seconds between looks at a run that another process is doing
+_LOOK = 0.2  # seconds between looks at the runs of other processes
+
+Record = dict[str, Any]
 
 
 def run_sweep(
@@ -31,6 +35,7 @@ def run_sweep(
     ledger: Ledger,
     *,
     together: int | None = None,
+    helpers: int | None = None,
     by_epoch: bool = False,
     progress: bool = False,
 ) -> pd.DataFrame:
@@ -39,6 +44,9 @@ def run_sweep(
     specs : the runs; one that is named twice is done once
     rows : row hash -> encoded training row; evals : name -> encoded evaluation rows
     together : adapters in one pass; None lets memory and the processor decide
+    helpers : processes beside this one; None takes the machine's further cores when the sweep is
+        long enough; no number of a run depends on it beyond float rounding
+    by_epoch : also evaluate after each epoch
     progress : a bar with runs done, time left, best and worst loss so far
 
     returns : one row a specification, in their order, with its own label (see `ledger.tidy`)
@@ -48,12 +56,22 @@ def run_sweep(
     """
     unique = {spec.run_id: spec for spec in specs}
     with ledger.locked():
-        todo = [spec for spec in unique.values() if not ledger.has(spec.run_id)]
+        watch = _Watch(unique, ledger, progress)
+        todo = [unique[run_id] for run_id in watch.waiting]
         for spec in todo:
             check(spec, lm, rows, evals)
-        with _Bar(len(unique), unique, ledger, progress) as bar:
-            for group in _groups(todo, lm, rows, together):
-                _do(group, lm, rows, evals, ledger, bar, by_epoch)
+        groups = groups_of(todo, lm, rows, together)
+        count = helpers_wanted(lm, helpers) if len(groups) > 2 else 0
+        crew = Helpers(count, describe(groups, lm, rows, evals, ledger, by_epoch) if count else {})
+        if helpers:
+            crew.start()
+        try:
+            with one_thread() if count else nullcontext():
+                _work(groups, lambda group: do_group(group, lm, rows, evals, ledger,
+                                                     by_epoch=by_epoch), watch, crew)
+        finally:
+            crew.stop()
+            watch.bar.close()
     return frame_of(specs, ledger)
 
 
@@ -64,7 +82,9 @@ def frame_of(specs: Sequence[RunSpec], ledger: Ledger) -> pd.DataFrame:
     return tidy(found)
 
 
-def _groups(todo, lm, rows, together) -> list[list[RunSpec]]:
+def groups_of(
+    todo: Sequence[RunSpec], lm: LM, rows: Rows, together: int | None
+) -> list[list[RunSpec]]:
     """Runs that share a pass: one configuration, longest first so that the ends fall together."""
     kinds: dict[str, list[RunSpec]] = {}
     for spec in todo:
@@ -73,28 +93,35 @@ def _groups(todo, lm, rows, together) -> list[list[RunSpec]]:
     groups = []
     for kind in kinds.values():
         kind = sorted(kind, key=lambda spec: -spec.finetune.steps(len(spec.row_hashes)))
-        size = together or adapters_together(lm, kind[0].finetune, [
-            [len(rows[h]) for h in spec.row_hashes] for spec in kind])
+        size = together or adapters_together(lm, kind[0].finetune)
+        size = size if stackable(kind[0].finetune) else 1
         groups += [kind[i : i + size] for i in range(0, len(kind), size)]
     return groups
 
 
-def _do(group, lm, rows, evals, ledger, bar, by_epoch) -> None:
-    """Claim a group and do it; on an error do its runs one by one, and record those that fail."""
+def do_group(
+    group: Sequence[RunSpec], lm: LM, rows: Rows, evals: Evals, ledger: Ledger, *,
+    by_epoch: bool = False,
+) -> int:
+    """Claim the runs of a group, do them, write their records; how many were done or failed.
+
+    Safe to call by any number of processes on the same ledger.
+    """
     mine = [spec for spec in group if ledger.claim(spec.run_id)]
+    written = 0
     try:
         for record in _attempt(mine, lm, rows, evals, by_epoch):
-            _write(ledger, record)
-            bar.tell(record)
+            before = ledger.read(record["run_id"])
+            ledger.write(record | {"attempt": 1 + (before["attempt"] if before else 0)})
+            written += 1
     finally:
         for spec in mine:
             ledger.release(spec.run_id)
-    for spec in group:
-        _wait_for(spec, ledger)
+    return written
 
 
-def _attempt(mine, lm, rows, evals, by_epoch):
-    """Records of a group; out of memory halves it, another error leaves its runs alone."""
+def _attempt(mine, lm, rows, evals, by_epoch) -> Iterator[Record]:
+    """Records of a group; out of memory halves it, after another error each runs alone."""
     if not mine:
         return
     try:
@@ -106,58 +133,64 @@ def _attempt(mine, lm, rows, evals, by_epoch):
         if len(mine) == 1:
             yield failure(mine[0], lm, error)
             return
-        half = len(mine) // 2 if is_out_of_memory(error) else 1
-        reason = None  # the traceback would keep the failed group's tensors alive
-        del error, reason
+        # only a number leaves this block: the error's traceback holds the group's tensors
+        size = len(mine) // 2 if is_out_of_memory(error) else 1
     else:
         yield from records
         return
-    for start in range(0, len(mine), half):
-        yield from _attempt(mine[start : start + half], lm, rows, evals, by_epoch)
+    for start in range(0, len(mine), size):
+        yield from _attempt(mine[start : start + size], lm, rows, evals, by_epoch)
 
 
-def _write(ledger: Ledger, record: dict) -> None:
-    before = ledger.read(record["run_id"])
-    attempt = 1 + (before["attempt"] if before else 0)
-    ledger.write(record | {"attempt": attempt})
+def _work(groups, do: Callable[[list[RunSpec]], int], watch: _Watch, crew: Helpers) -> None:
+    """Do the groups in order; then what a helper left; then wait for what others are at."""
+    begun, done = time.monotonic(), 0
+    while watch.waiting:
+        progress = 0
+        for group in groups:
+            group = [spec for spec in group if spec.run_id in watch.waiting]
+            progress += do(group) if group else 0
+            watch.look()
+            done += bool(group)
+            left = len(watch.waiting) * (time.monotonic() - begun) / max(1, done * len(groups[0]))
+            if left > WORTH:
+                crew.start()
+        if not progress:
+            time.sleep(_LOOK)
+            watch.look()
 
 
-def _wait_for(spec: RunSpec, ledger: Ledger) -> None:
-    """Another executor may be at a run; its record is awaited, not made a second time."""
-    while not ledger.has(spec.run_id) and ledger.busy(spec.run_id):
-        time.sleep(_WAIT)
+class _Watch:
+    """What is still missing, and the bar: runs done, time left, best and worst loss so far."""
 
+    def __init__(self, specs: Mapping[str, RunSpec], ledger: Ledger, progress: bool) -> None:
+        self.ledger = ledger
+        records = {run_id: ledger.read(run_id) for run_id in specs}
+        self.waiting = {run_id: r["attempt"] if r else 0 for run_id, r in records.items()
+                        if not ledger.has(run_id)}
+        self.losses = [loss for r in records.values() if r for loss in _first_loss(r)]
+        self.bar = tqdm(total=len(specs), initial=len(specs) - len(self.waiting), desc="runs",
+                        unit="run", disable=not progress)
 
-@dataclasses.dataclass
-class _Bar:
-    """Runs done, time left, best and worst loss so far (the first evaluation set's)."""
+    def look(self) -> None:
+        """Count the records written since the last look, by whichever process."""
+        for run_id, attempt in list(self.waiting.items()):
+            record = self.ledger.read(run_id)
+            if record is not None and record["attempt"] > attempt:
+                del self.waiting[run_id]
+                self._tell(record)
 
-    total: int
-    specs: dict
-    ledger: Ledger
-    progress: bool
-
-    def __enter__(self):
-        held = [r for r in map(self.ledger.read, self.specs) if r and r["status"] != "failed"]
-        self.bar = tqdm(total=self.total, initial=len(held), desc="runs", unit="run",
-                        disable=not self.progress)
-        self.losses = [loss for loss in map(_first_loss, held) if loss is not None]
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-
-    def tell(self, record: dict) -> None:
-        """Count a record."""
-        loss = _first_loss(record)
-        if loss is not None:
-            self.losses.append(loss)
+    def _tell(self, record: Record) -> None:
+        self.losses += _first_loss(record)
         if self.losses:
             self.bar.set_postfix(best=f"{min(self.losses):.4f}", worst=f"{max(self.losses):.4f}")
-        if record["status"] != "done":
-            self.bar.write(f"run {record['run_id']} {record['status']}: {record.get('error')}")
+        if record["status"] != "done" and not self.bar.disable:
+            why = f": {record['error']}" if record["error"] else ""
+            self.bar.write(f"run {record['run_id']} {record['status']}{why}")
         self.bar.update()
 
 
-def _first_loss(record: dict) -> float | None:
-    return next((part["prompt_mean"] for part in record.get("losses", {}).values()), None)
+def _first_loss(record: Record) -> list[float]:
+    """The first evaluation set's loss, in a list; empty where there is none."""
+    losses = [part["prompt_mean"] for part in record.get("losses", {}).values()]
+    return [loss for loss in losses[:1] if loss is not None]

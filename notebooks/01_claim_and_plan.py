@@ -1,18 +1,21 @@
 # ---
 # jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
 #   jupytext:
+#     cell_metadata_filter: tags
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,accelerator,colab
 #     text_representation:
 #       extension: .py
 #       format_name: percent
 #       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
-#   accelerator: GPU
-#   colab:
-#     gpuType: T4
 # ---
 
 # %% [markdown]
@@ -33,7 +36,10 @@ profile = "laptop"  # type: str  # a preset's name or a YAML file
 import sys
 
 if "google.colab" in sys.modules:  # on Colab the package is not there yet
-    get_ipython().run_line_magic("pip", "install -q instructmining[study]@git+https://github.com/instructmining/instructmining")  # noqa: F821
+    get_ipython().run_line_magic(
+        "pip",
+        "install -q instructmining[study]@git+https://github.com/instructmining/instructmining",
+    )  # noqa: F821
 
 # %% [markdown]
 # ## The idea, in one formula
@@ -59,8 +65,7 @@ paper.indicators()
 # Whether that step is allowed is the question on which everything depends.
 
 # %%
-figures.procedure_diagram();
-
+figures.procedure_diagram()
 # %% [markdown]
 # ## What the paper claims, and what it offers for each claim
 #
@@ -79,7 +84,9 @@ paper.claims()
 # %%
 import pandas as pd
 
-pd.Series(paper.UNKNOWN, name="our choice").rename_axis("unknown in the paper").to_frame()
+pd.Series(paper.UNKNOWN, name="our choice").rename_axis(
+    "unknown in the paper"
+).to_frame()
 
 # %% [markdown]
 # ## This run
@@ -89,7 +96,9 @@ pd.Series(paper.UNKNOWN, name="our choice").rename_axis("unknown in the paper").
 # %%
 import dataclasses
 
-plan = dataclasses.asdict(study.profile.design) | {"finetunes in the sweep": study.profile.design.runs()}
+plan = dataclasses.asdict(study.profile.design) | {
+    "finetunes in the sweep": study.profile.design.runs()
+}
 print(study.profile.name, "-", study.profile.description)
 pd.Series(plan, name="value").to_frame()
 

@@ -1,18 +1,21 @@
 # ---
 # jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
 #   jupytext:
+#     cell_metadata_filter: tags
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,accelerator,colab
 #     text_representation:
 #       extension: .py
 #       format_name: percent
 #       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
-#   accelerator: GPU
-#   colab:
-#     gpuType: T4
 # ---
 
 # %% [markdown]
@@ -30,7 +33,10 @@ profile = "laptop"  # type: str  # a preset's name or a YAML file
 import sys
 
 if "google.colab" in sys.modules:  # on Colab the package is not there yet
-    get_ipython().run_line_magic("pip", "install -q instructmining[study]@git+https://github.com/instructmining/instructmining")  # noqa: F821
+    get_ipython().run_line_magic(
+        "pip",
+        "install -q instructmining[study]@git+https://github.com/instructmining/instructmining",
+    )  # noqa: F821
 
 # %% [markdown]
 # ## Where the rows come from
@@ -53,8 +59,18 @@ data.facts
 # %%
 import pandas as pd
 
-tables = {"candidates": data.candidates, **data.pools, "eval_1": data.eval_1, "eval_2": data.eval_2}
-pd.DataFrame({name: {"rows": len(t), "sources": t["source"].nunique()} for name, t in tables.items()}).T
+tables = {
+    "candidates": data.candidates,
+    **data.pools,
+    "eval_1": data.eval_1,
+    "eval_2": data.eval_2,
+}
+pd.DataFrame(
+    {
+        name: {"rows": len(t), "sources": t["source"].nunique()}
+        for name, t in tables.items()
+    }
+).T
 
 # %% [markdown]
 # ## What a row looks like
@@ -63,7 +79,7 @@ pd.DataFrame({name: {"rows": len(t), "sources": t["source"].nunique()} for name,
 # Here are one row and, where the profile plants defects, its defective twin.
 
 # %%
-from instructmining_core.records import quote
+from instructmining_core.paper import quote
 
 example = data.candidates.assign(kind=data.candidates.get("kind", ""))
 for kind, rows in example.groupby("kind"):
@@ -81,7 +97,9 @@ for kind, rows in example.groupby("kind"):
 
 # %%
 if "twin" in data.candidates:
-    shares = data.candidates.groupby("source")["kind"].agg(defective=lambda k: (k != "").mean(), kinds="nunique")
+    shares = data.candidates.groupby("source")["kind"].agg(
+        defective=lambda k: (k != "").mean(), kinds="nunique"
+    )
     display(shares.round(2))
 else:
     print("This profile holds real data; no defects are planted.")
@@ -96,7 +114,11 @@ else:
 from instructmining_core.near_copies import count_shared
 
 exam = pd.concat([data.eval_1, data.eval_2])
-leaks = {name: count_shared(exam, t) for name, t in tables.items() if not name.startswith("eval")}
+leaks = {
+    name: count_shared(exam, t)
+    for name, t in tables.items()
+    if not name.startswith("eval")
+}
 assert not any(leaks.values()), leaks
 pd.Series(leaks, name="evaluation rows with a near copy").to_frame()
 
@@ -109,9 +131,15 @@ pd.Series(leaks, name="evaluation rows with a near copy").to_frame()
 # %%
 from instructmining_core.hub import resolve
 
-found = {role: resolve(ref, standins=study.standins(ref)) for role, ref in study.profile.models.roles().items()}
+found = {
+    role: resolve(ref, standins=study.standins(ref))
+    for role, ref in study.profile.models.roles().items()
+}
 pd.DataFrame(
-    [{"role": role, "model": r.id, "revision": r.revision, "stand-in": r.stand_in} for role, r in found.items()]
+    [
+        {"role": role, "model": r.id, "revision": r.revision, "stand-in": r.stand_in}
+        for role, r in found.items()
+    ]
 )
 
 # %% [markdown]

@@ -1,18 +1,21 @@
 # ---
 # jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
 #   jupytext:
+#     cell_metadata_filter: tags
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,accelerator,colab
 #     text_representation:
 #       extension: .py
 #       format_name: percent
 #       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
-#   accelerator: GPU
-#   colab:
-#     gpuType: T4
 # ---
 
 # %% [markdown]
@@ -30,7 +33,10 @@ profile = "laptop"  # type: str  # a preset's name or a YAML file
 import sys
 
 if "google.colab" in sys.modules:  # on Colab the package is not there yet
-    get_ipython().run_line_magic("pip", "install -q instructmining[study]@git+https://github.com/instructmining/instructmining")  # noqa: F821
+    get_ipython().run_line_magic(
+        "pip",
+        "install -q instructmining[study]@git+https://github.com/instructmining/instructmining",
+    )  # noqa: F821
 
 # %% [markdown]
 # ## Score every row
@@ -40,7 +46,7 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # %%
 import pandas as pd
 
-from instructmining_core import figures, paper
+from instructmining_core import figures
 from instructmining_core.scoring import write_scores
 from instructmining_core.study import Study
 
@@ -68,8 +74,7 @@ scores[columns].isna().sum().rename("rows without a value").to_frame()
 
 # %%
 candidates = study.candidate_scores
-figures.indicator_distributions(candidates, columns);
-
+figures.indicator_distributions(candidates, columns)
 # %% [markdown]
 # If the sources differ in an indicator, a mixture of sources moves that indicator *and* everything else in which the sources differ.
 # How much of each indicator's variance lies between sources?
@@ -77,20 +82,28 @@ figures.indicator_distributions(candidates, columns);
 # %%
 z = candidates[columns].apply(lambda c: (c - c.mean()) / c.std())
 between = z.groupby(candidates["source"]).transform("mean").var() / z.var()
-between.rename("share of variance between sources").round(3).sort_values(ascending=False).to_frame()
+between.rename("share of variance between sources").round(3).sort_values(
+    ascending=False
+).to_frame()
 
 # %% [markdown]
 # ## Which indicators say the same?
 
 # %%
-figures.correlation_map(candidates, columns);
-
+figures.correlation_map(candidates, columns)
 # %% [markdown]
 # The left half of the question is the correlation over all rows; what a rule for single rows needs is the correlation *within* a source.
 
 # %%
 within = z - z.groupby(candidates["source"]).transform("mean")
-strongest = within.corr().where(lambda c: c.abs() < 1).abs().unstack().dropna().sort_values(ascending=False)
+strongest = (
+    within.corr()
+    .where(lambda c: c.abs() < 1)
+    .abs()
+    .unstack()
+    .dropna()
+    .sort_values(ascending=False)
+)
 strongest.iloc[::2].head(5).rename("|correlation| within sources").round(2).to_frame()
 
 # %% [markdown]

@@ -1,18 +1,21 @@
 # ---
 # jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
 #   jupytext:
+#     cell_metadata_filter: tags
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,accelerator,colab
 #     text_representation:
 #       extension: .py
 #       format_name: percent
 #       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
-#   accelerator: GPU
-#   colab:
-#     gpuType: T4
 # ---
 
 # %% [markdown]
@@ -30,7 +33,10 @@ profile = "laptop"  # type: str  # a preset's name or a YAML file
 import sys
 
 if "google.colab" in sys.modules:  # on Colab the package is not there yet
-    get_ipython().run_line_magic("pip", "install -q instructmining[study]@git+https://github.com/instructmining/instructmining")  # noqa: F821
+    get_ipython().run_line_magic(
+        "pip",
+        "install -q instructmining[study]@git+https://github.com/instructmining/instructmining",
+    )  # noqa: F821
 
 # %% [markdown]
 # ## Two arms
@@ -49,7 +55,15 @@ from instructmining_core.study import Study
 study = Study.open(profile)
 columns = study.profile.rule_columns()
 sets = study.draw_sets()
-study.save(pd.DataFrame({"set_id": [s.set_id for s in sets], "set": [json.dumps(s.as_dict()) for s in sets]}), "sets.parquet")
+study.save(
+    pd.DataFrame(
+        {
+            "set_id": [s.set_id for s in sets],
+            "set": [json.dumps(s.as_dict()) for s in sets],
+        }
+    ),
+    "sets.parquet",
+)
 pd.Series([s.arm for s in sets]).value_counts().rename("sets").to_frame()
 
 # %% [markdown]
@@ -69,25 +83,32 @@ frame.groupby("arm")[columns].std().T.round(3)
 from instructmining_core.inference import effective_dimensions
 
 constants = study.candidate_scores[columns].std()
-pd.DataFrame({arm: effective_dimensions(rows[columns] / constants) for arm, rows in frame.groupby("arm")}).round(2)
+pd.DataFrame(
+    {
+        arm: effective_dimensions(rows[columns] / constants)
+        for arm, rows in frame.groupby("arm")
+    }
+).round(2)
 
 # %% [markdown]
 # ## How many runs are enough?
 #
 # The design matrix is known before training; only the noise is not.
 # So the half-width of the interval of each slope can be computed for any number of runs.
-Until there are runs, the noise is taken to be a standard deviation of 0.01 in log loss; notebook 06 measures it.
+# Until there are runs, the noise is taken to be a standard deviation of 0.01 in log loss; notebook 06 measures it.
 
 # %%
 plan = findings.planned_half_widths(study, frame)
-plan.pivot_table(index="coefficient", columns=["arm", "runs"], values="half_width").round(4)
+plan.pivot_table(
+    index="coefficient", columns=["arm", "runs"], values="half_width"
+).round(4)
 
 # %% [markdown]
 # A fusion arm sees the slopes mostly through differences between sources; an empty cell says that so few sets can't tell the indicators apart at all.
 # A slope that differs between sources is another matter: there more runs do not help, more sources do.
 
 # %%
-figures.design_half_widths(plan);
+figures.design_half_widths(plan)
 
 # %% [markdown]
 # ## In this notebook we have seen

@@ -1,18 +1,21 @@
 # ---
 # jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
 #   jupytext:
+#     cell_metadata_filter: tags
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,accelerator,colab
 #     text_representation:
 #       extension: .py
 #       format_name: percent
 #       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
-#   accelerator: GPU
-#   colab:
-#     gpuType: T4
 # ---
 
 # %% [markdown]
@@ -31,7 +34,10 @@ profile = "laptop"  # type: str  # a preset's name or a YAML file
 import sys
 
 if "google.colab" in sys.modules:  # on Colab the package is not there yet
-    get_ipython().run_line_magic("pip", "install -q instructmining[study]@git+https://github.com/instructmining/instructmining")  # noqa: F821
+    get_ipython().run_line_magic(
+        "pip",
+        "install -q instructmining[study]@git+https://github.com/instructmining/instructmining",
+    )  # noqa: F821
 
 # %% [markdown]
 # ## Which tokens count
@@ -62,7 +68,9 @@ rows = study.encoded_evals(study.lm, study.profile.finetune)["eval_1"]
 together = response_nll(study.lm, rows)
 alone = response_nll(study.lm, rows, batch_tokens=1)
 difference = (together["nll"] - alone["nll"]).abs() / together["tokens"]
-print(f"largest difference: {difference.max():.2e} nats per token, dtype {study.lm.dtype}")
+print(
+    f"largest difference: {difference.max():.2e} nats per token, dtype {study.lm.dtype}"
+)
 
 # %% [markdown]
 # ## One finetune
@@ -70,12 +78,15 @@ print(f"largest difference: {difference.max():.2e} nats per token, dtype {study.
 # A random set of candidates, the profile's settings, one adapter.
 
 # %%
-from instructmining_core.finetune import finetune
 from instructmining_core.evaluate import evaluate
+from instructmining_core.finetune import finetune
 
 config = study.profile.finetune
 chosen = study.data.candidates.sample(study.profile.design.size, random_state=0)
-train = [encode(study.lm.tokenizer, m, max_tokens=config.max_tokens) for m in chosen["messages"]]
+train = [
+    encode(study.lm.tokenizer, m, max_tokens=config.max_tokens)
+    for m in chosen["messages"]
+]
 before, _ = evaluate(study.lm, rows)
 tuned = finetune(study.lm, train, config, init_seed=0, order_seed=0)
 after, per_prompt = evaluate(tuned.lm, rows)
@@ -86,8 +97,7 @@ from instructmining_core import figures
 
 curve = tuned.curve
 tuned.close()
-figures.training_curve(curve);
-
+figures.training_curve(curve)
 # %% [markdown]
 # ## The mean over prompts, and the mean over tokens
 #
@@ -96,7 +106,9 @@ figures.training_curve(curve);
 
 # %%
 weights = per_prompt["tokens"] / per_prompt["tokens"].sum()
-print(f"{len(per_prompt)} prompts; effective number in the token mean: {1 / (weights**2).sum():.0f}")
+print(
+    f"{len(per_prompt)} prompts; effective number in the token mean: {1 / (weights**2).sum():.0f}"
+)
 
 # %% [markdown]
 # ## The same seed gives the same loss, another seed another
@@ -112,7 +124,9 @@ seeds[["init_seed", "order_seed", "loss_eval_1", "loss_eval_2", "seconds"]].roun
 # %%
 again = abs(seeds["loss_eval_1"].iloc[0] / after["prompt_mean"] - 1)
 print(f"the run in the ledger and the one above differ by {again:.1e} of the loss")
-print(f"three seeds differ by a standard deviation of {seeds['loss_eval_1'].std():.4f} nats")
+print(
+    f"three seeds differ by a standard deviation of {seeds['loss_eval_1'].std():.4f} nats"
+)
 
 # %% [markdown]
 # ## In this notebook we have seen

@@ -1,18 +1,21 @@
 # ---
 # jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
 #   jupytext:
+#     cell_metadata_filter: tags
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,accelerator,colab
 #     text_representation:
 #       extension: .py
 #       format_name: percent
 #       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
-#   accelerator: GPU
-#   colab:
-#     gpuType: T4
 # ---
 
 # %% [markdown]
@@ -30,7 +33,10 @@ profile = "laptop"  # type: str  # a preset's name or a YAML file
 import sys
 
 if "google.colab" in sys.modules:  # on Colab the package is not there yet
-    get_ipython().run_line_magic("pip", "install -q instructmining[study]@git+https://github.com/instructmining/instructmining")  # noqa: F821
+    get_ipython().run_line_magic(
+        "pip",
+        "install -q instructmining[study]@git+https://github.com/instructmining/instructmining",
+    )  # noqa: F821
 
 # %% [markdown]
 # ## Run the sweep
@@ -46,7 +52,9 @@ runs["status"].value_counts().rename("runs").to_frame()
 
 # %%
 sweep = study.sweep()
-print(f"{len(sweep)} runs, {sweep['tokens_trained'].sum():,} tokens trained, {sweep['seconds'].sum() / 60:.1f} minutes of training and evaluation")
+print(
+    f"{len(sweep)} runs, {sweep['tokens_trained'].sum():,} tokens trained, {sweep['seconds'].sum() / 60:.1f} minutes of training and evaluation"
+)
 sweep[["loss_eval_1", "loss_eval_2", "loss_eval_1_token"]].describe().round(4)
 
 # %% [markdown]
@@ -56,8 +64,7 @@ sweep[["loss_eval_1", "loss_eval_2", "loss_eval_1_token"]].describe().round(4)
 # If these differ much, a rule could be nothing but a list of sources.
 
 # %%
-figures.loss_by_source(sweep);
-
+figures.loss_by_source(sweep)
 # %% [markdown]
 # ## How large is the noise?
 #
@@ -83,7 +90,7 @@ spread.rename("sd of the log loss over sets").round(4).to_frame()
 # %%
 agreement = np.corrcoef(sweep["log_loss"], sweep["log_loss_eval_2"])[0, 1]
 print(f"correlation of the log losses on the two evaluation sets: {agreement:.3f}")
-figures.two_losses(sweep);
+figures.two_losses(sweep)
 
 # %% [markdown]
 # ## In this notebook we have seen

@@ -1,18 +1,21 @@
 # ---
 # jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
 #   jupytext:
+#     cell_metadata_filter: tags
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,accelerator,colab
 #     text_representation:
 #       extension: .py
 #       format_name: percent
 #       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
-#   accelerator: GPU
-#   colab:
-#     gpuType: T4
 # ---
 
 # %% [markdown]
@@ -31,7 +34,10 @@ profile = "laptop"  # type: str  # a preset's name or a YAML file
 import sys
 
 if "google.colab" in sys.modules:  # on Colab the package is not there yet
-    get_ipython().run_line_magic("pip", "install -q instructmining[study]@git+https://github.com/instructmining/instructmining")  # noqa: F821
+    get_ipython().run_line_magic(
+        "pip",
+        "install -q instructmining[study]@git+https://github.com/instructmining/instructmining",
+    )  # noqa: F821
 
 # %% [markdown]
 # ## The data of the regression
@@ -41,13 +47,22 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # %%
 import pandas as pd
 
-from instructmining_core import claims, figures, findings, inference, regression, simulate
+from instructmining_core import (
+    claims,
+    figures,
+    findings,
+    inference,
+    regression,
+    simulate,
+)
 from instructmining_core.study import Study
 
 study = Study.open(profile)
 runs, columns = study.sweep(), study.profile.rule_columns()
 constants = regression.Standardisation.fit(study.candidate_scores, columns)
-print(f"{len(runs)} runs of {runs['set_id'].nunique()} sets, {runs['arm'].value_counts().to_dict()}")
+print(
+    f"{len(runs)} runs of {runs['set_id'].nunique()} sets, {runs['arm'].value_counts().to_dict()}"
+)
 print(*study.notes)
 
 # %% [markdown]
@@ -58,9 +73,9 @@ print(*study.notes)
 # We simulate such studies, and draw the paper's $R^2$ beside what they find.
 
 # %%
-null = simulate.null_r2(n_sources=(4, 8, 12), n_studies=study.profile.inference.simulated_studies, seed=0)
-figures.design_failure(null);
-
+studies = study.profile.inference.simulated_studies
+null = pd.concat([simulate.null_r2(sources, studies, seed=0) for sources in (4, 8, 12)])
+figures.design_failure(null)
 # %% [markdown]
 # An $R^2$ of the paper's size is what such a world gives.
 # It is no evidence for a rule about examples.
@@ -75,8 +90,7 @@ print(screens.attrs["multiplicity"])
 screens[["estimate", "low", "high", "p", "p_holm", "r2"]].round(4)
 
 # %%
-figures.regression_panels(runs, columns);
-
+figures.regression_panels(runs, columns)
 # %% [markdown]
 # ## The rule: slopes within sources
 #
@@ -102,8 +116,7 @@ by_paper = regression.fit_paper(runs, columns, constants, size=min(4, len(column
 by_paper.table()[["estimate", "low", "high", "p_paper", "interval"]].round(4)
 
 # %%
-figures.coefficients(findings.coefficient_frame(fit, jackknife, by_paper));
-
+figures.coefficients(findings.coefficient_frame(fit, jackknife, by_paper))
 # %% [markdown]
 # ## Is it there at all?
 #
@@ -112,8 +125,20 @@ figures.coefficients(findings.coefficient_frame(fit, jackknife, by_paper));
 
 # %%
 size = min(4, len(columns))
-tests = [inference.permutation(runs, columns, constants, null=null_name, size=size, n_permutations=study.profile.inference.permutations) for null_name in ("H0b", "H0a")]
-pd.DataFrame([{"hypothesis": t.meaning, "largest R²": t.statistic, "p": t.p} for t in tests]).round(4)
+tests = [
+    inference.permutation(
+        runs,
+        columns,
+        constants,
+        null=null_name,
+        size=size,
+        n_permutations=study.profile.inference.permutations,
+    )
+    for null_name in ("H0b", "H0a")
+]
+pd.DataFrame(
+    [{"hypothesis": t.meaning, "largest R²": t.statistic, "p": t.p} for t in tests]
+).round(4)
 
 # %% [markdown]
 # The second line is what one would get by permuting the losses freely; it rejects whenever the sources differ at all, and is shown only for that.
@@ -128,8 +153,7 @@ display(held.round(3))
 inference.summary(held).round(3)
 
 # %%
-figures.predicted_measured(findings.predictions(fit));
-
+figures.predicted_measured(findings.predictions(fit))
 # %% [markdown]
 # ## Between sources and within them
 #
@@ -145,14 +169,15 @@ split
 # The choice of the procedure when the runs are drawn again; the directions in which the sets differ; the noise of a seed against the noise that the line leaves.
 
 # %%
-chosen = inference.bootstrap_choice(runs, columns, constants, n=study.profile.inference.bootstraps, size=size)
+chosen = inference.bootstrap_choice(
+    runs, columns, constants, n=study.profile.inference.bootstraps, size=size
+)
 noise = inference.seed_variance(runs)
 print(inference.lack_of_fit(fit, noise))
 chosen.round(2)
 
 # %%
-figures.residual_page(inference.residual_page(fit));
-
+figures.residual_page(inference.residual_page(fit))
 # %% [markdown]
 # ## Does it depend on how the loss is averaged, and is it more than vocabulary?
 #

@@ -1,18 +1,21 @@
 # ---
 # jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
 #   jupytext:
+#     cell_metadata_filter: tags
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,accelerator,colab
 #     text_representation:
 #       extension: .py
 #       format_name: percent
 #       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
-#   accelerator: GPU
-#   colab:
-#     gpuType: T4
 # ---
 
 # %% [markdown]
@@ -30,7 +33,10 @@ profile = "laptop"  # type: str  # a preset's name or a YAML file
 import sys
 
 if "google.colab" in sys.modules:  # on Colab the package is not there yet
-    get_ipython().run_line_magic("pip", "install -q instructmining[study]@git+https://github.com/instructmining/instructmining")  # noqa: F821
+    get_ipython().run_line_magic(
+        "pip",
+        "install -q instructmining[study]@git+https://github.com/instructmining/instructmining",
+    )  # noqa: F821
 
 # %% [markdown]
 # ## Search
@@ -48,20 +54,27 @@ study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
 pool = experiments.size_pool(study)
 sizes = study.profile.size
-trials = search.blendsearch(experiments.size_trial(study, rule, pool), sizes.low, sizes.high, sizes.trials, seed=0)
+trials = search.blendsearch(
+    experiments.size_trial(study, rule, pool),
+    sizes.low,
+    sizes.high,
+    sizes.trials,
+    seed=0,
+)
 study.save(trials, "search.parquet")
 trials.round(4)
 
 # %%
-figures.search_trials(trials);
-
+figures.search_trials(trials)
 # %% [markdown]
 # The best of several noisy trials flatters.
 # The size found is therefore trained again, on other seeds, within the curve below.
 
 # %%
 best = int(trials.loc[trials["loss"].idxmin(), "size"])
-print(f"pool: {pool}; best size in the search: {best} of {len(study.data.pools[pool])} rows")
+print(
+    f"pool: {pool}; best size in the search: {best} of {len(study.data.pools[pool])} rows"
+)
 
 # %% [markdown]
 # ## The curve, with repeats
@@ -76,8 +89,7 @@ means = search.size_means(runs, loss="loss_eval_2")
 means.round(4)
 
 # %%
-figures.size_curve(runs);
-
+figures.size_curve(runs)
 # %% [markdown]
 # ## Does it fall, rise and fall?
 #
@@ -93,11 +105,21 @@ bump
 
 # %%
 draws = study.profile.size.draws
-power = pd.Series({b: search.size_curve_power(b, sizes=random_runs["size"].nunique(), draws_each=draws) for b in (2.0, 3.0, 5.0)}, name="power")
+power = pd.Series(
+    {
+        b: search.size_curve_power(
+            b, sizes=random_runs["size"].nunique(), draws_each=draws
+        )
+        for b in (2.0, 3.0, 5.0)
+    },
+    name="power",
+)
 power.rename_axis("bump, in seed-sd").to_frame().round(2)
 
 # %%
-study.claim("small_is_best", **claims.size_claim(means, best, len(study.data.pools[pool])))
+study.claim(
+    "small_is_best", **claims.size_claim(means, best, len(study.data.pools[pool]))
+)
 study.claim("double_descent", **claims.bump_claim(bump, power.loc[3.0], 3.0))
 
 # %% [markdown]

@@ -1,18 +1,21 @@
 # ---
 # jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
 #   jupytext:
+#     cell_metadata_filter: tags
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,accelerator,colab
 #     text_representation:
 #       extension: .py
 #       format_name: percent
 #       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
-#   accelerator: GPU
-#   colab:
-#     gpuType: T4
 # ---
 
 # %% [markdown]
@@ -30,7 +33,10 @@ profile = "laptop"  # type: str  # a preset's name or a YAML file
 import sys
 
 if "google.colab" in sys.modules:  # on Colab the package is not there yet
-    get_ipython().run_line_magic("pip", "install -q instructmining[study]@git+https://github.com/instructmining/instructmining")  # noqa: F821
+    get_ipython().run_line_magic(
+        "pip",
+        "install -q instructmining[study]@git+https://github.com/instructmining/instructmining",
+    )  # noqa: F821
 
 # %% [markdown]
 # ## Other methods and other bases
@@ -46,14 +52,30 @@ from instructmining_core.study import Study
 
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
-runs = pd.concat([study.run("robustness", plans, **setting) for setting, plans in experiments.robustness_plans(study, rule)])
+runs = pd.concat(
+    [
+        study.run("robustness", plans, **setting)
+        for setting, plans in experiments.robustness_plans(study, rule)
+    ]
+)
 study.save(runs[experiments.GATE_COLUMNS], "robustness.parquet")
 contrasts = verify.compare(runs, loss="loss_eval_2")
-contrasts[["pool", "n", "mean", "mean_versus", "difference", "low", "high", "detectable", "verdict"]].round(4)
+contrasts[
+    [
+        "pool",
+        "n",
+        "mean",
+        "mean_versus",
+        "difference",
+        "low",
+        "high",
+        "detectable",
+        "verdict",
+    ]
+].round(4)
 
 # %%
-figures.selected_random(runs);
-
+figures.selected_random(runs)
 # %% [markdown]
 # The paper's Table 6, for comparison: one run a cell.
 
@@ -69,7 +91,9 @@ paper.table_6()
 transfer = findings.transfer(study, rule)
 if len(transfer):
     study.save(transfer, "transfer.parquet")
-transfer.round(3) if len(transfer) else "This profile has no ladder of bases; `thorough` has."
+transfer.round(3) if len(
+    transfer
+) else "This profile has no ladder of bases; `thorough` has."
 
 # %% [markdown]
 # ## Which indicator carries the rule?

@@ -1,18 +1,21 @@
 # ---
 # jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
 #   jupytext:
+#     cell_metadata_filter: tags
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,accelerator,colab
 #     text_representation:
 #       extension: .py
 #       format_name: percent
 #       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
-#   accelerator: GPU
-#   colab:
-#     gpuType: T4
 # ---
 
 # %% [markdown]
@@ -30,7 +33,10 @@ profile = "laptop"  # type: str  # a preset's name or a YAML file
 import sys
 
 if "google.colab" in sys.modules:  # on Colab the package is not there yet
-    get_ipython().run_line_magic("pip", "install -q instructmining[study]@git+https://github.com/instructmining/instructmining")  # noqa: F821
+    get_ipython().run_line_magic(
+        "pip",
+        "install -q instructmining[study]@git+https://github.com/instructmining/instructmining",
+    )  # noqa: F821
 
 # %% [markdown]
 # ## Answers of both models
@@ -45,7 +51,9 @@ from instructmining_core.study import Study
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
 pairs = answers.generate_pairs(study, rule)
-pairs.groupby("pair")[["selected", "random"]].agg(lambda texts: texts.str.split().str.len().mean()).round(1)
+pairs.groupby("pair")[["selected", "random"]].agg(
+    lambda texts: texts.str.split().str.len().mean()
+).round(1)
 
 # %% [markdown]
 # The judge is the profile's reward model.
@@ -53,13 +61,15 @@ pairs.groupby("pair")[["selected", "random"]].agg(lambda texts: texts.str.split(
 
 # %%
 judged = answers.judge_with_reward(study, pairs)
-study.save(judged.drop(columns=["selected", "random", "prompt"], errors="ignore"), "judge.parquet")
+study.save(
+    judged.drop(columns=["selected", "random", "prompt"], errors="ignore"),
+    "judge.parquet",
+)
 result = judge.win_tie_lose(judged)
 result
 
 # %%
-figures.judge_bars(judged);
-
+figures.judge_bars(judged)
 # %% [markdown]
 # ## With its interval
 #

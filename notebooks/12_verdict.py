@@ -1,18 +1,21 @@
 # ---
 # jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
 #   jupytext:
+#     cell_metadata_filter: tags
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,accelerator,colab
 #     text_representation:
 #       extension: .py
 #       format_name: percent
 #       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
-#   accelerator: GPU
-#   colab:
-#     gpuType: T4
 # ---
 
 # %% [markdown]
@@ -29,7 +32,10 @@ profile = "laptop"  # type: str  # a preset's name or a YAML file
 import sys
 
 if "google.colab" in sys.modules:  # on Colab the package is not there yet
-    get_ipython().run_line_magic("pip", "install -q instructmining[study]@git+https://github.com/instructmining/instructmining")  # noqa: F821
+    get_ipython().run_line_magic(
+        "pip",
+        "install -q instructmining[study]@git+https://github.com/instructmining/instructmining",
+    )  # noqa: F821
 
 # %% [markdown]
 # ## Does the loss measure quality?
@@ -40,22 +46,28 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # %%
 import pandas as pd
 
-from instructmining_core import claims, experiments, figures, findings, truths
+from instructmining_core import claims, figures, findings, truths
 from instructmining_core.card import load_rule
+from instructmining_core.embedded import truth
+from instructmining_core.embedded.defects import SEEN_KINDS
 from instructmining_core.study import Study
 
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
 planted = truths.planted(study)
 if planted:
-    doses = study.run("dose", truths.dose_plans(study))
+    doses = truths.dose_runs(study)
     study.save(doses[truths.DOSE_COLUMNS], "doses.parquet")
-    display(figures.dose_response(doses))
+    display(
+        figures.dose_response(
+            doses.replace({"kind": {truth.CLEAN: ""}}), seen=SEEN_KINDS
+        )
+    )
 else:
     print("Real data: no defects are planted, so there is no truth to ask for.")
 
 # %%
-effects = truths.dose_effects(doses) if planted else pd.DataFrame()
+effects = truth.dose_effects(doses) if planted else pd.DataFrame()
 effects.round(4)
 
 # %% [markdown]
@@ -68,13 +80,20 @@ effects.round(4)
 # The reward and evaluator models have seen some of the kinds during their own training and never the others; the two groups stand apart.
 
 # %%
-truth = truths.twin_table(study, rule, effects) if planted else pd.DataFrame()
 if planted:
-    study.save(truth, "truth.parquet")
-    display(figures.twin_auc(truth))
+    auc = truths.twin_auc(study, rule, effects)
+    study.save(auc, "truth.parquet")
+    means = truth.over_libraries(auc).rename(columns={"rule": "scorer"})
+    display(figures.twin_auc(means.assign(seen=means["group"] == "seen")))
 
 # %%
-truths.summary(truth) if planted else "-"
+truths.summary(auc) if planted else "-"
+
+# %% [markdown]
+# Is the rule better than each rival, library by library, on kinds that no stand-in has seen?
+
+# %%
+truths.rule_against(auc).round(3) if planted else "-"
 
 # %% [markdown]
 # ## The negative control

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import zlib
 
+from tiny_models import single
+
 from instructmining_core.indicators.compression import compute, ratio
 from instructmining_core.indicators.text import read
-from tiny_models import single
 
 
 def test_repetition_compresses_and_the_ratio_is_bytes_over_bytes():

@@ -24,7 +24,7 @@ def test_a_model_that_ignores_its_context_gives_one(tiny_lm_folder):
         for name, weight in blind.model.named_parameters():
             if "o_proj" in name:  # no token sees another
                 weight.zero_()
-    # one response token: the token before it differs ("Assistant: " or bos), so tie their embeddings
+    # The token before the response differs ("Assistant: " or bos), so all embeddings are made one.
     embedding = blind.model.get_input_embeddings().weight
     with torch.no_grad():
         embedding[:] = embedding[0]

@@ -35,7 +35,9 @@ def slow(queries, reference, k, own):
     return np.array(found)
 
 
-@pytest.mark.parametrize("n, m, chunk", [(50, 40, 1 << 28), (30, 5000, 1 << 16), (7, 36_000, 1 << 22)])
+@pytest.mark.parametrize(
+    "n, m, chunk", [(50, 40, 1 << 28), (30, 5000, 1 << 16), (7, 36_000, 1 << 22)]
+)
 def test_equals_the_slow_reference(n, m, chunk):
     queries, reference = unit(n, 16), unit(m, 16, seed=1)
     own = np.full(n, -1)
@@ -112,3 +114,17 @@ def test_unreadable_rows_and_small_references_are_nan_with_a_reason(minilm):
     assert column.reasons == ["the reference has fewer than 6 other rows", "no messages"]
     with pytest.raises(ReferenceMismatch, match="no readable row"):
         make_reference(minilm, rows[1:], [""])
+
+
+def test_a_row_that_did_not_fit_into_memory_is_nan_with_that_reason(minilm, monkeypatch):
+    rows = [read(m) for m in sample_messages(9)]
+    names = [f"{i:032x}" for i in range(9)]
+    reference = make_reference(minilm, rows, names)
+    vectors = reference.embeddings.copy()
+    vectors[3] = np.nan
+    monkeypatch.setattr(encoder, "embed", lambda *_, **__: vectors)
+    column = knn.compute(rows, minilm, reference=reference, row_hashes=names)["knn_6"]
+    assert [i for i in range(9) if np.isnan(column.values[i])] == [3]
+    assert column.reasons[3] == "out of memory on this row alone" and column.reasons[4] == ""
+    with pytest.raises(ReferenceMismatch, match="out of memory"):
+        make_reference(minilm, rows, names)

@@ -30,7 +30,7 @@ def test_tokens_equal_one_call_a_text(tiny_tokenizer):
     slow = [len(tiny_tokenizer.backend_tokenizer.encode(t, add_special_tokens=False).ids)
             for t in texts if "</s>" not in t]
     fast = count_tokens(texts, tiny_tokenizer)
-    assert [n for n, t in zip(fast, texts) if "</s>" not in t] == slow
+    assert [n for n, t in zip(fast, texts, strict=True) if "</s>" not in t] == slow
     assert fast[2] > slow[0]  # "</s>" is not one special token
     columns = compute([read(CHAT[1:3])], tiny_tokenizer)
     assert columns["len_out"].values[0] == count_tokens(["Hello!"], tiny_tokenizer)[0]

@@ -69,7 +69,8 @@ def test_model_free_by_default_and_without_torch():
 
 def test_bad_rows_are_in_the_output_with_a_reason():
     rows = sample_messages(4) + [
-        None, [], single("q", ""), single("\ud800", "a\udfffb \x00 c"), single("q", "x y " * 250_000),
+        None, [], single("q", ""), single("\ud800", "a\udfffb \x00 c"),
+        single("q", "x y " * 250_000),
         [{"role": "user"}], single("вопрос", "你好 мир and more"), "text",
     ]
     table = table_of(rows)

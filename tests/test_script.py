@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+from tiny_models import single
 
 from instructmining_core.indicators.script import compute, count_scripts, dominant, latin_share
 from instructmining_core.indicators.text import read
-from tiny_models import single
 
 
 @pytest.mark.parametrize("text, script", [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+from tiny_models import single
 
 from instructmining_core.indicators.text import each_turn, mean_over_turns, read
-from tiny_models import single
 
 
 @pytest.mark.parametrize("messages, problem", [

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+from tiny_models import single
+
 from instructmining_core.indicators.text import read
 from instructmining_core.indicators.turns import compute
-from tiny_models import single
 
 
 def test_turns():

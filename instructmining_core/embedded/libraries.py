@@ -30,8 +30,8 @@ STDLIB_MODULES = (
     "reprlib rlcompleter runpy sched secrets selectors shelve shlex shutil signal site smtplib "
     "socket socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable "
     "sysconfig tabnanny tarfile telnetlib tempfile textwrap threading timeit tkinter token "
-    "tokenize tomllib trace traceback tracemalloc turtle types typing unittest urllib uuid venv warnings "
-    "wave weakref webbrowser wsgiref xml xmlrpc zipapp zipfile zipimport zoneinfo"
+    "tokenize tomllib trace traceback tracemalloc turtle types typing unittest urllib uuid venv "
+    "warnings wave weakref webbrowser wsgiref xml xmlrpc zipapp zipfile zipimport zoneinfo"
 ).split()
 CANDIDATES = (
     STDLIB, "numpy", "scipy", "pandas", "statsmodels", "sklearn", "torch", "transformers",
@@ -42,13 +42,13 @@ UNSEEN = ("networkx", "nltk")
 STANDIN = (
     "IPython", "docutils", "pydantic", "peft", "accelerate", "sentence_transformers",
     "prompt_toolkit", "rich", "narwhals", "optuna", "flaml", "pyarrow", "fsspec", "joblib",
-    "tornado", "PIL", "anyio", "faiss", "mpmath",
+    "tornado", "PIL", "anyio", "faiss",
 )  # fmt: skip
 BASE_ONLY = (
-    "jinja2", "pygments", "alembic", "traitlets", "click", "babel", "bs4", "psutil", "pyparsing",
+    "jinja2", "alembic", "traitlets", "click", "babel", "bs4", "pyparsing",
     "requests", "urllib3", "jupytext", "nbformat", "jupyter_client", "ipykernel", "formulaic",
     "pybtex", "myst_nb", "myst_parser", "jedi", "parso", "zmq", "packaging", "platformdirs",
-    "typer", "httpx2", "tokenizers", "patsy", "attr", "markdown_it",
+    "typer", "httpx2", "tokenizers", "attr", "markdown_it",
 )  # fmt: skip
 _SKIPPED = re.compile(
     r"(^|/)(tests?|testing|_vendor|vendored|_vendored|externals|_extern|conftest|benchmarks|"

@@ -23,7 +23,7 @@ EVALS = ("eval_1", "eval_2")
 class SplitSizes:
     """Rows per library; what is left of a library goes to the base model's text."""
 
-    read: int = 3000  # rows read of one library at most
+    read: int = 2400  # rows read of one library at most
     evaluation: int = 12  # rows in each evaluation set, the same for every library
     candidates: int = 600  # rows of a candidate library
     pool: int = 300  # rows of a candidate library that no set may use

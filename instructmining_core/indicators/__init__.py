@@ -92,8 +92,8 @@ INDICATORS: dict[str, Indicator] = {
                role="unieval"),
         _entry("knn", "1", ("knn_6",), "InstructMining v3, Table 1; Reimers & Gurevych 2019, "
                "arXiv 1908.10084", role="encoder", pool_relative=True),
-        _entry("ifd", f"1+{TEMPLATE_VERSION}", ("ifd",), "Li et al. 2023, arXiv 2308.12032; 2402.00530", role="ppl",
-               default=False),
+        _entry("ifd", f"1+{TEMPLATE_VERSION}", ("ifd",), "Li et al. 2023, arXiv 2308.12032; "
+               "Superfiltering, arXiv 2402.00530", role="ppl", default=False),
         _entry("diversity", "1", ("diversity",), "Friedman & Dieng 2022 (Vendi score), "
                "arXiv 2210.02410", role="encoder", pool_relative=True, default=False),
     )

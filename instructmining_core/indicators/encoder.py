@@ -35,7 +35,7 @@ def load(ref, *, device: str | None = None, standins: Path | None = None) -> Ope
 
 
 def text_of(conversation: Conversation) -> str:
-    """What of a row is embedded: all its messages, one a line (our choice; the paper's: unknown)."""
+    """What of a row is embedded: all messages, one a line (our choice; the paper's: unknown)."""
     return "\n".join(m["content"] for m in conversation.messages)
 
 

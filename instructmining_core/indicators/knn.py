@@ -21,6 +21,7 @@ from instructmining_core.indicators.reference import Reference, check_encoder
 from instructmining_core.indicators.text import Column, Conversation
 
 NEIGHBOUR = 6
+OUT_OF_MEMORY = "out of memory on this row alone"
 
 
 def compute(
@@ -50,17 +51,20 @@ def distance_column(
     texts = [encoder.text_of(c) for c in conversations]
     readable = np.array([not c.problem for c in conversations], dtype=bool)
     vectors = encoder.embed(
-        model, [t for t, fine in zip(texts, readable) if fine], batch_tokens=batch_tokens,
-        progress=progress,
+        model, [text for text, fine in zip(texts, readable, strict=True) if fine],
+        batch_tokens=batch_tokens, progress=progress,
     )  # fmt: skip
     where = {name: i for i, name in enumerate(reference.row_hashes)}
     own = np.array([where.get(name, -1) for name in row_hashes], dtype=np.int64)[readable]
     distances, _ = nearest(vectors, reference.embeddings, neighbour, own, progress=progress)
     values = np.full(len(texts), np.nan)
     values[readable] = distances[:, -1]
+    lost = np.zeros(len(texts), dtype=bool)
+    lost[readable] = np.isnan(vectors).any(axis=1)
+    values[lost] = np.nan
     few = f"the reference has fewer than {neighbour} other rows"
     reasons = [
-        c.problem or (few if np.isnan(value) else "")
-        for c, value in zip(conversations, values, strict=True)
+        c.problem or (OUT_OF_MEMORY if gone else few if np.isnan(value) else "")
+        for c, gone, value in zip(conversations, lost, values, strict=True)
     ]
     return Column(values, reasons)

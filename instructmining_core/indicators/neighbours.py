@@ -39,46 +39,58 @@ def nearest(
     positions = np.full((n, k), -1, dtype=np.int64)
     if n == 0 or m == 0:
         return distances, positions
-    torch_queries, torch_reference = map(_tensor, (queries, reference))
-    half = (torch_reference * torch_reference).sum(1) / 2
+    queries, reference = (np.ascontiguousarray(a, dtype=np.float32) for a in (queries, reference))
+    half = _half_norms(reference)
     columns = min(m, _COLUMNS)
     rows = max(1, min(n, chunk_bytes // (4 * columns), 4096))
-    buffer = torch.empty(rows * columns)  # one for all blocks: fresh pages cost a fifth of the time
+    # One buffer for all blocks: fresh pages would cost a fifth of the time.
+    buffer = np.empty(rows * columns, dtype=np.float32)
     own = np.full(n, -1, dtype=np.int64) if own is None else np.asarray(own, dtype=np.int64)
     with tqdm(total=n, desc="neighbours", unit="row", disable=not progress) as bar:
         for start in range(0, n, rows):
-            part = torch_queries[start : start + rows]
-            mine = torch.from_numpy(own[start : start + rows])
-            found = _candidates(part, torch_reference, half, mine, k + 4, columns, buffer)
+            part, mine = queries[start : start + rows], own[start : start + rows]
+            found = _candidates(part, reference, half, mine, k + 4, columns, buffer)
             stop = start + len(part)
-            distances[start:stop], positions[start:stop] = _refine(part, torch_reference, found, k)
+            distances[start:stop], positions[start:stop] = _refine(part, reference, found, k)
             bar.update(len(part))
     return distances, positions
 
 
+def _half_norms(reference: np.ndarray) -> np.ndarray | None:
+    """Half the squared length of each row; None where all are equal and change no order."""
+    half = np.einsum("ij,ij->i", reference, reference) / 2
+    return None if np.ptp(half) < 1e-6 else half
+
+
 def _candidates(
-    part, reference, half, own, wanted: int, columns: int, buffer
-) -> torch.Tensor:
-    """Positions of the `wanted` best products of each query, -1 where there are none."""
+    part: np.ndarray, reference: np.ndarray, half, own: np.ndarray, wanted: int, columns: int,
+    buffer: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """Positions of the `wanted` best products of each query, -1 where there are none.
+
+    The products are NumPy's: on AMD processors its BLAS is a third faster than PyTorch's.
+    """
     best, where = [], []
     for first in range(0, len(reference), columns):
         block = reference[first : first + columns]
-        scores = buffer[: len(part) * len(block)].view(len(part), len(block))
-        torch.addmm(-half[first : first + columns], part, block.T, out=scores)
-        inside = torch.nonzero((own >= first) & (own < first + len(block)))[:, 0]
-        scores[inside, own[inside] - first] = -torch.inf
-        values, places = _top(scores, wanted)
+        scores = buffer[: len(part) * len(block)].reshape(len(part), len(block))
+        np.matmul(part, block.T, out=scores)
+        if half is not None:
+            scores -= half[first : first + columns]
+        inside = np.flatnonzero((own >= first) & (own < first + len(block)))
+        scores[inside, own[inside] - first] = -np.inf
+        values, places = _top(torch.from_numpy(scores), wanted)
         best.append(values)
         where.append(places + first)
     values, places = torch.cat(best, 1), torch.cat(where, 1)
     if values.shape[1] > wanted:
         values, order = values.topk(wanted, dim=1)
         places = places.gather(1, order)
-    return places.masked_fill(values == -torch.inf, -1)
+    return places.masked_fill(values == -torch.inf, -1).numpy()
 
 
 def _top(scores: torch.Tensor, wanted: int, group: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest scores of each row: the best `wanted` lie in the `wanted` groups of largest maxima.
+    """The largest scores of each row: the best lie in the `wanted` groups with the largest maxima.
 
     One pass for the maxima of groups and a small sort is several times faster than a sort of all.
     """
@@ -97,21 +109,20 @@ def _top(scores: torch.Tensor, wanted: int, group: int = 64) -> tuple[torch.Tens
     return values, places.gather(1, order)
 
 
-def _refine(part, reference, found: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    squared = torch.empty(found.shape, dtype=torch.float32)
+def _refine(
+    part: np.ndarray, reference: np.ndarray, found: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    squared = np.empty(found.shape, dtype=np.float32)
     for column in range(found.shape[1]):
-        difference = reference[found[:, column].clamp(min=0)] - part
-        squared[:, column] = (difference * difference).sum(1)
-    distances = squared.double().sqrt().masked_fill(found < 0, torch.inf).numpy()
-    order = np.lexsort((found.numpy(), distances), axis=1)[:, :k]
+        difference = reference[found[:, column].clip(min=0)] - part
+        squared[:, column] = np.einsum("ij,ij->i", difference, difference)
+    distances = np.sqrt(squared.astype(np.float64))
+    distances[found < 0] = np.inf
+    order = np.lexsort((found, distances), axis=1)[:, :k]
     distances = np.take_along_axis(distances, order, 1)
-    positions = np.take_along_axis(found.numpy(), order, 1)
+    positions = np.take_along_axis(found, order, 1)
     missing = k - distances.shape[1]
     if missing > 0:
         distances = np.pad(distances, ((0, 0), (0, missing)), constant_values=np.inf)
         positions = np.pad(positions, ((0, 0), (0, missing)), constant_values=-1)
     return np.where(np.isinf(distances), np.nan, distances), positions
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))

@@ -47,7 +47,8 @@ def compute(
     )
     mean = mean_without_eos(nll)
     reasons = [
-        _reason(turn, row, text) for turn, row, text in zip(turns, encoded, nll["reason"])
+        _reason(turn, row, text)
+        for turn, row, text in zip(turns, encoded, nll["reason"], strict=True)
     ]
     return {"ppl": mean_over_turns(conversations, np.exp(mean), reasons)}
 

@@ -106,9 +106,12 @@ def make_reference(
     from instructmining_core.indicators import encoder  # torch only when it is needed
 
     texts = [encoder.text_of(conversations[i]) for i in chosen]
+    vectors = encoder.embed(model, texts, progress=progress)
+    if np.isnan(vectors).any():
+        raise ReferenceMismatch("out of memory while embedding the reference; free some and retry")
     who = identity(model)
     return Reference(
-        tuple(row_hashes[i] for i in chosen), encoder.embed(model, texts, progress=progress),
+        tuple(row_hashes[i] for i in chosen), vectors,
         who["model"], who["revision"], who["dtype"],
     )  # fmt: skip
 

@@ -168,7 +168,10 @@ def _pair_rows(turns: Sequence[Turn], model: Opened) -> list[dict]:
 
 
 def _pairs(turns, cuts, model: Opened, truncation: bool = False) -> list[dict]:
-    before = ["\n\n".join(m["content"] for m in t.context[cut:]) for t, cut in zip(turns, cuts)]
+    before = [
+        "\n\n".join(m["content"] for m in turn.context[cut:])
+        for turn, cut in zip(turns, cuts, strict=True)
+    ]
     batch = model.tokenizer(
         before, [turn.response for turn in turns], verbose=False, return_attention_mask=False,
         truncation=truncation, max_length=model.max_tokens if truncation else None,

@@ -30,7 +30,8 @@ from instructmining_core.indicators.text import (
 MAX_TOKENS = 1024
 _LONGEST = 64 * MAX_TOKENS  # characters; what comes later never reaches the model
 QUESTIONS = {
-    "naturalness": "question: Is this a natural response in the dialogue? </s> response: {response}",
+    "naturalness": "question: Is this a natural response in the dialogue? </s> "
+    "response: {response}",
     "coherence": "question: Is this a coherent response given the dialogue history? </s> "
     "response: {response} </s> dialogue history: {history}",
     "understandability": "question: Is this an understandable response in the dialogue? </s> "
@@ -118,7 +119,8 @@ def _encode(questions, model: Opened) -> tuple[list[list[int]], list[str]]:
     notes = [""] * len(ids)
     for i, (name, turn) in enumerate(questions):
         cut = 0
-        while len(ids[i]) > model.max_tokens and name == "coherence" and cut < len(turn.context) - 1:
+        most = len(turn.context) - 1 if name == "coherence" else 0
+        while len(ids[i]) > model.max_tokens and cut < most:
             cut += 1
             ids[i] = _tokens([prompt(name, turn, cut)], model)[0]
         if cut:

@@ -1,0 +1,143 @@
+"""`instructmining explain`, `fit` and `plan`: a rule used on one row, made, and planned for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from instructmining_core.card import CardError, RuleCard, load_rule
+from instructmining_core.score_files import read_scores
+from instructmining_core.selection import rank
+
+
+class CommandError(ValueError):
+    """Options that do not go together, or name what is not there."""
+
+
+def explain(args: argparse.Namespace) -> None:
+    """Print a row's score as a sum, and where it stands among all rows."""
+    scores, rule = read_scores(args.scores), load_rule(args.rule)
+    differences = rule.check(scores.attrs, allow_mismatch=args.allow_mismatch)
+    if not (scores["id"].astype(str) == args.id).any():
+        some = ", ".join(scores["id"].astype(str).head(3))
+        raise CommandError(f"no row has the id {args.id!r} in {args.scores}; ids are like {some}")
+    ranked = rank(scores, rule)
+    found = ranked[ranked["id"].astype(str) == args.id].sort_index()
+    pages = [explained(row, rule, int(ranked["score"].notna().sum())) for _, row in found.iterrows()]
+    if differences:
+        pages.append("published form, other models or data; a ranking, no conclusion")
+    sys.stdout.write("\n\n".join(pages) + "\n")
+
+
+def explained(row: pd.Series, rule: RuleCard, scored: int) -> str:
+    """One row's page: its contributions, their sum, its rank among `scored` rows, its interval."""
+    frame = row.to_frame().T
+    added = rule.contributions(frame).iloc[0]
+    lines = [f"{row['id']}: {row['file']}, row {row['row']}",
+             f"  {'indicator':<18}{'value':>12}{'adds to log loss':>19}",
+             f"  {'(intercept)':<18}{'':>12}{rule.data['intercept']:>+19.4f}"]  # fmt: skip
+    for name in rule.columns:
+        lines.append(f"  {name:<18}{_number(row[name], '12.4g')}{_number(added[name], '+19.4f')}")
+    if not np.isfinite(row["score"]):
+        return "\n".join([*lines, f"  no score: {row['reason']}"])
+    lines.append(f"  {'predicted log loss':<30}{row['score']:>+19.4f}")
+    lines += _interval(frame, rule)
+    better = 100 - row["percentile"]
+    lines.append(f"  rank {int(row['rank']):,} of {scored:,} rows with a score: better than "
+                 f"{row['percentile'] - 100 / scored:.1f} % of them"
+                 f"{', worse than ' + format(better, '.1f') + ' %' if better > 0 else ''}")
+    noted = json.loads(row.get("reasons") or "{}")
+    return "\n".join([*lines, *(f"  note, {name}: {why}" for name, why in noted.items())])
+
+
+def _interval(frame: pd.DataFrame, rule: RuleCard) -> list[str]:
+    try:
+        found = rule.intervals(frame).iloc[0]
+    except CardError:  # the published rules have no intervals
+        return []
+    lines = [f"  95 % prediction, these sources: {found['low_these']:.4f} to "
+             f"{found['high_these']:.4f}"]  # fmt: skip
+    if np.isfinite(found["low_new"]):
+        lines.append(f"  95 % prediction, a new source: {found['low_new']:.4f} to "
+                     f"{found['high_new']:.4f}")  # fmt: skip
+    if found["outside"]:
+        lines.append("  outside the range of the sets that the rule was fitted on")
+    return lines
+
+
+def _number(value: float, form: str) -> str:
+    width = int(form.lstrip("+").split(".")[0])
+    return f"{value:{form}}" if np.isfinite(float(value)) else f"{'NaN':>{width}}"
+
+
+def fit(args: argparse.Namespace) -> None:
+    """Fit the within-source rule with its inference and write the card."""
+    if bool(args.runs) == bool(args.profile):
+        raise CommandError("give either RUNS with --scores, or --profile")
+    card = _of_study(args) if args.profile else _of_tables(args)
+    card.save(args.out)
+    sys.stdout.write(card.render() + f"\nwritten to {args.out}\n")
+
+
+def _of_study(args: argparse.Namespace) -> RuleCard:
+    from instructmining_core.study import Study
+
+    study = Study.open(args.profile)
+    columns = _names(args) or study.profile.rule_columns()
+    fitted_on = f"the sweep of profile {study.profile.name}"
+    return _fitted(args, study.sweep(), study.candidate_scores, columns, fitted_on)
+
+
+def _of_tables(args: argparse.Namespace) -> RuleCard:
+    if not args.scores:
+        raise CommandError("RUNS needs --scores: the rule is standardised on the pool's rows")
+    path = Path(args.runs)
+    runs = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    scores = read_scores(args.scores)
+    known = [c for c in scores.attrs.get("indicators", {}) if c in runs]
+    columns = _names(args) or known
+    missing = [c for c in ("log_loss", *columns) if c not in runs]
+    if missing or not columns:
+        raise CommandError(f"{path} lacks {', '.join(missing) or 'every indicator'}: it holds one "
+                           "row a run with log_loss, share_<source> and the sets' means")
+    return _fitted(args, runs, scores, columns, f"{path.name}, scores of {args.scores}")
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    return args.indicators.split(",") if args.indicators else []
+
+
+def _fitted(
+    args: argparse.Namespace, runs: pd.DataFrame, scores: pd.DataFrame, columns: list[str], on: str
+) -> RuleCard:
+    from instructmining_core import inference, regression
+    from instructmining_core.card_making import make_card
+    from instructmining_core.findings import jackknife
+
+    constants = regression.Standardisation.fit(scores, columns)
+    fitted = regression.fit_within(runs, columns, constants)
+    test = inference.permutation(
+        runs, columns, constants, size=min(4, len(columns)), n_permutations=args.permutations
+    )
+    sets = f"{len(fitted.runs)} sets from {len(fitted.sources)} sources"
+    return make_card(
+        fitted, scores, fitted_on=f"{on}: {sets} ({', '.join(fitted.sources)})",
+        not_for=args.not_for, new_sources=jackknife(runs, columns, constants),
+        held_out=inference.held_out(runs, columns, constants), permutation=test,
+        auto_size=args.auto_size,
+    )  # fmt: skip
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Print the half-widths that the slopes of a study's design will have."""
+    from instructmining_core.findings import planned_half_widths
+    from instructmining_core.study import Study
+
+    study = Study.open(args.profile)
+    table = planned_half_widths(study, study.set_frame(), args.sigma)
+    sys.stdout.write(f"{table.to_string(index=False, float_format=lambda x: f'{x:.4f}')}\n")

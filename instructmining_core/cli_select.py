@@ -1,0 +1,117 @@
+"""`instructmining select`: the best rows of a score table, in their own columns, with the reasons."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from instructmining_core.card import RuleCard, load_rule
+from instructmining_core.near_duplicates import RUN, THRESHOLD
+from instructmining_core.readers import file_sha256
+from instructmining_core.row_files import output_format, write_rows
+from instructmining_core.score_files import read_scores
+from instructmining_core.selection import BELOW, Selection
+from instructmining_core.selection import select as select_rows
+from instructmining_core.source_rows import SourceRows, keys_of
+from instructmining_core.support import support
+
+IDENTITY = ["id", "file", "row", "part", "rank", "score"]
+
+
+def select(args: argparse.Namespace) -> None:
+    """Select by a rule, write the rows and the report beside them."""
+    output_format(args.out)
+    scores, rule = read_scores(args.scores), load_rule(args.rule)
+    differences = rule.check(
+        scores.attrs, sources=sorted(set(scores["source"])), allow_mismatch=args.allow_mismatch
+    )
+    reach = support(rule, scores, strict=args.strict)
+    _warn(args.rule, differences, reach)
+    sources = SourceRows(scores, beside=Path(args.scores).parent, moved=args.data)
+    selection = select_rows(scores, rule, args.top, texts=sources.fetch)
+    column, spelt_out = _write(args.out, selection, sources)
+    report = {
+        "out": args.out,
+        "sha256": file_sha256(args.out),
+        "scores": args.scores,
+        "files": {name: {"read_from": path} for name, path in sources.files.items()},
+        "rule": {"name": args.rule, "kind": rule.kind, "hash": rule.content_hash,
+                 "fitted_on": rule.data["fitted_on"], "not_for": rule.data["not_for"]},
+        "differences": differences,
+        "support": json.loads(reach.reset_index().to_json(orient="records")),
+        "top": args.top,
+        "near_duplicate": {"run_of_words": RUN, "share_held_by_a_better_row": THRESHOLD},
+        "counts": selection.counts(),
+        "score_column": column,
+        "texts_spelt_out": spelt_out,
+        "kept": _kept(selection, rule),
+        "dropped": _dropped(selection),
+    }  # fmt: skip
+    if args.verify:
+        from instructmining_core.cli_verify import verified
+
+        report["verdict"] = verified(args, scores, rule, selection, sources)
+    Path(f"{args.out}.report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    _tell(args, report)
+
+
+def _warn(name: str, differences: list[str], reach: pd.DataFrame) -> None:
+    if differences:
+        sys.stderr.write(
+            f"rule {name}: published form, other models or data; a ranking, no conclusion:\n"
+            + "".join(f"  - {one}\n" for one in differences)
+        )
+    far = reach.index[reach["verdict"] == "far"]
+    if len(far):
+        sys.stderr.write(f"far from what the rule was fitted on: {', '.join(map(str, far))}\n")
+
+
+def _write(out: str, selection: Selection, sources: SourceRows) -> tuple[str, int]:
+    """Write the kept records; the name of the score's column and how many texts were spelt out."""
+    records = [sources.record(key) for key in keys_of(selection.kept)]
+    # Some published sets have a `score` of their own, which stays.
+    taken = any("score" in record for record in records)
+    column = "instructmining_score" if taken else "score"
+    scored = zip(records, selection.kept["score"], strict=True)
+    return column, write_rows([{**record, column: float(score)} for record, score in scored], out)
+
+
+def _kept(selection: Selection, rule: RuleCard) -> list[dict]:
+    """Each kept row with what every indicator adds to its score (to the rule's intercept)."""
+    shares = rule.contributions(selection.kept).round(6).to_dict(orient="records")
+    rows = _plain(selection.kept, IDENTITY)
+    return [{**row, "contributions": share} for row, share in zip(rows, shares, strict=True)]
+
+
+def _dropped(selection: Selection) -> list[dict]:
+    """Rows dropped for another reason than their rank; those below the cut are only counted."""
+    told = selection.dropped[selection.dropped["why"] != BELOW]
+    return _plain(told, [*IDENTITY, "why", "reason"])
+
+
+def _plain(frame: pd.DataFrame, columns: list[str]) -> list[dict]:
+    chosen = frame[[column for column in columns if column in frame]]
+    return json.loads(chosen.to_json(orient="records", double_precision=15))
+
+
+def _tell(args: argparse.Namespace, report: dict) -> None:
+    counts = report["counts"]
+    lines = [
+        f"{counts['kept']:,} of {counts['rows']:,} rows in {args.out}; dropped: "
+        + ", ".join(f"{counts[name]:,} {name}" for name in list(counts)[2:]),
+        f"why each row was kept or dropped: {args.out}.report.json",
+    ]
+    if isinstance(args.top, int) and counts["kept"] < args.top:
+        lines.append(f"fewer than the {args.top:,} asked for: there are no more rows to keep")
+    if report["score_column"] != "score":
+        lines.append(f"the data have a column 'score'; ours is {report['score_column']!r}")
+    if report["texts_spelt_out"]:
+        lines.append(f"{report['texts_spelt_out']} texts hold lone surrogates, spelt out here")
+    if "verdict" in report:
+        lines += [f"verdict: {one['method']} against {one['versus']}: {one['verdict']}"
+                  for one in report["verdict"]["contrasts"]]  # fmt: skip
+    sys.stdout.write("\n".join(lines) + "\n")

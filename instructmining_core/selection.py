@@ -1,0 +1,254 @@
+"""From scores to rows: rank by a rule, drop near duplicates, keep the best; and the baselines.
+
+A rule predicts the log loss after training on rows like this one, so the lowest score is the best
+row (InstructMining v3, arXiv 2307.06290, section 3). The paper takes the top rows as they come;
+dropping repeats among them is ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from instructmining_core.messages import Conversation
+from instructmining_core.near_duplicates import THRESHOLD, Kept, first_of_each
+
+if TYPE_CHECKING:
+    from instructmining_core.card import RuleCard
+
+# Baseline -> (column, True where the lowest value is taken). The least compressible first: Yin et
+# al. 2024 (arXiv 2407.06645) prefer data of a low raw/compressed ratio.
+BASELINES = {
+    "longest": ("len_out", False),
+    "lowest_ppl": ("ppl", True),
+    "reward": ("reward", False),
+    "compression": ("compression", True),
+}
+METHODS = ("selected", "random", *BASELINES, "full")
+NO_SCORE, DUPLICATE, BELOW = "no score", "near duplicate", "below the cut"
+BATCH_ROWS = 1024  # rows whose texts are fetched at a time, at least
+
+Texts = Callable[[pd.DataFrame], Sequence[Conversation]]
+
+
+class SelectionError(ValueError):
+    """A selection that cannot be made as asked."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was kept and what was not.
+
+    kept : the score table's rows, best first, with `score` (predicted log loss, lower is better),
+        `rank` (1-based among all rows with a score) and `percentile` (share of rows with a score
+        that are no better, in %, 100 is best).
+    dropped : all other rows, with `score`, `rank`, `why` ("no score", "near duplicate", "below
+        the cut") and `reason` in words.
+    """
+
+    kept: pd.DataFrame
+    dropped: pd.DataFrame
+
+    def counts(self) -> dict[str, int]:
+        """Rows kept and rows dropped by reason."""
+        why = self.dropped["why"].value_counts()
+        found = {name: int(why.get(name, 0)) for name in (NO_SCORE, DUPLICATE, BELOW)}
+        return {"rows": len(self.kept) + len(self.dropped), "kept": len(self.kept), **found}
+
+
+def rank(scores: pd.DataFrame, rule: RuleCard) -> pd.DataFrame:
+    """The score table from best to worst, with `score`, `rank`, `percentile` and `reason`.
+
+    Ties keep the table's order. Rows without a score come last, their rank NaN and the reason in
+    words: which indicator is missing and why.
+    """
+    score = rule.predict(scores).astype(float)
+    ranked = scores.assign(score=np.where(np.isfinite(score), score, np.nan))
+    ranked.attrs = dict(scores.attrs)
+    ranked = ranked.sort_values("score", kind="stable", na_position="last")
+    scored = int(ranked["score"].notna().sum())
+    ranked["rank"] = np.where(ranked["score"].notna(), np.arange(1, len(ranked) + 1.0), np.nan)
+    ranked["percentile"] = 100 * (scored - ranked["rank"] + 1) / max(scored, 1)
+    ranked["reason"] = ""
+    unscored = ranked.index[scored:]
+    ranked.loc[unscored, "reason"] = [
+        why_unscored(row, rule.columns) for _, row in ranked.loc[unscored].iterrows()
+    ]
+    return ranked
+
+
+def why_unscored(row: pd.Series, columns: Sequence[str]) -> str:
+    """Why a row has no score: each missing indicator of the rule with its recorded reason."""
+    recorded = json.loads(row.get("reasons") or "{}")
+    if "row" in recorded:
+        return recorded["row"]
+    missing = [c for c in columns if not np.isfinite(float(row[c]))]
+    said = "; ".join(f"{c}: {recorded.get(c, 'no value')}" for c in missing)
+    return said or "the rule gives no finite number"
+
+
+def top_rows(rule: RuleCard, top_k: int | str) -> int:
+    """How many rows to keep: the number itself, or for "auto" the size that the rule's search
+    found (`auto_size` on its card). Raises SelectionError.
+    """
+    if top_k != "auto":
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+            raise SelectionError(f"top_k is {top_k!r}; it is a number of rows above 0, or 'auto'")
+        return top_k
+    size = rule.data.get("auto_size")
+    if not isinstance(size, int) or size < 1:
+        raise SelectionError(
+            "this rule card carries no `auto_size`: search the size on your own data first "
+            "(notebook 09, `search.blendsearch`) and write it on the card, or name a number"
+        )
+    return size
+
+
+def select(
+    scores: pd.DataFrame,
+    rule: RuleCard,
+    top_k: int | str,
+    *,
+    texts: pd.DataFrame | Texts | None = None,
+    threshold: float = THRESHOLD,
+) -> Selection:
+    """The best `top_k` rows without near duplicates.
+
+    scores : a score table, columns as `scoring.score` gives them
+    top_k : rows to keep, or "auto" (see `top_rows`)
+    texts : where the conversations are, to find near duplicates: the record table, matched on
+        (file, row, part); or a function from rows of the ranking to their conversations, asked
+        for a few at a time from the best on. None: only exact duplicates (by row hash) are found.
+    threshold : see `near_duplicates`
+
+    Keeps fewer than `top_k` where there are no more rows. Raises SelectionError where no row has a
+    score.
+    """
+    wanted = top_rows(rule, top_k)
+    ranked = rank(scores, rule).reset_index(drop=True)
+    scored = ranked[ranked["score"].notna()]
+    if scored.empty:
+        example = f", for example {ranked['reason'].iloc[0]}" if len(ranked) else ""
+        raise SelectionError(f"none of the {len(ranked)} rows has a score{example}")
+    kept, twins = _walk(scored, wanted, texts, threshold)
+    labels = ranked["id"].astype(str)
+    why = pd.Series(BELOW, ranked.index)
+    why[ranked["score"].isna()] = NO_SCORE
+    why[list(twins)] = DUPLICATE
+    reason = ranked["reason"].where(why == NO_SCORE, f"rank below the best {wanted}")
+    for row, twin in twins.items():
+        reason[row] = f"near duplicate of {labels[twin]}, which ranks {int(ranked['rank'][twin])}"
+    left = ranked.drop(index=kept).assign(why=why, reason=reason)
+    return Selection(ranked.loc[kept].drop(columns="reason"), left)
+
+
+def remove_near_duplicates(
+    table: pd.DataFrame, order: Sequence[int], threshold: float = THRESHOLD
+) -> tuple[list[int], dict[int, int]]:
+    """Walk a record table's rows (positions, best first): (kept, {dropped: the one it repeats})."""
+    messages = table["messages"].tolist()
+    return first_of_each(((row, messages[row]) for row in order), threshold)
+
+
+def choose(
+    scores: pd.DataFrame,
+    method: str,
+    size: int,
+    *,
+    rule: RuleCard | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`size` rows of a pool by one method: "selected" (needs `rule`), or a baseline.
+
+    method : "selected", "random" (by `seed`), "longest", "lowest_ppl", "reward", "compression",
+        or "full" (every row; `size` is not asked). For every method exact duplicates count once
+        and unreadable rows not at all; rows without a value are left to "random" and "full".
+    Raises SelectionError where the pool has fewer rows with a value.
+    """
+    pool = scores
+    if "row_hash" in scores:  # "" where the row could not be read: nothing to train on
+        pool = scores[scores["row_hash"] != ""].drop_duplicates("row_hash")
+    if method == "full":
+        return pool
+    if method == "random":
+        draw = np.random.default_rng(seed).permutation(len(pool))[:size]
+        chosen = pool.iloc[draw]
+    elif method == "selected":
+        if rule is None:
+            raise SelectionError("'selected' needs a rule")
+        ranked = rank(pool, rule)
+        chosen = ranked[ranked["score"].notna()].iloc[:size]
+    elif method in BASELINES:
+        column, lowest = BASELINES[method]
+        if column not in pool:
+            raise SelectionError(f"{method!r} needs the column {column!r}: score it first")
+        chosen = pool.dropna(subset=column)
+        chosen = chosen.sort_values(column, ascending=lowest, kind="stable").iloc[:size]
+    else:
+        raise SelectionError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    if len(chosen) < size:
+        raise SelectionError(f"{method!r} can choose {len(chosen)} rows, {size} were asked for")
+    return chosen
+
+
+def baselines(scores: pd.DataFrame, k: int, seed: int = 0) -> dict[str, pd.DataFrame]:
+    """Every baseline that the table's columns allow: name -> its rows, as `choose` gives them."""
+    able = [name for name, (column, _) in BASELINES.items() if column in scores]
+    return {name: choose(scores, name, k, seed=seed) for name in ("random", *able, "full")}
+
+
+def _walk(
+    scored: pd.DataFrame, wanted: int, texts: pd.DataFrame | Texts | None, threshold: float
+) -> tuple[list[int], dict[int, int]]:
+    """Down the ranking until `wanted` rows are kept: (kept labels, {dropped label: kept label})."""
+    kept: list[int] = []
+    twins: dict[int, int] = {}
+    seen: dict[str, int] = {}
+    near = Kept(threshold)
+    for label, name, messages in _with_texts(scored, wanted, texts):
+        twin = seen.get(name) if name else None
+        if twin is None and messages is not None:
+            twin = near.add(label, messages)
+        if twin is not None:
+            twins[label] = twin
+            continue
+        seen[name] = label
+        kept.append(label)
+        if len(kept) == wanted:
+            break
+    return kept, twins
+
+
+def _with_texts(
+    scored: pd.DataFrame, wanted: int, texts: pd.DataFrame | Texts | None
+) -> Iterator[tuple[int, str, Conversation | None]]:
+    fetch = _from_table(texts) if isinstance(texts, pd.DataFrame) else texts
+    hashes = scored["row_hash"] if "row_hash" in scored else pd.Series("", scored.index)
+    # Fetching may mean reading a file again, so the first batch should do and the next ones double.
+    start, size = 0, max(BATCH_ROWS, wanted + wanted // 4)
+    while start < len(scored):
+        rows = scored.iloc[start : start + size]
+        found = fetch(rows) if fetch else [None] * len(rows)
+        yield from zip(rows.index, hashes[rows.index], found, strict=True)
+        start, size = start + size, 2 * size
+
+
+def _from_table(table: pd.DataFrame) -> Texts:
+    def keys(frame: pd.DataFrame) -> list[tuple]:
+        parts = frame["part"] if "part" in frame else [0] * len(frame)
+        return list(zip(frame["file"], frame["row"], parts, strict=True))
+
+    by_key = dict(zip(keys(table), table["messages"], strict=True))
+
+    def fetch(rows: pd.DataFrame) -> list[Conversation]:
+        missing = [key for key in keys(rows) if key not in by_key]
+        if missing:
+            raise SelectionError(f"row {missing[0]} of the scores is not in the record table")
+        return [by_key[key] for key in keys(rows)]
+
+    return fetch
