@@ -146,3 +146,19 @@ def verdicts(study: Study) -> pd.DataFrame:
         ours = found.get(claim["claim"], {"ours": "-", "detectable": "-", "verdict": NOT_ASKED})
         rows.append({**claim, **{k: ours[k] for k in ("ours", "detectable", "verdict")}})
     return pd.DataFrame(rows)
+
+
+def front_page(verdict: pd.DataFrame, profile: str, description: str) -> str:
+    """The front page's generated part, in Markdown: whose run it is, the answer, every verdict."""
+    rows = verdict.fillna("-").to_dict("records")
+    length = next((row for row in rows if row["claim"] == "beats_length"), None)
+    lines = [f"This copy shows the profile `{profile}`: {description}", ""]
+    if length:
+        lines += ["**Does the rule beat length alone?** "
+                  f"{str(length['verdict']).capitalize()}: {length['ours']}.", ""]  # fmt: skip
+    lines += ["| claim | the paper | this run | could have seen | verdict |", "|---|---|---|---|---|"]
+    for row in rows:
+        cells = [row["statement"], row["paper_value"], row["ours"], row["detectable"],
+                 f"**{row['verdict']}**"]  # fmt: skip
+        lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"

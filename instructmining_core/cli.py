@@ -98,40 +98,83 @@ def _score(one: argparse.ArgumentParser) -> None:
     one.add_argument("files", nargs="+", metavar="FILE", help="file, '-' or hub name owner/name")
     one.add_argument("-o", "--out", required=True, help="score table to write (.parquet)")
     one.add_argument("--profile", help="profile that names the models: a preset or a YAML file")
-    one.add_argument("--models", nargs="+", default=[], metavar="ROLE=ID",
-                     help="models by role (base, ppl, reward, unieval, encoder); ID[@REVISION]")
+    one.add_argument(
+        "--models",
+        nargs="+",
+        default=[],
+        metavar="ROLE=ID",
+        help="models by role (base, ppl, reward, unieval, encoder); ID[@REVISION]",
+    )
     one.add_argument("--indicators", help="names with commas between; default: all that can be")
-    one.add_argument("--allow-standins", action="store_true",
-                     help="let small stand-in models take the place of real ones")
-    one.add_argument("--on-error", choices=("raise", "collect"), default="raise",
-                     help="malformed records: stop (default), or go on, list them and keep their "
-                     "rows without values")
-    one.add_argument("--paths", choices=("best", "all"), default="best",
-                     help="OASST trees: the best-ranked path, or every path as a row")
+    one.add_argument(
+        "--allow-standins",
+        action="store_true",
+        help="let small stand-in models take the place of real ones",
+    )
+    one.add_argument(
+        "--on-error",
+        choices=("raise", "collect"),
+        default="raise",
+        help="malformed records: stop (default), or go on, list them and keep their "
+        "rows without values",
+    )
+    one.add_argument(
+        "--paths",
+        choices=("best", "all"),
+        default="best",
+        help="OASST trees: the best-ranked path, or every path as a row",
+    )
     one.add_argument("--revision", default="main", help="of hub sets; the commit is recorded")
-    one.add_argument("--reference", metavar="FILE.npz",
-                     help="reference of knn_6 that an earlier run saved")
+    one.add_argument(
+        "--reference", metavar="FILE.npz", help="reference of knn_6 that an earlier run saved"
+    )
     one.add_argument("--bank", metavar="DIR", help="folder where model scores are kept")
-    one.add_argument("--chunk-rows", type=int, default=10_000, metavar="N",
-                     help="rows held in memory at a time (default 10,000)")
+    one.add_argument(
+        "--chunk-rows",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="rows held in memory at a time (default 10,000)",
+    )
     one.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _select(one: argparse.ArgumentParser) -> None:
     one.add_argument("scores", help="score table of `instructmining score`")
     one.add_argument("--rule", required=True, help="rule.json, or a published rule: v1, v3")
-    one.add_argument("--top", required=True, type=_top, metavar="K|auto",
-                     help="rows to keep; auto: the size that the rule's search found")
-    one.add_argument("-o", "--out", required=True,
-                     help="rows to write: .json .jsonl .csv .tsv .parquet, also .gz")
-    one.add_argument("--data", nargs="+", default=[], metavar="FILE",
-                     help="where the scored files are now, if they moved; matched by sha256")
-    one.add_argument("--allow-mismatch", action="store_true",
-                     help="use a rule of other models; a ranking, no conclusion")
-    one.add_argument("--strict", action="store_true",
-                     help="refuse data outside what the rule was fitted on")
-    one.add_argument("--verify", action="store_true",
-                     help="finetune on the selection and on random draws, and compare")
+    one.add_argument(
+        "--top",
+        required=True,
+        type=_top,
+        metavar="K|auto",
+        help="rows to keep; auto: the size that the rule's search found",
+    )
+    one.add_argument(
+        "-o",
+        "--out",
+        required=True,
+        help="rows to write: .json .jsonl .csv .tsv .parquet, also .gz",
+    )
+    one.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="where the scored files are now, if they moved; matched by sha256",
+    )
+    one.add_argument(
+        "--allow-mismatch",
+        action="store_true",
+        help="use a rule of other models; a ranking, no conclusion",
+    )
+    one.add_argument(
+        "--strict", action="store_true", help="refuse data outside what the rule was fitted on"
+    )
+    one.add_argument(
+        "--verify",
+        action="store_true",
+        help="finetune on the selection and on random draws, and compare",
+    )
     one.add_argument("--profile", help="for --verify: base model, evaluation sets, repeats")
     one.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -151,14 +194,22 @@ def _fit(one: argparse.ArgumentParser) -> None:
     one.add_argument("--indicators", help="columns of the rule, with commas between")
     one.add_argument("--permutations", type=int, default=999, help="draws of the test of the rule")
     one.add_argument("--auto-size", type=int, help="rows that `select --top auto` shall keep")
-    one.add_argument("--not-for", default="other models, other reference sets, other languages; "
-                     "rows outside the range of the fitted sets", help="said on the card")
+    one.add_argument(
+        "--not-for",
+        default="other models, other reference sets, other languages; "
+        "rows outside the range of the fitted sets",
+        help="said on the card",
+    )
 
 
 def _plan(one: argparse.ArgumentParser) -> None:
     one.add_argument("--profile", required=True, help="preset or YAML file")
-    one.add_argument("--sigma", type=float, default=0.01,
-                     help="assumed sd of the log loss between seeds (default 0.01)")
+    one.add_argument(
+        "--sigma",
+        type=float,
+        default=0.01,
+        help="assumed sd of the log loss between seeds (default 0.01)",
+    )
 
 
 def _pin(one: argparse.ArgumentParser) -> None:

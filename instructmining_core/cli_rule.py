@@ -28,7 +28,8 @@ def explain(args: argparse.Namespace) -> None:
         raise CommandError(f"no row has the id {args.id!r} in {args.scores}; ids are like {some}")
     ranked = rank(scores, rule)
     found = ranked[ranked["id"].astype(str) == args.id].sort_index()
-    pages = [explained(row, rule, int(ranked["score"].notna().sum())) for _, row in found.iterrows()]
+    scored = int(ranked["score"].notna().sum())
+    pages = [explained(row, rule, scored) for _, row in found.iterrows()]
     if differences:
         pages.append("published form, other models or data; a ranking, no conclusion")
     sys.stdout.write("\n\n".join(pages) + "\n")
@@ -48,9 +49,11 @@ def explained(row: pd.Series, rule: RuleCard, scored: int) -> str:
     lines.append(f"  {'predicted log loss':<30}{row['score']:>+19.4f}")
     lines += _interval(frame, rule)
     better = 100 - row["percentile"]
-    lines.append(f"  rank {int(row['rank']):,} of {scored:,} rows with a score: better than "
-                 f"{row['percentile'] - 100 / scored:.1f} % of them"
-                 f"{', worse than ' + format(better, '.1f') + ' %' if better > 0 else ''}")
+    lines.append(
+        f"  rank {int(row['rank']):,} of {scored:,} rows with a score: better than "
+        f"{row['percentile'] - 100 / scored:.1f} % of them"
+        f"{', worse than ' + format(better, '.1f') + ' %' if better > 0 else ''}"
+    )
     noted = json.loads(row.get("reasons") or "{}")
     return "\n".join([*lines, *(f"  note, {name}: {why}" for name, why in noted.items())])
 
@@ -103,8 +106,10 @@ def _of_tables(args: argparse.Namespace) -> RuleCard:
     columns = _names(args) or known
     missing = [c for c in ("log_loss", *columns) if c not in runs]
     if missing or not columns:
-        raise CommandError(f"{path} lacks {', '.join(missing) or 'every indicator'}: it holds one "
-                           "row a run with log_loss, share_<source> and the sets' means")
+        raise CommandError(
+            f"{path} lacks {', '.join(missing) or 'every indicator'}: it holds one "
+            "row a run with log_loss, share_<source> and the sets' means"
+        )
     return _fitted(args, runs, scores, columns, f"{path.name}, scores of {args.scores}")
 
 

@@ -8,6 +8,7 @@ import heapq
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -76,14 +77,18 @@ def _set_reference(args: argparse.Namespace, scorer: Scorer) -> None:
         reference = scorer.make_reference(rows, size=size, seed=seed, progress=show)
     else:
         if "-" in args.files:
-            raise RecordError("knn_6 of standard input needs --reference or --profile: the pool "
-                              "is read once to draw its reference, and a pipe can't be read twice")
+            raise RecordError(
+                "knn_6 of standard input needs --reference or --profile: the pool "
+                "is read once to draw its reference, and a pipe can't be read twice"
+            )
         rows = _bottom_rows(args, REFERENCE_ROWS)
         reference = scorer.make_reference(rows, seed=REFERENCE_SEED, progress=show)
     kept = Path(f"{args.out}.reference.npz")
     reference.save(kept)
-    _say(f"knn_6 is measured against {len(reference.row_hashes)} rows, kept in {kept}; score other "
-         f"data with --reference {kept}")
+    _say(
+        f"knn_6 is measured against {len(reference.row_hashes)} rows, kept in {kept}; score other "
+        f"data with --reference {kept}"
+    )
 
 
 def _bottom_rows(args: argparse.Namespace, size: int) -> pd.DataFrame:
@@ -91,8 +96,13 @@ def _bottom_rows(args: argparse.Namespace, size: int) -> pd.DataFrame:
     heap: list[tuple[int, str, list]] = []
     inside: set[str] = set()
     for name in args.files:
-        for table, _ in iter_records(name, on_error="collect", paths=args.paths,
-                                     revision=args.revision, chunk_rows=args.chunk_rows):
+        for table, _ in iter_records(
+            name,
+            on_error="collect",
+            paths=args.paths,
+            revision=args.revision,
+            chunk_rows=args.chunk_rows,
+        ):
             for messages in table["messages"]:
                 own = row_hash(messages)
                 if own in inside:
@@ -100,8 +110,11 @@ def _bottom_rows(args: argparse.Namespace, size: int) -> pd.DataFrame:
                 salted = hashlib.sha256(f"{REFERENCE_SEED} {own}".encode()).digest()
                 entry = (-int.from_bytes(salted[:8]), own, messages)
                 inside.add(own)
-                gone = heapq.heappushpop(heap, entry) if len(heap) == size \
+                gone = (
+                    heapq.heappushpop(heap, entry)
+                    if len(heap) == size
                     else heapq.heappush(heap, entry)
+                )
                 if gone:
                     inside.discard(gone[1])
     return pd.DataFrame({"messages": [messages for *_, messages in heap]})
@@ -145,9 +158,10 @@ def _run(args: argparse.Namespace, scorer: Scorer, tables: _Tables) -> dict[str,
     with_models = _with_models(scorer.indicators)
     bar = tqdm(total=tables.total, unit="row", desc="score", disable=args.quiet, unit_scale=True)
     with ScoreWriter(args.out) as writer, bar:
+        start = time.perf_counter()
         for number, table in enumerate(tables):
             if number == 0:
-                _estimate(scorer, table, tables.total, bar)
+                _estimate(scorer, table, tables.total, time.perf_counter() - start, bar)
             frame = scorer.score(table, progress=with_models and not args.quiet)
             if tables.piped_sha256:
                 piped = frame["file"] == "-"
@@ -162,12 +176,18 @@ def _run(args: argparse.Namespace, scorer: Scorer, tables: _Tables) -> dict[str,
     return tally
 
 
-def _estimate(scorer: Scorer, table: pd.DataFrame, total: int | None, bar: tqdm) -> None:
-    """Tell the time of each indicator, from a timed sample, where the job is a long one."""
+def _estimate(
+    scorer: Scorer, table: pd.DataFrame, total: int | None, reading: float, bar: tqdm
+) -> None:
+    """Tell the time of each indicator, from a timed sample, where the job is a long one.
+
+    reading : seconds that reading `table` took
+    """
     rows = total or len(table)
     sample = int(np.clip(rows // 100, 4, 64))
     share = rows / max(len(table), 1)
-    seconds = {n: s * share for n, s in scorer.estimate_seconds(table, sample=sample).items()}
+    found = {"(reading)": reading, **scorer.estimate_seconds(table, sample=sample)}
+    seconds = {name: part * share for name, part in found.items()}
     if sum(seconds.values()) < LONG_JOB:
         return
     of = f"{rows:,} rows" if total else f"the first {rows:,} rows (the total is not known)"

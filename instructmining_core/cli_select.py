@@ -1,4 +1,4 @@
-"""`instructmining select`: the best rows of a score table, in their own columns, with the reasons."""
+"""`instructmining select`: the best rows of a table, in their own columns, with the reasons."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def select(args: argparse.Namespace) -> None:
         "out": args.out,
         "sha256": file_sha256(args.out),
         "scores": args.scores,
-        "files": {name: {"read_from": path} for name, path in sources.files.items()},
+        "files": {name: {"read_from": path, "sha256": sources.sha256[name]}
+                  for name, path in sources.files.items()},
         "rule": {"name": args.rule, "kind": rule.kind, "hash": rule.content_hash,
                  "fitted_on": rule.data["fitted_on"], "not_for": rule.data["not_for"]},
         "differences": differences,
@@ -94,7 +95,7 @@ def _dropped(selection: Selection) -> list[dict]:
 
 
 def _plain(frame: pd.DataFrame, columns: list[str]) -> list[dict]:
-    chosen = frame[[column for column in columns if column in frame]]
+    chosen = frame[[column for column in columns if column in frame]].astype({"rank": "Int64"})
     return json.loads(chosen.to_json(orient="records", double_precision=15))
 
 

@@ -35,16 +35,21 @@ def verified(
     from instructmining_core.verify import compare
 
     if not args.profile:
-        raise SelectionError("--verify needs --profile: it names the base model that is finetuned "
-                             "and the evaluation sets")
+        raise SelectionError(
+            "--verify needs --profile: it names the base model that is finetuned "
+            "and the evaluation sets"
+        )
     study = opened_study(args.profile)
     size, repeats = len(selection.kept), study.profile.selection
     pool = ", ".join(sources.files)
     plans, needed = [], []
     for method, seeds in _counts(scores, repeats).items():
         for seed in range(seeds):
-            rows = selection.kept if method == "selected" else \
-                choose(scores, method, size, rule=rule, seed=seed)
+            rows = (
+                selection.kept
+                if method == "selected"
+                else choose(scores, method, size, rule=rule, seed=seed)
+            )
             label = {"pool": pool, "method": method, "size": len(rows), "seed": seed}
             plans.append(Plan(tuple(rows["row_hash"]), label, init_seed=seed, order_seed=seed))
             needed.append(rows)

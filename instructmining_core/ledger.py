@@ -121,7 +121,7 @@ def tidy(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row a record.
 
     Columns: run_id, purpose, status, every label key under its own name (`shares` stays a dict),
-    method, base, init_seed, order_seed, then for each evaluation set `loss_<e>` (mean over
+    finetune_method, base, init_seed, order_seed, then for each evaluation set `loss_<e>` (mean over
     prompts, nats per token), `loss_<e>_token`, `loss_<e>_first64`, `loss_<e>_without_eos`,
     `effective_n_<e>`, then tokens_trained, rows, steps, final_train_loss, seconds,
     peak_memory_bytes, attempt, error.
@@ -143,7 +143,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     spec = record["spec"]
     row = {"run_id": record["run_id"], "purpose": spec["purpose"], "status": record["status"]}
     row |= record["label"]
-    row |= {"method": spec["finetune"]["method"], "base": spec["base"]["id"]}
+    row |= {"finetune_method": spec["finetune"]["method"], "base": spec["base"]["id"]}
     row |= {"init_seed": spec["init_seed"], "order_seed": spec["order_seed"]}
     for name in spec["evals"]:
         losses = record.get("losses", {}).get(name, {})

@@ -2,8 +2,8 @@
 
 A *record table* is a DataFrame with one row a conversation:
 
-`id` str, the record's own, else "<file>-<row>"; not made unique, rows are known by (file, row, part);
-`source` str; `messages` list of {"role": "user" | "assistant" | "system", "content": str};
+`id` str, the record's own, else "<source>-<row>"; not made unique: rows are known by (file, row,
+part); `source` str; `messages` list of {"role": "user" | "assistant" | "system", "content": str};
 `file` str as it was named; `row` int, the record's position in that file, 0-based and counting
 malformed ones; `part` int, 0 but for records that hold several conversations.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -92,8 +92,11 @@ def iter_rows(
     revision: str = "main",
     paths: str = "best",
     stdin: BinaryIO | None = None,
+    only: Container[int] | None = None,
 ) -> Iterator[tuple[str, Raw, list[Conversation]]]:
     """(file, raw record, its conversations) for every record in order, malformed ones included.
+
+    only : positions that are wanted; the others are passed over.
 
     A malformed record has no conversations and `raw.error` set. `file` is `where`, or for a hub
     name the name with the commit that was read. Raises RecordError as `read_raw` does.
@@ -105,6 +108,8 @@ def iter_rows(
     if hub:
         name = resolve_set(name, revision)
     for raw in read_set(name) if hub else read_raw(name, stdin):
+        if only is not None and raw.row not in only:
+            continue
         found = []
         if raw.error is None:
             try:

@@ -8,9 +8,9 @@ dropping repeats among them is ours.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -74,15 +74,12 @@ def rank(scores: pd.DataFrame, rule: RuleCard) -> pd.DataFrame:
     scored = int(ranked["score"].notna().sum())
     ranked["rank"] = np.where(ranked["score"].notna(), np.arange(1, len(ranked) + 1.0), np.nan)
     ranked["percentile"] = 100 * (scored - ranked["rank"] + 1) / max(scored, 1)
-    ranked["reason"] = ""
-    unscored = ranked.index[scored:]
-    ranked.loc[unscored, "reason"] = [
-        why_unscored(row, rule.columns) for _, row in ranked.loc[unscored].iterrows()
-    ]
+    unscored = ranked.iloc[scored:].to_dict(orient="records")
+    ranked["reason"] = [""] * scored + [why_unscored(row, rule.columns) for row in unscored]
     return ranked
 
 
-def why_unscored(row: pd.Series, columns: Sequence[str]) -> str:
+def why_unscored(row: Mapping[str, Any], columns: Sequence[str]) -> str:
     """Why a row has no score: each missing indicator of the rule with its recorded reason."""
     recorded = json.loads(row.get("reasons") or "{}")
     if "row" in recorded:
@@ -136,14 +133,15 @@ def select(
         example = f", for example {ranked['reason'].iloc[0]}" if len(ranked) else ""
         raise SelectionError(f"none of the {len(ranked)} rows has a score{example}")
     kept, twins = _walk(scored, wanted, texts, threshold)
-    labels = ranked["id"].astype(str)
-    why = pd.Series(BELOW, ranked.index)
-    why[ranked["score"].isna()] = NO_SCORE
-    why[list(twins)] = DUPLICATE
-    reason = ranked["reason"].where(why == NO_SCORE, f"rank below the best {wanted}")
+    # One change at a time to a column of strings copies all of it: fill arrays of objects.
+    ids = ranked["id"].to_numpy(object)
+    unscored = ranked["score"].isna().to_numpy()
+    why = np.where(unscored, NO_SCORE, BELOW).astype(object)
+    reason = np.where(unscored, ranked["reason"], f"rank below the best {wanted}").astype(object)
     for row, twin in twins.items():
-        reason[row] = f"near duplicate of {labels[twin]}, which ranks {int(ranked['rank'][twin])}"
-    left = ranked.drop(index=kept).assign(why=why, reason=reason)
+        why[row] = DUPLICATE
+        reason[row] = f"near duplicate of {ids[twin]}, which ranks {twin + 1}"
+    left = ranked.assign(why=why, reason=reason).drop(index=kept)
     return Selection(ranked.loc[kept].drop(columns="reason"), left)
 
 
@@ -206,35 +204,49 @@ def _walk(
     scored: pd.DataFrame, wanted: int, texts: pd.DataFrame | Texts | None, threshold: float
 ) -> tuple[list[int], dict[int, int]]:
     """Down the ranking until `wanted` rows are kept: (kept labels, {dropped label: kept label})."""
+    firsts, repeats = _exact_duplicates(scored)
     kept: list[int] = []
     twins: dict[int, int] = {}
-    seen: dict[str, int] = {}
     near = Kept(threshold)
-    for label, name, messages in _with_texts(scored, wanted, texts):
-        twin = seen.get(name) if name else None
-        if twin is None and messages is not None:
-            twin = near.add(label, messages)
-        if twin is not None:
+    for label, messages in _with_texts(scored.loc[firsts], wanted, texts):
+        twin = near.add(label, messages) if messages is not None else None
+        if twin is None:
+            kept.append(label)
+        else:
             twins[label] = twin
-            continue
-        seen[name] = label
-        kept.append(label)
         if len(kept) == wanted:
             break
+    # Labels are positions in the ranking: what lies below the last kept row was not looked at.
+    for label, first in repeats.items():
+        if label < kept[-1] or len(kept) < wanted:
+            twins[label] = twins.get(first, first)
     return kept, twins
 
 
+def _exact_duplicates(scored: pd.DataFrame) -> tuple[list[int], dict[int, int]]:
+    """Labels of the first row of each row hash, and {label of a repeat: label of the first}."""
+    if "row_hash" not in scored:
+        return list(scored.index), {}
+    seen: dict[str, int] = {}
+    firsts, repeats = [], {}
+    for label, own in scored["row_hash"].items():
+        first = seen.setdefault(own, label) if own else label
+        if first == label:
+            firsts.append(label)
+        else:
+            repeats[label] = first
+    return firsts, repeats
+
+
 def _with_texts(
-    scored: pd.DataFrame, wanted: int, texts: pd.DataFrame | Texts | None
-) -> Iterator[tuple[int, str, Conversation | None]]:
+    rows: pd.DataFrame, wanted: int, texts: pd.DataFrame | Texts | None
+) -> Iterator[tuple[int, Conversation | None]]:
     fetch = _from_table(texts) if isinstance(texts, pd.DataFrame) else texts
-    hashes = scored["row_hash"] if "row_hash" in scored else pd.Series("", scored.index)
     # Fetching may mean reading a file again, so the first batch should do and the next ones double.
     start, size = 0, max(BATCH_ROWS, wanted + wanted // 4)
-    while start < len(scored):
-        rows = scored.iloc[start : start + size]
-        found = fetch(rows) if fetch else [None] * len(rows)
-        yield from zip(rows.index, hashes[rows.index], found, strict=True)
+    while start < len(rows):
+        batch = rows.iloc[start : start + size]
+        yield from zip(batch.index, fetch(batch) if fetch else [None] * len(batch), strict=True)
         start, size = start + size, 2 * size
 
 

@@ -37,8 +37,7 @@ class SourceConfig:
     """One named set of records."""
 
     name: str
-    where: str  # file (relative to `data.folder`) or hub name; for "embedded" the library's name
-    split: str = "train"  # hub split
+    where: str  # file (relative to `data.folder`), or hub "owner/name[/config][@revision][:split]"
     take: int = 0  # rows drawn by seed; 0 = all
     how_to_get: str = ""  # for gated or script-only sets: what the reader must do
 
@@ -158,7 +157,7 @@ class SizeConfig:
     low: int = 32  # smallest size searched
     high: int = 256  # largest size searched
     trials: int = 6  # BlendSearch trials
-    sizes: tuple[int, ...] = (32, 64, 128, 256)  # of the curve
+    sizes: tuple[int, ...] = (24, 32, 48, 64, 96, 128, 192, 256)  # of the curve
     draws: int = 2  # independent draws (random) or seeds (selected) at each size
 
 

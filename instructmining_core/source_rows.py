@@ -37,7 +37,8 @@ class SourceRows:
         self.records: dict[Key, dict] = {}
         others = {file_sha256(path): str(path) for path in moved}
         named = scores[["file", "file_sha256"]].drop_duplicates()
-        for name, sha256 in zip(named["file"], named["file_sha256"], strict=True):
+        self.sha256 = dict(zip(named["file"], named["file_sha256"], strict=True))
+        for name, sha256 in self.sha256.items():
             self.files[name] = _located(name, sha256, beside, others)
 
     def fetch(self, rows: pd.DataFrame) -> list[Conversation]:
@@ -56,8 +57,10 @@ class SourceRows:
         hashes = rows["row_hash"] if "row_hash" in rows else [""] * len(rows)
         for key, own in zip(keys, hashes, strict=True):
             if key not in found or (own and row_hash(found[key]) != own):
-                raise SourceError(f"{key[0]}, row {key[1]}: not the record that was scored; score "
-                                  "the file again with this version")
+                raise SourceError(
+                    f"{key[0]}, row {key[1]}: not the record that was scored; score "
+                    "the file again with this version"
+                )
         return [found[key] for key in keys]
 
     def record(self, key: Key) -> dict:
@@ -66,13 +69,12 @@ class SourceRows:
 
     def _read(self, name: str, path: str, wanted: set[int], found: dict[Key, Conversation]) -> None:
         last = max(wanted)
-        for _, raw, conversations in iter_rows(path, paths=self.paths):
-            if raw.row in wanted:
-                for part, messages in enumerate(conversations):
-                    key = (name, raw.row, part)
-                    found[key] = messages
-                    self.records[key] = _one_part(raw.value, part, messages, len(conversations))
-            if raw.row >= last:
+        for _, raw, conversations in iter_rows(path, paths=self.paths, only=wanted):
+            for part, messages in enumerate(conversations):
+                key = (name, raw.row, part)
+                found[key] = messages
+                self.records[key] = _one_part(raw.value, part, messages, len(conversations))
+            if raw.row == last:
                 return
 
 

@@ -23,7 +23,7 @@ from .adapters import first_values, save_adapter, scaling, target_layers
 from .heads import unwrapped
 from .lean_block import lean_blocks
 from .profiles import FinetuneConfig
-from .stacked_linear import Route, StackedLinear, shapes
+from .stacked_linear import Route, StackedLinear, lanes_of, shapes
 
 
 @dataclass
@@ -38,14 +38,26 @@ class AdamState:
 class AdapterStack:
     """K adapters on a model: values, gradients, optimiser; put on by `attach`, off by `detach`."""
 
-    def __init__(self, model: nn.Module, config: FinetuneConfig, init_seeds: Sequence[int]) -> None:
-        """config : of all K; init_seeds : one an adapter."""
+    def __init__(
+        self,
+        model: nn.Module,
+        config: FinetuneConfig,
+        init_seeds: Sequence[int],
+        *,
+        lanes: bool | None = None,
+    ) -> None:
+        """Put nothing on the model yet; `attach` does.
+
+        config : of all K; init_seeds : one an adapter
+        lanes : one batched product for all adapters instead of one each; None: on a GPU
+        """
         self.model, self.config = unwrapped(model), config
         self.count, self.route = len(init_seeds), Route()
         self.layers = {name: StackedLinear(layer, self.route, scaling(config))
                        for name, layer in target_layers(self.model, config).items()}
         sample = next(iter(self.layers.values())).layer.weight
         self.device = sample.device
+        self.lanes = self.device.type == "cuda" if lanes is None else lanes
         self.dtype = sample.dtype if sample.dtype.is_floating_point else torch.float32
         self._spans = _spans(self.layers, config.rank)
         size = self._spans[-1][-1]
@@ -102,10 +114,11 @@ class AdapterStack:
         self.route.blocks = [
             (owners[run[0]], int(starts[run[0]]), int(ends[run[-1]])) for run in runs
         ]
+        self.route.lanes = lanes_of(self.route.blocks, self.device) if self.lanes else None
 
     def use(self, adapter: int) -> None:
         """Send every row to one adapter, for evaluation and generation."""
-        self.route.blocks, self.route.only = None, adapter
+        self.route.blocks, self.route.lanes, self.route.only = None, None, adapter
 
     def step(self, rates: np.ndarray) -> torch.Tensor:
         """Clip each adapter's gradient, take one AdamW step, clear the gradients.

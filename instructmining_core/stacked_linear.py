@@ -4,22 +4,53 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Blocks side by side, padded to the longest: two products for all adapters, for a GPU.
+
+    which : shape (n,), adapter of each block
+    take : shape (n, longest), place of each lane's slots, padding repeating the first
+    real : shape (n, longest, 1), 1 where a slot is no padding
+    back : shape (places,), lane slot of each place
+    """
+
+    which: torch.Tensor
+    take: torch.Tensor
+    real: torch.Tensor
+    back: torch.Tensor
 
 
 @dataclass
 class Route:
     """Which places of the flattened batch go to which adapter, shared by all layers.
 
-    blocks : (adapter, first place, place after the last); None sends every place to `only`
+    blocks : (adapter, first place, place after the last), covering all places in order; None
+        sends every place to `only`
+    lanes : the same blocks for a GPU, where a product a block would be too many launches
     """
 
     blocks: list[tuple[int, int, int]] | None = None
     only: int = 0
+    lanes: Lanes | None = None
 
     def over(self, places: int) -> list[tuple[int, int, int]]:
+        """The blocks of a batch of so many places."""
         return [(self.only, 0, places)] if self.blocks is None else self.blocks
+
+
+def lanes_of(blocks: list[tuple[int, int, int]], device: torch.device) -> Lanes:
+    """Lay blocks out as lanes."""
+    which, start, stop = (np.array(x) for x in zip(*blocks, strict=True))
+    size, along = stop - start, np.arange((stop - start).max())
+    real = along[None] < size[:, None]
+    take = np.where(real, start[:, None] + along[None], start[:, None])
+    on = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
+    return Lanes(on(which), on(take), on(real)[..., None], on(np.flatnonzero(real)))
 
 
 class StackedLinear(nn.Module):
@@ -43,7 +74,8 @@ class StackedLinear(nn.Module):
         return getattr(self.layer, "bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x) + _Adapters.apply(x, self.trigger, self)
+        apply = _Blocks.apply if self.route.lanes is None else _Lanes.apply
+        return self.layer(x) + apply(x, self.trigger, self)
 
 
 def base_layer(layer: nn.Module) -> nn.Module:
@@ -58,7 +90,7 @@ def shapes(layer: nn.Module) -> tuple[int, int]:
     return layer.nx, layer.nf
 
 
-class _Adapters(torch.autograd.Function):
+class _Blocks(torch.autograd.Function):
     """The adapters' share of a layer's output; their gradients go straight to the stack's."""
 
     @staticmethod
@@ -88,3 +120,34 @@ class _Adapters(torch.autograd.Function):
             if back is not None:
                 torch.mm(slope, layer.a[k].t(), out=back[start:stop])
         return (None if back is None else back.view(ctx.shape)), None, None
+
+
+class _Lanes(torch.autograd.Function):
+    """The same by batched products over the route's lanes."""
+
+    @staticmethod
+    def forward(ctx, x, trigger, layer):
+        lanes = layer.route.lanes
+        flat = x.reshape(-1, x.shape[-1])
+        lined = flat[lanes.take]
+        inner = torch.bmm(lined, layer.a[lanes.which])
+        out = torch.bmm(inner, layer.b[lanes.which]).flatten(0, 1)[lanes.back]
+        ctx.save_for_backward(lined, inner)
+        ctx.layer, ctx.lanes, ctx.shape = layer, lanes, x.shape
+        return out.mul_(layer.scale).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        lined, inner = ctx.saved_tensors
+        layer, lanes = ctx.layer, ctx.lanes
+        gradient = gradient.reshape(-1, gradient.shape[-1])[lanes.take]
+        gradient = gradient * (lanes.real * layer.scale).to(gradient.dtype)
+        slope = torch.bmm(gradient, layer.b[lanes.which].transpose(1, 2))
+        grad_a = torch.bmm(lined.transpose(1, 2), slope)
+        grad_b = torch.bmm(inner.transpose(1, 2), gradient)
+        layer.grad_a.index_add_(0, lanes.which, grad_a.to(layer.grad_a.dtype))
+        layer.grad_b.index_add_(0, lanes.which, grad_b.to(layer.grad_b.dtype))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        back = torch.bmm(slope, layer.a[lanes.which].transpose(1, 2))
+        return back.flatten(0, 1)[lanes.back].view(ctx.shape), None, None

@@ -81,7 +81,7 @@ def run(name_or_yaml: str, only: list[str] | None = None, build_book: bool = Tru
         _say(f"{notebook.stem}: done in {time.monotonic() - started:.0f} s")
     index = folder / "html" / "index.html"
     if build_book and (ran or not index.is_file()):
-        index = _build_book(folder)
+        index = _build_book(folder, profile)
     _say(f"The book of this run: {index}")
     return index
 
@@ -98,9 +98,11 @@ def publish(name_or_yaml: str) -> None:
         raise StageError(f"{folder} lacks {missing[0]}; run `make study PROFILE={name_or_yaml}`.")
     for notebook in notebooks():
         _publish_notebook(folder / "notebooks" / notebook.name)
+    _write_front_page(folder, profile, paths.root() / "book")
     shutil.rmtree(evidence, ignore_errors=True)
     shutil.copytree(folder / "ledger", evidence / "ledger", ignore=_not_json)
-    shutil.copytree(folder / "claims", evidence / "claims", ignore=_not_json)
+    for part in ("claims", "runs"):
+        shutil.copytree(folder / part, evidence / part, ignore=_not_json)
     for name in NUMBERS:
         if (folder / name).is_file():
             shutil.copy2(folder / name, evidence / name)
@@ -176,13 +178,14 @@ def _execute(notebook: Path, folder: Path, profile: str) -> None:
     os.replace(part, out)
 
 
-def _build_book(folder: Path) -> Path:
+def _build_book(folder: Path, profile: Profile) -> Path:
     """Build the book from a staged copy, so that the committed pages stay as they are."""
     stage = folder / "stage"
     shutil.rmtree(stage, ignore_errors=True)
     shutil.copytree(paths.root() / "book", stage / "book", ignore=_not_notebooks)
     shutil.copytree(folder / "notebooks", stage / "book" / "notebooks")
     shutil.copy2(paths.root() / "_config.yml", stage / "_config.yml")
+    _write_front_page(folder, profile, stage / "book")
     tool = Path(sys.executable).parent / "jupyter-book"  # of this environment, on PATH or not
     command = [str(tool), "build", "book", "-n", "-W", "--keep-going"]
     log = folder / "book.log"
@@ -196,6 +199,16 @@ def _build_book(folder: Path) -> Path:
     shutil.move(stage / "_build" / "html", html)
     shutil.rmtree(stage)
     return html / "index.html"
+
+
+def _write_front_page(folder: Path, profile: Profile, book: Path) -> None:
+    import pandas as pd
+
+    from .claims import front_page
+
+    page = front_page(pd.read_csv(folder / "verdict.csv"), profile.name, profile.description)
+    (book / "_generated").mkdir(exist_ok=True)
+    (book / "_generated" / "front.md").write_text(page, encoding="utf-8")
 
 
 def _publish_notebook(executed: Path) -> None:

@@ -173,7 +173,7 @@ class Study:
         roles = self.profile.models.roles()
         scorer = Scorer(
             roles,
-            indicators=self.profile.indicators,
+            indicators=(*self.profile.indicators, "compression"),  # a baseline of the gate
             bank=self.bank,
             standins=self.standins(*roles.values()),
         )
@@ -236,7 +236,16 @@ class Study:
         ]  # fmt: skip
         hashes = {h for plan in plans for h in plan.row_hashes}
         rows = self.encoded_rows(lm, config, hashes, tables)
+        self._list_runs(purpose, [spec.run_id for spec in specs])
         return run_sweep(specs, lm, rows, evals, self.ledger, progress=progress)
+
+    def _list_runs(self, purpose: str, run_ids: list[str]) -> None:
+        """Which runs a purpose asked for last: the ledger keeps those of earlier designs too."""
+        folder = self.folder / "runs"
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"{purpose}.part"
+        part.write_text(json.dumps(run_ids), encoding="utf-8")
+        part.replace(folder / f"{purpose}.json")
 
     @contextmanager
     def tuned(self, plan: Plan) -> Iterator:
@@ -282,9 +291,10 @@ class Study:
         }
 
     def runs(self, purpose: str) -> pd.DataFrame:
-        """Finished runs of one purpose, from the ledger (or the committed evidence)."""
+        """Finished runs that a purpose asked for, from the ledger (or the committed evidence)."""
+        wanted = json.loads(self.find(f"runs/{purpose}.json").read_text(encoding="utf-8"))
         frame = Ledger(self.find("ledger")).load()
-        return frame[(frame["purpose"] == purpose) & (frame["status"] == "done")]
+        return frame[frame["run_id"].isin(wanted) & (frame["status"] == "done")]
 
     def sweep(self) -> pd.DataFrame:
         """The regression's view: one row a run with `log_loss`, shares and set means."""

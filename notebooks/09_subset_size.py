@@ -93,7 +93,8 @@ figures.size_curve(runs)
 # %% [markdown]
 # ## Does it fall, rise and fall?
 #
-# The test takes the largest rise between a size and a later one, and holds it against what noise alone would give to a curve that only falls.
+# For any four sizes in order, the test takes the smallest of three steps: the fall from the first to the second, the rise to the third, the fall to the fourth.
+# Its statistic is the largest such value over all fours, held against what noise alone would give to the worst curve that does not fall, rise and fall.
 
 # %%
 random_runs = runs.query("method == 'random'")

@@ -35,14 +35,14 @@ STDLIB_MODULES = (
 ).split()
 CANDIDATES = (
     STDLIB, "numpy", "scipy", "pandas", "statsmodels", "sklearn", "torch", "transformers",
-    "matplotlib", "seaborn", "sympy", "sphinx", "datasets", "huggingface_hub", "sqlalchemy",
+    "matplotlib", "seaborn", "sympy", "sphinx", "datasets", "huggingface_hub", "peft",
     "fontTools",
 )  # fmt: skip
-UNSEEN = ("networkx", "nltk")
+UNSEEN = ("networkx", "sqlalchemy")
 STANDIN = (
-    "IPython", "docutils", "pydantic", "peft", "accelerate", "sentence_transformers",
+    "IPython", "docutils", "pydantic", "accelerate", "sentence_transformers",
     "prompt_toolkit", "rich", "narwhals", "optuna", "flaml", "pyarrow", "fsspec", "joblib",
-    "tornado", "PIL", "anyio", "faiss",
+    "tornado", "PIL", "anyio",
 )  # fmt: skip
 BASE_ONLY = (
     "jinja2", "alembic", "traitlets", "click", "babel", "bs4", "pyparsing",
@@ -50,6 +50,7 @@ BASE_ONLY = (
     "pybtex", "myst_nb", "myst_parser", "jedi", "parso", "zmq", "packaging", "platformdirs",
     "typer", "httpx2", "tokenizers", "attr", "markdown_it",
 )  # fmt: skip
+_LICENCES = {"torch": "BSD-3-Clause"}  # its metadata names none
 _SKIPPED = re.compile(
     r"(^|/)(tests?|testing|_vendor|vendored|_vendored|externals|_extern|conftest|benchmarks|"
     r"examples?|locale|array_api_\w+|site-packages|idle_test|test_\w+|_test_\w+)(/|\.py$)")
@@ -100,7 +101,7 @@ def _package_metadata(name: str) -> tuple[str, str]:
     licence = found.get("License-Expression") or (found.get("License") or "").split("\n")[0]
     if not licence or len(licence) > 60:
         classes = [c for c in found.get_all("Classifier") or [] if c.startswith("License ::")]
-        licence = classes[0].split(" :: ")[-1] if classes else "unknown"
+        licence = classes[0].split(" :: ")[-1] if classes else _LICENCES.get(name, "unknown")
     return found["Version"].split("+")[0], licence
 
 

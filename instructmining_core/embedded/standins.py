@@ -64,7 +64,7 @@ SIZES = {
         base_small=BaseConfig(**{**_TINY, "layers": 1}, context=128, steps=40),
         base_large=BaseConfig(**{**_TINY, "layers": 3}, context=128, steps=60),
         reward=RewardConfig(**_TINY, steps=40, pairs=16),
-        unieval=UniEvalConfig(**_TINY, steps=40, rows=32),
+        unieval=UniEvalConfig(**_TINY, steps=40),
     ),
 }
 

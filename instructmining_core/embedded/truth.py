@@ -66,8 +66,8 @@ def dose_effects(
     runs : one row a finetune with columns kind ("clean" for dose 0), dose, seed and `loss`
     returns : index kind; columns slope (log loss at dose 1 minus dose 0, by least squares on all
         runs with one intercept a seed), low, high (t interval), p, df, runs (of that kind), harms
-        (low > 0) and group ("seen" or "unseen" by the stand-ins). With no degree of freedom left
-        the interval is NaN and `harms` False.
+        (low > 0) and seen (the stand-ins learnt from that kind). With no degree of freedom left the
+        interval is NaN and `harms` False.
     """
     kinds = [kind for kind in dict.fromkeys(runs["kind"]) if kind != CLEAN]
     if not kinds:
@@ -91,12 +91,7 @@ def dose_effects(
          "runs": [int((runs["kind"] == k).sum()) for k in kinds]},
         index=pd.Index(kinds, name="kind"),
     )  # fmt: skip
-    return frame.assign(harms=frame["low"] > 0, group=[group_of(k) for k in kinds])
-
-
-def group_of(kind: str) -> str:
-    """Whether the stand-in reward and evaluator models learnt from that kind: "seen", "unseen"."""
-    return "seen" if kind in SEEN_KINDS else "unseen"
+    return frame.assign(harms=frame["low"] > 0, seen=frame.index.isin(SEEN_KINDS))
 
 
 def rivals(
@@ -135,9 +130,9 @@ def twin_auc(scores: pd.DataFrame, rules: Mapping[str, pd.Series]) -> pd.DataFra
     scores : columns id, source, kind ("" for clean), twin (the clean row's id); clean and defective
         rows, each id once
     rules : name -> Series on the index of `scores`, lower is better
-    returns : one row for each rule, kind and source: columns rule, kind, group, source, pairs, auc
-        (share of pairs won, a tie counts half; pairs with a missing score are left out, and
-        `missing` counts them)
+    returns : one row for each scorer, kind and source: columns scorer, kind, source, pairs, auc
+        (share of pairs won, a tie counts half), missing (pairs left out, as a score is missing) and
+        seen (the stand-in reward and evaluator models learnt from that kind)
     Raises TruthError where ids repeat or no defective row has its twin in the table.
     """
     if scores["id"].duplicated().any():
@@ -152,22 +147,22 @@ def twin_auc(scores: pd.DataFrame, rules: Mapping[str, pd.Series]) -> pd.DataFra
         values = rule.reindex(scores.index).to_numpy(float)
         difference = values[bad] - values[good]
         frames.append(pd.DataFrame({
-            "rule": name, "kind": scores["kind"].to_numpy()[bad],
+            "scorer": name, "kind": scores["kind"].to_numpy()[bad],
             "source": scores["source"].to_numpy()[bad],
             "won": np.where(np.isnan(difference), np.nan, np.sign(difference) / 2 + 0.5),
         }))  # fmt: skip
-    pairs = pd.concat(frames).groupby(["rule", "kind", "source"], sort=False)["won"]
+    pairs = pd.concat(frames).groupby(["scorer", "kind", "source"], sort=False)["won"]
     result = pairs.agg(pairs="count", auc="mean", missing=lambda w: int(w.isna().sum()))
     result = result.reset_index()
-    return result.assign(group=result["kind"].map(group_of))
+    return result.assign(seen=result["kind"].isin(SEEN_KINDS))
 
 
 def over_libraries(
-    auc: pd.DataFrame, by: Sequence[str] = ("rule", "kind", "group"), level: float = 0.95
+    auc: pd.DataFrame, by: Sequence[str] = ("scorer", "kind", "seen"), level: float = 0.95
 ) -> pd.DataFrame:
     """Mean AUC over libraries with a t interval ("new sources").
 
-    auc : as `twin_auc` gives it; by : what stays apart, for instance ("rule", "group")
+    auc : as `twin_auc` gives it; by : what stays apart, for instance ("scorer", "seen")
     returns : columns of `by`, auc, low, high, sources, pairs. Every library counts once: what is
         not in `by` is averaged inside a library first. One library has no interval (NaN). Limits
         are those of t, so they may leave 0 to 1.
@@ -184,17 +179,17 @@ def over_libraries(
 
 
 def against(
-    auc: pd.DataFrame, rule: str, rival: str, by: Sequence[str] = ("group",), level: float = 0.95
+    auc: pd.DataFrame, scorer: str, rival: str, by: Sequence[str] = ("seen",), level: float = 0.95
 ) -> pd.DataFrame:
-    """Does `rule` beat `rival`? Difference of AUC paired by library, with a t interval.
+    """Does `scorer` beat `rival`? Difference of AUC paired by library, with a t interval.
 
     returns : columns of `by`, difference, low, high, sources
     """
-    wide = auc.pivot_table(index=[*by, "source"], columns="rule", values="auc", aggfunc="mean")
-    for name in (rule, rival):
+    wide = auc.pivot_table(index=[*by, "source"], columns="scorer", values="auc", aggfunc="mean")
+    for name in (scorer, rival):
         if name not in wide:
             raise TruthError(f"No AUC of {name!r}; there are {', '.join(wide.columns)}.")
-    difference = (wide[rule] - wide[rival]).rename("auc").reset_index()
+    difference = (wide[scorer] - wide[rival]).rename("auc").reset_index()
     table = over_libraries(difference.assign(pairs=1), by, level)
     return table.rename(columns={"auc": "difference"}).drop(columns="pairs")
 

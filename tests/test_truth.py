@@ -1,0 +1,152 @@
+"""Dose sets, dose effects, AUC within twins: against values worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import statsmodels.api as sm
+from scipy import stats
+from test_defects import table
+
+from instructmining_core.embedded import truth
+from instructmining_core.embedded.defects import KINDS
+
+
+def test_dose_sets_differ_in_the_share_of_twins_only():
+    clean = table(("one", "two", "three"), rows=20)
+    sets = truth.dose_sets(clean, 16, kinds=("scrambled", "cut_short"), seeds=(0, 1))
+    sizes = sets.groupby(["set_kind", "dose", "seed"]).size()
+    assert (sizes == 16).all() and len(sizes) == 2 * (1 + 2 * 3)
+    for (kind, dose, _), rows in sets.groupby(["set_kind", "dose", "seed"]):
+        assert (rows["kind"] != "").sum() == round(dose * 16)
+        assert set(rows["kind"]) <= {"", kind}
+        assert rows["place"].tolist() == list(range(16))
+        assert rows["source"].value_counts().max() <= 6  # 16 rows of three sources
+    for _, rows in sets.groupby("seed"):
+        prompts = rows.groupby(["set_kind", "dose"])["prompt"].agg(tuple)
+        assert prompts.nunique() == 1
+        chosen = [set(rows.loc[(rows["set_kind"] == "scrambled") & (rows["dose"] == d)
+                               & (rows["kind"] != ""), "place"]) for d in (0.25, 0.5, 1.0)]
+        assert chosen[0] < chosen[1] < chosen[2]
+    assert sets.groupby("seed")["prompt"].agg(tuple).nunique() == 2
+
+
+def test_too_small_a_source_is_an_error():
+    with pytest.raises(truth.TruthError, match="are needed"):
+        truth.dose_sets(table(("one",), rows=5), 10)
+
+
+def runs(noise: float) -> pd.DataFrame:
+    rng = np.random.default_rng(5)
+    rows = []
+    for seed in range(3):
+        for kind, slope in (("clean", 0.0), ("cut_short", 0.2), ("repetitive", 0.0)):
+            for dose in (0.0,) if kind == "clean" else (0.25, 0.5, 1.0):
+                log = 1 + 0.1 * seed + slope * dose + noise * rng.normal()
+                rows.append((kind, dose, seed, np.exp(log)))
+    return pd.DataFrame(rows, columns=["kind", "dose", "seed", "loss_eval_1"])
+
+
+def test_dose_effects_find_the_slope_and_agree_with_statsmodels():
+    exact = truth.dose_effects(runs(noise=0.0))
+    assert exact["slope"].to_dict() == pytest.approx({"cut_short": 0.2, "repetitive": 0.0})
+    frame = runs(noise=0.02)
+    ours = truth.dose_effects(frame)
+    design = pd.DataFrame({f"s{s}": (frame["seed"] == s).astype(float) for s in range(3)})
+    for kind in ("cut_short", "repetitive"):
+        design[kind] = np.where(frame["kind"] == kind, frame["dose"], 0.0)
+    theirs = sm.OLS(np.log(frame["loss_eval_1"]), design).fit()
+    for kind in ("cut_short", "repetitive"):
+        assert ours.loc[kind, "slope"] == pytest.approx(theirs.params[kind])
+        assert ours.loc[kind, ["low", "high"]].tolist() == pytest.approx(
+            theirs.conf_int().loc[kind].tolist())
+        assert ours.loc[kind, "p"] == pytest.approx(theirs.pvalues[kind])
+    assert ours.loc["cut_short", ["harms", "seen"]].tolist() == [True, True]
+    assert ours.loc["repetitive", ["harms", "seen"]].tolist() == [False, False]
+
+
+def test_one_run_a_kind_has_no_interval():
+    frame = runs(0.01).query("seed == 0 and dose in [0, 1]")
+    effects = truth.dose_effects(frame)
+    assert effects["low"].isna().all() and not effects["harms"].any()
+
+
+SCORES = pd.DataFrame({
+    "id": ["a", "b", "c", "a#x", "b#x", "c#x", "z#x"],
+    "source": ["s", "s", "t", "s", "s", "t", "t"],
+    "kind": ["", "", "", "cut_short", "repetitive", "cut_short", "cut_short"],
+    "twin": ["", "", "", "a", "b", "c", "not scored"],
+    "len_out": [5.0, 4.0, 3.0, 2.0, 9.0, 3.0, 1.0],
+}, index=[10, 11, 12, 13, 14, 15, 16])  # fmt: skip
+
+
+def test_twin_auc_by_hand():
+    auc = truth.twin_auc(SCORES, {"longest": -SCORES["len_out"]}).set_index(["kind", "source"])
+    assert auc.loc[("cut_short", "s"), "auc"] == 1.0  # the longer one is the clean one
+    assert auc.loc[("repetitive", "s"), "auc"] == 0.0
+    assert auc.loc[("cut_short", "t"), "auc"] == 0.5  # a tie
+    assert auc["pairs"].tolist() == [1, 1, 1] and auc["missing"].sum() == 0
+    assert auc["seen"].to_dict() == {
+        ("cut_short", "s"): True, ("repetitive", "s"): False, ("cut_short", "t"): True}
+
+
+def test_missing_scores_are_counted_not_guessed():
+    broken = (-SCORES["len_out"]).where(SCORES["id"] != "a")
+    auc = truth.twin_auc(SCORES, {"longest": broken}).set_index(["kind", "source"])
+    assert np.isnan(auc.loc[("cut_short", "s"), "auc"])
+    assert auc.loc[("cut_short", "s"), ["pairs", "missing"]].tolist() == [0, 1]
+
+
+def test_rivals_and_their_order():
+    effects = pd.DataFrame({"slope": {"cut_short": 0.3, "repetitive": -0.1}})
+    scores = SCORES.assign(ppl=1.0, reward=[3, 3, 3, 1, 1, 1, 1.0], compression=1.0)
+    rules = truth.rivals(scores, effects=effects, untrained=pd.Series(1.0, index=scores.index))
+    assert list(rules) == ["random", "longest", "lowest_ppl", "compression", "reward",
+                           "untrained_reward", "oracle", "loss_oracle"]
+    auc = truth.twin_auc(scores, rules).groupby(["scorer", "kind"])["auc"].mean().unstack()
+    assert auc.loc["oracle"].tolist() == [1, 1] and auc.loc["reward"].tolist() == [1, 1]
+    # the loss oracle does not flee from a kind that lowers the loss
+    assert auc.loc["loss_oracle"].tolist() == [1, 0]
+    assert auc.loc["untrained_reward"].tolist() == [0.5, 0.5]
+
+
+def test_over_libraries_is_a_t_interval():
+    values = [0.6, 0.7, 0.9]
+    auc = pd.DataFrame({"scorer": "rule", "kind": "cut_short", "seen": True,
+                        "source": ["a", "b", "c"], "pairs": [10, 20, 30], "auc": values})
+    row = truth.over_libraries(auc).iloc[0]
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    assert (row["auc"], row["low"], row["high"]) == pytest.approx((np.mean(values), low, high))
+    assert (row["sources"], row["pairs"]) == (3, 60)
+
+
+def test_against_is_paired_by_library():
+    auc = pd.DataFrame({
+        "scorer": ["rule"] * 3 + ["longest"] * 3, "kind": "repetitive", "seen": False,
+        "source": ["a", "b", "c"] * 2, "pairs": 5, "auc": [0.9, 0.8, 0.6, 0.5, 0.5, 0.5]})
+    row = truth.against(auc, "rule", "longest").iloc[0]
+    test = stats.ttest_1samp([0.4, 0.3, 0.1], 0).confidence_interval(0.95)
+    assert (row["difference"], row["low"], row["high"]) == pytest.approx(
+        (0.8 / 3, test.low, test.high))
+    with pytest.raises(truth.TruthError, match="No AUC of 'nobody'"):
+        truth.against(auc, "rule", "nobody")
+
+
+def test_permuted_within_source_moves_rows_whole():
+    scores = pd.DataFrame({"source": ["a"] * 50 + ["b"] * 50, "x": np.arange(100.0)})
+    scores["y"] = 2 * scores["x"]
+    shuffled = truth.permuted_within_source(scores, ["x", "y"], seed=0)
+    assert (shuffled["y"] == 2 * shuffled["x"]).all()
+    assert sorted(shuffled["x"][:50]) == list(range(50)) != shuffled["x"][:50].tolist()
+    assert abs(np.corrcoef(shuffled["x"][:50], scores["x"][:50])[0, 1]) < 0.5
+
+
+def test_errors():
+    with pytest.raises(truth.TruthError, match="stands twice"):
+        truth.twin_auc(pd.concat([SCORES, SCORES]), {})
+    with pytest.raises(truth.TruthError, match="clean twin"):
+        truth.twin_auc(SCORES[SCORES["kind"] == ""], {})
+    with pytest.raises(truth.TruthError, match="dose above 0"):
+        truth.dose_effects(runs(0).query("kind == 'clean'"))
+    assert set(truth.CLEAN) and truth.CLEAN not in KINDS
