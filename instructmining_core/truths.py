@@ -53,17 +53,18 @@ def twin_auc(study: Study, rule: RuleCard, effects: pd.DataFrame) -> pd.DataFram
 
 def summary(auc: pd.DataFrame) -> pd.DataFrame:
     """Mean AUC over libraries with its interval: kinds the stand-ins saw, and unseen kinds."""
-    table = truth.over_libraries(auc, by=("rule", "group"))
+    table = truth.over_libraries(auc, by=("scorer", "seen"))
     table["text"] = [f"{r.auc:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in table.itertuples()]
-    return table.pivot(index="rule", columns="group", values="text").reindex(ORDER).dropna()
+    table["kinds"] = table["seen"].map({True: "kinds the stand-ins saw", False: "unseen kinds"})
+    return table.pivot(index="scorer", columns="kinds", values="text").reindex(ORDER).dropna()
 
 
 def rule_against(auc: pd.DataFrame) -> pd.DataFrame:
     """The rule's AUC minus each rival's, paired by library, on kinds that no stand-in saw."""
-    rivals = [name for name in ORDER[1:] if name in set(auc["rule"])]
+    rivals = [name for name in ORDER[1:] if name in set(auc["scorer"])]
     parts = [truth.against(auc, "rule", name).assign(rival=name) for name in rivals]
     table = pd.concat(parts)
-    return table[table["group"] == "unseen"].set_index("rival").drop(columns="group")
+    return table[~table["seen"].astype(bool)].set_index("rival").drop(columns="seen")
 
 
 def _untrained_reward(study: Study, scores: pd.DataFrame) -> pd.Series | None:

@@ -83,8 +83,7 @@ effects.round(4)
 if planted:
     auc = truths.twin_auc(study, rule, effects)
     study.save(auc, "truth.parquet")
-    means = truth.over_libraries(auc).rename(columns={"rule": "scorer"})
-    display(figures.twin_auc(means.assign(seen=means["group"] == "seen")))
+    display(figures.twin_auc(truth.over_libraries(auc)))
 
 # %%
 truths.summary(auc) if planted else "-"
