@@ -64,7 +64,8 @@ def _rewards(study: Study, conversations: list[list[dict]]) -> dict[str, float]:
 
     table = pd.DataFrame({
         "id": [str(i) for i in range(len(conversations))],
-        "source": "answers", "messages": conversations, "file": "", "row": range(len(conversations)),
+        "source": "answers", "messages": conversations, "file": "",
+        "row": range(len(conversations)),
     })  # fmt: skip
     ref = study.profile.models.reward
     scores = score(table, {"reward": ref}, indicators=("reward",), standins=study.standins(ref))

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from . import paper
-from .study import MissingInput, Study
+from .study import Study
+from .study_files import MissingInput
 
 HOLDS, FAILS, UNDECIDED, NOT_ASKED = "holds", "does not hold", "undecided", "not asked in this run"
 
@@ -156,7 +157,8 @@ def front_page(verdict: pd.DataFrame, profile: str, description: str) -> str:
     if length:
         lines += ["**Does the rule beat length alone?** "
                   f"{str(length['verdict']).capitalize()}: {length['ours']}.", ""]  # fmt: skip
-    lines += ["| claim | the paper | this run | could have seen | verdict |", "|---|---|---|---|---|"]
+    lines += ["| claim | the paper | this run | could have seen | verdict |"]
+    lines += ["|---|---|---|---|---|"]
     for row in rows:
         cells = [row["statement"], row["paper_value"], row["ours"], row["detectable"],
                  f"**{row['verdict']}**"]  # fmt: skip

@@ -11,8 +11,8 @@ from . import inference, regression
 from .card import RuleCard
 from .embedded.truth import permuted_within_source
 from .experiments import ladder_sweep, size_pool
-from .records import assistant_turns, row_hash
 from .planner import plan_runs
+from .records import assistant_turns, row_hash
 from .runs import RunsError, Standardisation, share_matrix, standardised
 from .selection import choose
 from .study import Study

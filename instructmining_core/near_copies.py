@@ -1,8 +1,118 @@
+"""Near copies: rows that share a run of 8 words, and the groups they form.
+
+Statistical plan, section 8: a near copy of a row shares a run of 8 words with it after folding case
+and punctuation. What "folding punctuation" does to `read_csv` and "non-zero" is open, so all three
+readings are taken, and one of them is enough. Groups are the connected components of that relation,
+so no row of one group is a near copy of a row of another.
+"""
+
 from __future__ import annotations
 
-import pandas as pd
+import re
+from collections.abc import Sequence
 
-from .embedded.near_copies import shared_runs
+import numpy as np
+import pandas as pd
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+RUN = 8
+_LETTERS, _WORDS, _MARKS = (re.compile(p) for p in (r"[^\W_]+", r"\w+", r"[^\w\s]|_"))
+
+
+def fold(text: str) -> tuple[list[str], list[str], list[str]]:
+    """Words in lower case, in three readings of "folding punctuation".
+
+    Any mark ends a word; any mark but the underscore does; marks are taken out of the words.
+
+    >>> fold("Use `read_csv`, non-zero.")[2]
+    ['use', 'readcsv', 'nonzero']
+    """
+    text = text.lower()
+    return _LETTERS.findall(text), _WORDS.findall(text), _MARKS.sub("", text).split()
+
+
+def run_table(texts: Sequence[str], run: int = RUN) -> pd.DataFrame:
+    """Every distinct run of `run` words in every text.
+
+    returns : columns `text` (position in `texts`) and `key` (int64 hash of the run), no duplicates.
+        A hash collision (odds below 1e-6 at ten million runs) can only join texts, not part them.
+    """
+    readings = [_distinct(fold(text)) for text in texts]
+    words = [row for reading in zip(*readings, strict=True) for row in reading]
+    lengths = np.array([len(row) for row in words], dtype=np.int64)
+    if lengths.sum() == 0:
+        return pd.DataFrame({"text": np.empty(0, np.int64), "key": np.empty(0, np.int64)})
+    codes, _ = pd.factorize(np.array([word for row in words for word in row], dtype=object))
+    owner = np.repeat(np.arange(len(words)), lengths)  # a reading's row, told from the next one's
+    # odd 64-bit constants: a polynomial hash modulo 2**64
+    mixed = (codes.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> np.uint64(29)
+    usable = max(len(codes) - run + 1, 0)
+    key = np.zeros(usable, dtype=np.uint64)
+    for offset in range(run):
+        key = key * np.uint64(0xD6E8FEB86659FD93) + mixed[offset : offset + usable]
+    inside = owner[:usable] == owner[run - 1 : run - 1 + usable]
+    text = owner[:usable][inside] % len(texts)
+    frame = pd.DataFrame({"text": text, "key": key[inside].view(np.int64)})
+    return frame.drop_duplicates(ignore_index=True)
+
+
+def _distinct(readings: tuple[list[str], ...]) -> tuple[list[str], ...]:
+    """The readings, each equal to an earlier one as an empty list: most texts read one way."""
+    return tuple(r if r not in readings[:i] else [] for i, r in enumerate(readings))
+
+
+def boilerplate(runs: pd.DataFrame, most: int) -> np.ndarray:
+    """Texts to leave out so that no run is in more than `most` texts.
+
+    A run that stands in many texts ("If True, the input is copied, else ...") is boilerplate, and
+    would chain unrelated functions into one huge group. In reading order, a text is left out if one
+    of its runs has already been met `most` times in the texts before it.
+
+    runs : as `run_table` gives it; returns : sorted positions of the texts to leave out.
+    """
+    counts = runs.groupby("key")["text"].transform("size")
+    common = runs[counts > most].sort_values(["text", "key"])
+    met: dict[int, int] = {}
+    out = []
+    for text, keys in common.groupby("text", sort=True)["key"]:
+        keys = keys.tolist()
+        if any(met.get(key, 0) >= most for key in keys):
+            out.append(text)
+            continue
+        for key in keys:
+            met[key] = met.get(key, 0) + 1
+    return np.array(out, dtype=np.int64)
+
+
+def groups(runs: pd.DataFrame, size: int, also: Sequence | None = None) -> np.ndarray:
+    """Group number of each text: connected components of "shares a run".
+
+    runs : as `run_table` gives it; size : number of texts
+    also : an optional label per text; texts with the same label are joined as well
+    returns : int array, shape (size,)
+    """
+    _, key = np.unique(runs["key"].to_numpy(), return_inverse=True)
+    rows, cols = [runs["text"].to_numpy()], [key + size]
+    nodes = size + (int(key.max()) + 1 if len(key) else 0)
+    if also is not None:
+        label, _ = pd.factorize(np.asarray(also, dtype=object))
+        rows.append(np.arange(size))
+        cols.append(label + nodes)
+        nodes += int(label.max()) + 1 if size else 0
+    row, col = np.concatenate(rows), np.concatenate(cols)
+    graph = coo_matrix((np.ones(len(row), np.int8), (row, col)), shape=(nodes, nodes))
+    return connected_components(graph, directed=False)[1][:size]
+
+
+def shared_runs(left: Sequence[str], right: Sequence[str], run: int = RUN) -> pd.DataFrame:
+    """Pairs (position in `left`, position in `right`) of texts that share a run of words."""
+    table = run_table([*left, *right], run)
+    first = table[table["text"] < len(left)]
+    second = table[table["text"] >= len(left)].assign(text=lambda t: t["text"] - len(left))
+    pairs = first.merge(second, on="key", suffixes=("_left", "_right"))
+    return pairs[["text_left", "text_right"]].drop_duplicates(ignore_index=True)
 
 
 def texts_of(table: pd.DataFrame) -> list[str]:

@@ -1,7 +1,4 @@
 """One study, wired: where the rooms meet. The notebooks talk to this and to the rooms themselves.
-
-Results lie in `results/<profile>/`; a notebook opened without them reads the committed evidence of
-the same profile, or of any published one, and `notes` says so.
 """
 
 from __future__ import annotations
@@ -22,13 +19,10 @@ from .profiles import FinetuneConfig, ModelRef, Profile, load_profile
 from .records import row_hash
 from .runs import assemble
 from .sources import StudyData, read_study_data
+from .study_files import StudyFiles
 from .subsets import TrainingSet, anchors, designed_sets, fusion_sets, set_means
 
 EVALS = ("eval_1", "eval_2")
-
-
-class MissingInput(RuntimeError):
-    """A stage was opened before the one that makes its input, and no evidence is committed."""
 
 
 @dataclass(frozen=True)
@@ -41,65 +35,17 @@ class Plan:
     order_seed: int = 0
 
 
-class Study:
+class Study(StudyFiles):
     """A profile with its data, models, scores, sets and runs, each made once and kept."""
 
     def __init__(self, profile: Profile) -> None:
+        super().__init__(profile.name)
         self.profile = profile
-        self.folder = paths.results(profile.name)
-        self.notes: list[str] = []
 
     @classmethod
     def open(cls, name_or_yaml: str | Path) -> Study:
         """The study of a preset or of a profile file."""
         return cls(load_profile(name_or_yaml))
-
-    # Files in and out
-
-    def find(self, name: str) -> Path:
-        """The file `name` of this study: from its results, else from the committed evidence.
-
-        Raises MissingInput naming the command that makes it.
-        """
-        here = self.folder / name
-        if here.exists():
-            return here
-        published = [paths.evidence(self.profile.name)]
-        published += sorted((paths.root() / "evidence").glob("*"))
-        for folder in published:
-            if (folder / name).exists():
-                note = f"{name} is read from the committed evidence of `{folder.name}`."
-                if note not in self.notes:
-                    self.notes.append(note)
-                return folder / name
-        raise MissingInput(
-            f"{here} is not there and no evidence holds it; run "
-            f"`make study PROFILE={self.profile.name}`, or the notebooks before this one."
-        )
-
-    def frame(self, name: str) -> pd.DataFrame:
-        """A saved frame by file name (`.parquet` or `.csv`)."""
-        path = self.find(name)
-        return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-
-    def save(self, frame: pd.DataFrame, name: str) -> None:
-        """Write a frame whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{name}.part"
-        if name.endswith(".csv"):
-            frame.to_csv(part, index=False)
-        else:
-            frame.to_parquet(part, index=False)
-        part.replace(self.folder / name)
-
-    def claim(self, claim: str, *, ours: str, detectable: str, verdict: str) -> None:
-        """Record what this run says of one of the paper's claims (`paper.claims`)."""
-        folder = self.folder / "claims"
-        folder.mkdir(parents=True, exist_ok=True)
-        record = {"claim": claim, "ours": ours, "detectable": detectable, "verdict": verdict}
-        part = folder / f"{claim}.part"
-        part.write_text(json.dumps(record, indent=2), encoding="utf-8")
-        part.replace(folder / f"{claim}.json")
 
     # Data, models, scores
 
@@ -185,7 +131,7 @@ class Study:
     # Sets and runs
 
     def draw_sets(self) -> list[TrainingSet]:
-        """Draw the design: fusion sets, designed sets, and the anchors' repeats on further seeds."""
+        """Draw the design: fusion sets, designed sets, the anchors' repeats on further seeds."""
         plan, scores = self.profile.design, self.candidate_scores
         fusion = fusion_sets(scores, plan.fusion, plan.size, plan.seed, on_short="redraw")
         designed = designed_sets(
@@ -236,16 +182,8 @@ class Study:
         ]  # fmt: skip
         hashes = {h for plan in plans for h in plan.row_hashes}
         rows = self.encoded_rows(lm, config, hashes, tables)
-        self._list_runs(purpose, [spec.run_id for spec in specs])
+        self.list_runs(purpose, [spec.run_id for spec in specs])
         return run_sweep(specs, lm, rows, evals, self.ledger, progress=progress)
-
-    def _list_runs(self, purpose: str, run_ids: list[str]) -> None:
-        """Which runs a purpose asked for last: the ledger keeps those of earlier designs too."""
-        folder = self.folder / "runs"
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{purpose}.part"
-        part.write_text(json.dumps(run_ids), encoding="utf-8")
-        part.replace(folder / f"{purpose}.json")
 
     @contextmanager
     def tuned(self, plan: Plan) -> Iterator:
@@ -312,7 +250,8 @@ class Study:
     def set_frame(self) -> pd.DataFrame:
         """One row a set, before any run: `set_id`, `arm`, `share_<source>` and indicator means."""
         planned = [
-            {"set_id": s.set_id, "arm": s.arm, "source": s.source, "shares": dict(s.shares), "loss": 1.0}
+            {"set_id": s.set_id, "arm": s.arm, "source": s.source, "shares": dict(s.shares),
+             "loss": 1.0}
             for s in self.sets
             if not s.anchor
         ]

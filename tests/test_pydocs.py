@@ -9,7 +9,8 @@ import sys
 import pandas as pd
 import pytest
 
-from instructmining_core.embedded import libraries, near_copies, pydocs, splits
+from instructmining_core import near_copies
+from instructmining_core.embedded import libraries, pydocs, splits
 from instructmining_core.embedded.docstrings import clean, pieces
 
 NUMPY_DOC = """Estimate the power of a signal.

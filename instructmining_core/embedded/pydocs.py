@@ -18,8 +18,8 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .. import paths
-from . import docstrings, libraries, near_copies, splits
+from .. import near_copies, paths
+from . import docstrings, libraries, splits
 from .libraries import STDLIB, CorpusError, Library
 
 SEED = 20230711

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .near_copies import boilerplate, groups, run_table
+from ..near_copies import boilerplate, groups, run_table
 
 SPLITS = ("base_text", "standin", "candidates", "pool", "eval_1", "eval_2")
 EVALS = ("eval_1", "eval_2")

@@ -86,9 +86,9 @@ def build_unieval(
 ) -> dict:
     """Train on questions about the rows `learn`, check on the rows `check`, save both.
 
-    returns : parameters, pairs seen, last loss (mean of 20 steps), `accuracy`: question -> share of
-        held-out questions answered rightly (half of them are "Yes"), and `ranked`: question -> share
-        of held-out pairs in which the good answer has the higher score
+    returns : parameters, pairs seen, last loss (mean of 20 steps), `accuracy`: question -> share
+        of held-out questions answered rightly (half of them are "Yes"), and `ranked`: question ->
+        share of held-out pairs in which the good answer has the higher score
     """
     learn, check = at_most(learn, config.steps * config.pairs // 2), at_most(check, 400)
     asked, held = questions(learn, config.seed), questions(check, config.seed)
