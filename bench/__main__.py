@@ -81,6 +81,13 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def page(rows: list[dict]) -> str:
+    """The table with the machine it was measured on, for the book."""
+    seen = rows[-1].get("machine", {}) if rows else {}
+    told = ", ".join(f"{key} {value}" for key, value in seen.items() if value is not None)
+    return f"{table(rows)}\n\nMachine: {told}.\n"
+
+
 def write(rows: list[dict], path: Path) -> list[dict]:
     """Merge `rows` into the file, written whole or not at all."""
     old = json.loads(path.read_text()) if path.exists() else []
@@ -97,8 +104,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--only", action="append", default=[], metavar="NAME",
                         help="a benchmark's name or its start; may be given again")
+    parser.add_argument("--page", type=Path, metavar="FILE",
+                        help="run nothing; write the table of what was measured to a book page")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
     options = parser.parse_args(arguments)
+    if options.page:
+        options.page.write_text(page(json.loads(options.out.read_text())))
+        return 0
     benches = found_benches()
     # A full name is that bench alone, though another's name may start with it.
     chosen = [name for name in benches if not options.only or name in options.only

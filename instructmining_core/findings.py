@@ -58,13 +58,19 @@ def predictions(fit: Fit) -> pd.DataFrame:
     return frame
 
 
-def mundlak(study: Study, runs: pd.DataFrame, columns: Sequence[str], constants: Standardisation):
-    """The split of slopes in between and within, or why it can't be had here."""
+def mundlak(
+    study: Study, runs: pd.DataFrame, columns: Sequence[str], constants: Standardisation
+) -> tuple[pd.DataFrame, str]:
+    """Slopes between and within sources, and the test of their equality in one line.
+
+    An empty table, and why, where the sources are too few for it.
+    """
     means = study.candidate_scores.groupby("source")[list(columns)].mean()
     try:
-        return regression.mundlak(runs, columns, means, constants)
+        split = regression.mundlak(runs, columns, means, constants)
     except (RunsError, regression.RankError) as error:
-        return str(error)
+        return pd.DataFrame(), str(error)
+    return split.table, f"between = within: F = {split.f:.2f}, p = {split.p:.3f}"
 
 
 def baselines(
@@ -76,13 +82,14 @@ def baselines(
         for messages in study.data.candidates["messages"]
     }
     asked = [assistant_turns(messages)[-1][1] for messages in study.data.eval_1["messages"]]
-    losses = unigram_losses(study.sets, responses, asked)
-    frame = runs.assign(
-        unigram=runs["set_id"].map(losses), log_tokens=np.log(runs["tokens_trained"])
-    )
+    # with other package versions than the run's, the corpus lacks some of its rows: ValueError
     try:
+        losses = unigram_losses(study.sets, responses, asked)
+        frame = runs.assign(
+            unigram=runs["set_id"].map(losses), log_tokens=np.log(runs["tokens_trained"])
+        )
         return regression.baseline_comparison(frame, columns, ["unigram", "log_tokens"], constants)
-    except (RunsError, regression.RankError) as error:
+    except ValueError as error:
         return pd.DataFrame({"not to be had here": [str(error)]})
 
 
@@ -154,20 +161,19 @@ def negative_control(study: Study, seed: int = 0) -> pd.DataFrame:
 def rule_card(study: Study, fit: Fit, jack, held: pd.DataFrame, test) -> RuleCard:
     """The card of the study's rule, with all that is needed to use it or to refuse to."""
     from .card_making import make_card
-    from .hub import resolve
 
     profile = study.profile
-    ref = profile.models.base
-    base = resolve(ref, standins=study.standins(ref))
+    base = study.base_of_sweep()
+    stand_in = base["id"].startswith("standin:")
     sources = ", ".join(fit.sources)
     return make_card(
         fit, study.candidate_scores,
         fitted_on=f"profile {profile.name}: {len(fit.runs)} sets of {profile.design.size} rows "
         f"from {len(fit.sources)} sources ({sources})",
         not_for="other models, other reference sets, other languages; rows outside the range "
-        "of the fitted sets" + ("; models of any use: these are stand-ins" * base.stand_in),
+        "of the fitted sets" + ("; models of any use: these are stand-ins" * stand_in),
         new_sources=jack, held_out=held, permutation=test,
-        base={"id": base.id, "revision": base.revision, "stand_in": base.stand_in},
+        base={"id": base["id"], "revision": base["revision"], "stand_in": stand_in},
     )  # fmt: skip
 
 

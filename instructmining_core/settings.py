@@ -166,7 +166,6 @@ class RobustnessConfig:
     methods: tuple[str, ...] = ("lora", "full")
     full_learning_rate: float = 5e-4  # peak, for full finetuning of a small base
     seeds: int = 3
-    ablation: bool = False  # Table 5: drop one indicator, refit, select
     transfer: bool = False  # the rule of one base against the loss of another
 
 

@@ -97,7 +97,8 @@ def publish(name_or_yaml: str) -> None:
     if missing:
         raise StageError(f"{folder} lacks {missing[0]}; run `make study PROFILE={name_or_yaml}`.")
     for notebook in notebooks():
-        _publish_notebook(folder / "notebooks" / notebook.name)
+        name = notebook.name
+        _page(folder / "notebooks" / name, paths.root() / "book" / "notebooks" / name)
     _write_front_page(folder, profile, paths.root() / "book")
     shutil.rmtree(evidence, ignore_errors=True)
     shutil.copytree(folder / "ledger", evidence / "ledger", ignore=_not_json)
@@ -183,7 +184,8 @@ def _build_book(folder: Path, profile: Profile) -> Path:
     stage = folder / "stage"
     shutil.rmtree(stage, ignore_errors=True)
     shutil.copytree(paths.root() / "book", stage / "book", ignore=_not_notebooks)
-    shutil.copytree(folder / "notebooks", stage / "book" / "notebooks")
+    for executed in (folder / "notebooks").glob("*.ipynb"):
+        _page(executed, stage / "book" / "notebooks" / executed.name)
     shutil.copy2(paths.root() / "_config.yml", stage / "_config.yml")
     _write_front_page(folder, profile, stage / "book")
     tool = Path(sys.executable).parent / "jupyter-book"  # of this environment, on PATH or not
@@ -211,19 +213,26 @@ def _write_front_page(folder: Path, profile: Profile, book: Path) -> None:
     (book / "_generated" / "front.md").write_text(page, encoding="utf-8")
 
 
-def _publish_notebook(executed: Path) -> None:
-    """Copy one executed notebook without the machine's paths and without injected metadata."""
+def _page(executed: Path, target: Path) -> None:
+    """Write an executed notebook as a page: no progress bars, no log, no path of this machine."""
     import nbformat
 
     book = nbformat.read(executed, as_version=4)
     book.metadata.pop("papermill", None)
+    book.metadata.pop("widgets", None)
     for cell in book.cells:
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_noise(output)]
     text = nbformat.writes(book).replace(str(paths.root()), ".")
-    target = paths.root() / "book" / "notebooks" / executed.name
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
+
+
+def _is_noise(output: dict) -> bool:
+    widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+    return widget or output.get("name") == "stderr"
 
 
 def _data_files(profile: Profile) -> list[Path]:

@@ -234,6 +234,11 @@ class Study(StudyFiles):
         frame = Ledger(self.find("ledger")).load()
         return frame[frame["run_id"].isin(wanted) & (frame["status"] == "done")]
 
+    def base_of_sweep(self) -> dict[str, str]:
+        """Id, revision and dtype of the base that the sweep finetuned, from its first record."""
+        first = json.loads(self.find("runs/sweep.json").read_text(encoding="utf-8"))[0]
+        return Ledger(self.find("ledger")).read(first)["spec"]["base"]
+
     def sweep(self) -> pd.DataFrame:
         """The regression's view: one row a run with `log_loss`, shares and set means."""
         return self.joined(self.runs("sweep"))

@@ -42,6 +42,8 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # ## Run the sweep
 
 # %%
+import pandas as pd
+
 from instructmining_core import figures
 from instructmining_core.experiments import sweep_plans
 from instructmining_core.study import Study
@@ -73,7 +75,9 @@ figures.loss_by_source(sweep)
 # %%
 from instructmining_core.inference import seed_variance
 
-seed_variance(sweep)
+pd.Series(vars(seed_variance(sweep)), name="sd of the log loss between seeds").round(
+    5
+).to_frame()
 
 # %% [markdown]
 # Against this noise stands the spread of the losses over sets:

@@ -160,8 +160,9 @@ figures.predicted_measured(findings.predictions(fit))
 # If the slopes between sources and those within them differ, a rule fitted to mixtures is not a rule for rows {cite:p}`mundlak1978`.
 
 # %%
-split = findings.mundlak(study, runs, columns, constants)
-split
+split, equality = findings.mundlak(study, runs, columns, constants)
+print(equality)
+split.round(4)
 
 # %% [markdown]
 # ## How stable is it?
@@ -173,7 +174,11 @@ chosen = inference.bootstrap_choice(
     runs, columns, constants, n=study.profile.inference.bootstraps, size=size
 )
 noise = inference.seed_variance(runs)
-print(inference.lack_of_fit(fit, noise))
+display(
+    pd.Series(inference.lack_of_fit(fit, noise), name="is a line enough?")
+    .to_frame()
+    .round(3)
+)
 chosen.round(2)
 
 # %%

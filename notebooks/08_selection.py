@@ -45,8 +45,11 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # From each pool we take the rows with the lowest predicted log loss, and beside them random draws, the longest, the least perplexing, the best rewarded and the least compressible rows.
 
 # %%
+import pandas as pd
+
 from instructmining_core import claims, experiments, figures, verify
 from instructmining_core.card import load_rule
+from instructmining_core.rule_compare import compare_rules
 from instructmining_core.study import Study
 
 study = Study.open(profile)
@@ -60,6 +63,31 @@ experiments.describe(plans)
 
 # %%
 experiments.overlap(plans).round(2)
+
+# %% [markdown]
+# ## Does the rule reach these rows?
+#
+# A rule is fitted on means of sets and carried to rows by a straight line.
+# For each pool: how far its mean lies from the design, and how many rows leave the range of the rows that the rule was fitted on.
+
+# %%
+support = {
+    pool: rule.support(study.pool_scores(pool)).loc["all"] for pool in study.data.pools
+}
+pd.DataFrame(support).T
+
+# %% [markdown]
+# ## The published rules on the same rows
+#
+# The coefficients of v1 and v3 belong to the paper's models.
+# Where ours are others, they run in *published form*, and only the likeness of the rankings may be read.
+
+# %%
+rules = {"fitted": rule, "v1": load_rule("v1"), "v3": load_rule("v3")}
+pairs, apart = compare_rules(rules, study.scores, top=study.profile.selection.size)
+pairs["published form, other models"] = (pairs["notes_1"] + pairs["notes_2"]) != ""
+display(pairs.drop(columns=["notes_1", "notes_2"]).round(2))
+apart.head(5).round(2)
 
 # %% [markdown]
 # ## Finetune on each

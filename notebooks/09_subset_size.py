@@ -99,7 +99,7 @@ figures.size_curve(runs)
 # %%
 random_runs = runs.query("method == 'random'")
 bump = search.size_curve_test(random_runs, loss="loss_eval_2", seed=0)
-bump
+pd.Series(vars(bump), name="value").to_frame()
 
 # %% [markdown]
 # Its power: how large a bump would this design have found?

@@ -44,6 +44,8 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # Pairs of models, one finetuned on selected rows and one on random rows, answer the same prompts.
 
 # %%
+import pandas as pd
+
 from instructmining_core import answers, claims, figures, judge, paper
 from instructmining_core.card import load_rule
 from instructmining_core.study import Study
@@ -78,13 +80,14 @@ figures.judge_bars(judged)
 
 # %%
 net = judge.net_win(judged)
-net
+pd.Series(vars(net), name="net win").to_frame()
 
 # %% [markdown]
 # The paper's 34 wins, 19 ties and 27 losses of 80, treated in the same way:
 
 # %%
-judge.net_win_of_counts(**paper.JUDGE)
+published = judge.net_win_of_counts(**paper.JUDGE)
+pd.Series(vars(published), name="net win").to_frame()
 
 # %% [markdown]
 # ## Benchmarks

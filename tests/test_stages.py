@@ -74,15 +74,21 @@ def test_publish_refuses_an_unfinished_run(house):
         stages.publish("smoke")
 
 
-def test_published_notebooks_carry_no_machine_path(house):
-    (house / "book").mkdir()
-    executed = house / "01_first.ipynb"
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"# {house}/results")])
+def test_pages_carry_no_machine_path_and_no_progress_bars(house):
+    cell = nbformat.v4.new_code_cell(f"# {house}/results")
+    bar = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
+    cell.outputs = [
+        nbformat.v4.new_output("stream", name="stderr", text="a warning"),
+        nbformat.v4.new_output("display_data", data=bar),
+        nbformat.v4.new_output("stream", name="stdout", text="kept"),
+    ]
+    book = nbformat.v4.new_notebook(cells=[cell])
     book.metadata["papermill"] = {"input_path": str(house)}
-    nbformat.write(book, executed)
-    stages._publish_notebook(executed)
-    text = (house / "book" / "notebooks" / "01_first.ipynb").read_text()
-    assert str(house) not in text and "papermill" not in json.loads(text)["metadata"]
+    nbformat.write(book, house / "executed.ipynb")
+    stages._page(house / "executed.ipynb", house / "book" / "page.ipynb")
+    page = json.loads((house / "book" / "page.ipynb").read_text())
+    assert str(house) not in json.dumps(page) and "papermill" not in page["metadata"]
+    assert [output["text"] for output in page["cells"][0]["outputs"]] == ["kept"]
 
 
 def test_the_projects_own_notebooks_keep_their_manners():
