@@ -54,6 +54,8 @@ class DataConfig:
     rows_per_source: int = 0  # candidates kept per source, drawn by seed; 0 = all
     pool_rows: int = 400  # rows of one unseen pool
     defect_share: float = 0.3  # embedded only: share of a source's rows with a planted defect
+    max_prompt_words: int = 0  # files and hub: longer prompts are left out, counted; 0 = none
+    eval_tokens: int = 0  # tokens of one evaluation row; 0 = as finetune.max_tokens
     eval_prompts: int = 120  # prompts of each evaluation set; 0 = all
     defect_pools: tuple[float, ...] = (0.0, 0.2, 0.5)  # embedded only: pools' shares of defects
     libraries: int = 0  # embedded only: how many candidate libraries; 0 = all of them

@@ -11,6 +11,8 @@ from .near_copies import without_copies_of
 from .profiles import DataConfig, ProfileError, SourceConfig
 from .records import read_records
 
+FILES = (".json", ".jsonl", ".csv", ".parquet", ".gz")  # also where other sets are from the hub
+
 
 @dataclass(frozen=True)
 class StudyData:
@@ -46,7 +48,7 @@ def read_source(source: SourceConfig, data: DataConfig, root: Path) -> pd.DataFr
     the file, when a file is missing.
     """
     where: str | Path = source.where
-    if data.kind == "files":
+    if data.kind == "files" or Path(source.where).suffix in FILES:
         where = root / data.folder / source.where
         if not where.exists():
             hint = source.how_to_get or "Set data.folder to the folder that holds it."
@@ -68,12 +70,14 @@ def read_study_data(data: DataConfig, root: Path) -> StudyData:
         _prompts(read_source(source, data, root), data) for source in (data.eval_1, data.eval_2)
     )
     exam = pd.concat([eval_1, eval_2], ignore_index=True)
+    limit = data.max_prompt_words or float("inf")
     facts, kept = [], {}
     for source, role in [(s, "candidates") for s in data.sources] + [
         (s, "pool") for s in data.unseen
     ]:
         read = read_source(source, data, root)
-        clean = without_copies_of(read, exam)
+        short = read[[_prompt_words(m) <= limit for m in read["messages"]]]
+        clean = without_copies_of(short, exam)
         wanted = data.rows_per_source if role == "candidates" else data.pool_rows
         held_out = clean.iloc[:0]
         if wanted and wanted < len(clean):
@@ -82,7 +86,8 @@ def read_study_data(data: DataConfig, root: Path) -> StudyData:
         kept[source.name] = (role, clean.reset_index(drop=True), held_out.reset_index(drop=True))
         facts.append(
             {"source": source.name, "role": role, "read": len(read), "rows": len(clean),
-             "near copies of evaluation rows": len(read) - len(held_out) - len(clean)}
+             "prompt too long": len(read) - len(short),
+             "near copies of evaluation rows": len(short) - len(held_out) - len(clean)}
         )  # fmt: skip
     candidates = [rows for role, rows, _ in kept.values() if role == "candidates"]
     pools = {f"{name} (unseen source)": rows for name, (role, rows, _) in kept.items()
@@ -101,6 +106,11 @@ def _prompts(table: pd.DataFrame, data: DataConfig) -> pd.DataFrame:
     if data.eval_prompts and data.eval_prompts < len(table):
         table = table.sample(data.eval_prompts, random_state=data.seed).sort_index()
     return table.reset_index(drop=True)
+
+
+def _prompt_words(messages: list[dict]) -> int:
+    """Words before the last answer: they must leave room for it within `max_tokens`."""
+    return sum(len(m["content"].split()) for m in messages[:-1])
 
 
 def _answered(messages: list[dict]) -> bool:

@@ -220,9 +220,11 @@ class Study(StudyFiles):
         """The two evaluation sets, tokenised."""
         from .templates import encode
 
+        longest = self.profile.data.eval_tokens or config.max_tokens
+
         return {
             name: [
-                encode(lm.tokenizer, messages, max_tokens=config.max_tokens)
+                encode(lm.tokenizer, messages, max_tokens=longest)
                 for messages in getattr(self.data, name)["messages"]
             ]
             for name in EVALS
