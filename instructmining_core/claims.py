@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,7 @@ import pandas as pd
 from . import paper
 from .study import Study
 from .study_files import MissingInput
+from .verify import LengthAnswer
 
 HOLDS, FAILS, UNDECIDED, NOT_ASKED = "holds", "does not hold", "undecided", "not asked in this run"
 
@@ -43,13 +44,18 @@ def contrasts_claim(contrasts: pd.DataFrame) -> dict[str, str]:
     }  # fmt: skip
 
 
-def length_claim(length) -> dict[str, str]:
-    """The answer of `verify.beats_length`."""
+def length_claim(against: Mapping[str, LengthAnswer]) -> dict[str, str]:
+    """The rule against the longest and against the shortest rows (`verify.beats_length`).
+
+    The verdict is that against the end of length which serves better on these pools.
+    """
+    hardest = max(against.values(), key=lambda answer: answer.difference)
     return {
-        "ours": percent(length.difference, length.low, length.high) + " against the longest rows",
-        "detectable": f"{100 * length.table['detectable'].max():.1f} % of the loss in one pool",
-        "verdict": length.answer,
-    }
+        "ours": "; ".join(f"{percent(a.difference, a.low, a.high)} against the {name} rows"
+                          for name, a in against.items()),
+        "detectable": f"{100 * hardest.table['detectable'].max():.1f} % of the loss in one pool",
+        "verdict": hardest.answer,
+    }  # fmt: skip
 
 
 def rule_claim(fit, permutation, noise) -> dict[str, str]:

@@ -19,7 +19,7 @@ from .study import Plan, Study
 LOSSES = ["loss_eval_1", "loss_eval_2", "loss_eval_1_token", "loss_eval_2_token"]
 GATE_COLUMNS = ["run_id", "pool", "method", "size", "seed", *LOSSES, "tokens_trained", "seconds"]
 DOSE_COLUMNS = ["run_id", "kind", "dose", "seed", *LOSSES]
-FREE_RIVALS = ("longest", "lowest_ppl", "reward", "compression")
+FREE_RIVALS = ("longest", "shortest", "lowest_ppl", "reward", "compression")
 
 
 def sweep_plans(study: Study) -> list[Plan]:

@@ -96,7 +96,7 @@ def claims() -> pd.DataFrame:
          "not tested by held-out sources", "v3, section 4", "07"),
         ("selected_beats_random", "The selected rows train a better model than random rows",
          "0.958 against 1.001 (OpenOrca, 1,000 rows)", "v3, Table 3", "08"),
-        ("beats_length", "The rule is worth more than taking the longest rows",
+        ("beats_length", "The rule is worth more than ranking rows by their length alone",
          "not compared", "-", "08"),
         ("small_is_best", "A small part of the data is the best size",
          "2,532 of 100,000 rows", "v3, Table 3", "09"),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # al. 2024 (arXiv 2407.06645) prefer data of a low raw/compressed ratio.
 BASELINES = {
     "longest": ("len_out", False),
+    "shortest": ("len_out", True),  # which end of length is the better one depends on the pool
     "lowest_ppl": ("ppl", True),
     "reward": ("reward", False),
     "compression": ("compression", True),
@@ -163,8 +164,8 @@ def choose(
 ) -> pd.DataFrame:
     """`size` rows of a pool by one method: "selected" (needs `rule`), or a baseline.
 
-    method : "selected", "random" (by `seed`), "longest", "lowest_ppl", "reward", "compression",
-        or "full" (every row; `size` is not asked). For every method exact duplicates count once
+    method : "selected", "random" (by `seed`), "longest", "shortest", "lowest_ppl", "reward",
+        "compression", or "full" (every row; `size` is not asked). For every method exact duplicates count once
         and unreadable rows not at all; rows without a value are left to "random" and "full".
     Raises SelectionError where the pool has fewer rows with a value.
     """

@@ -11,7 +11,7 @@ from .study import Plan, Study
 
 LOSSES = ["loss_eval_1", "loss_eval_2", "loss_eval_1_token", "loss_eval_2_token"]
 DOSE_COLUMNS = ["run_id", "kind", "dose", "seed", *LOSSES]
-ORDER = ["rule", "longest", "lowest_ppl", "compression", "reward", "untrained_reward", "random",
+ORDER = ["rule", "longest", "shortest", "lowest_ppl", "compression", "reward", "untrained_reward", "random",
          "loss_oracle", "oracle"]  # fmt: skip
 
 

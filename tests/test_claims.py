@@ -41,6 +41,16 @@ def test_transfer_claim_follows_the_intervals():
     assert few["verdict"] == claims.NOT_ASKED
 
 
+def test_length_claim_takes_the_harder_end_of_length():
+    def answer(difference, word):
+        table = pd.DataFrame({"detectable": [0.004]})
+        return SimpleNamespace(difference=difference, low=-0.03, high=0.01, answer=word, table=table)
+
+    found = claims.length_claim({"longest": answer(-0.02, "yes"), "shortest": answer(0.0, "no")})
+    assert found["verdict"] == "no"
+    assert found["ours"].startswith("-2.0 % [-3.0, +1.0] against the longest rows; +0.0 %")
+
+
 def test_dose_claim_names_harmful_and_helpful_kinds():
     effects = pd.DataFrame(
         {"low": [0.01, -0.02, -0.03], "high": [0.05, 0.02, -0.01]}, index=["a", "b", "c"]
