@@ -165,8 +165,9 @@ def choose(
     """`size` rows of a pool by one method: "selected" (needs `rule`), or a baseline.
 
     method : "selected", "random" (by `seed`), "longest", "shortest", "lowest_ppl", "reward",
-        "compression", or "full" (every row; `size` is not asked). For every method exact duplicates count once
-        and unreadable rows not at all; rows without a value are left to "random" and "full".
+        "compression", or "full" (every row; `size` is not asked). For every method exact
+        duplicates count once and unreadable rows not at all; rows without a value are left to
+        "random" and "full".
     Raises SelectionError where the pool has fewer rows with a value.
     """
     pool = scores

@@ -6,13 +6,13 @@ import pandas as pd
 
 from .card import RuleCard
 from .embedded import truth
+from .experiments import LOSSES
 from .records import row_hash
 from .study import Plan, Study
 
-LOSSES = ["loss_eval_1", "loss_eval_2", "loss_eval_1_token", "loss_eval_2_token"]
 DOSE_COLUMNS = ["run_id", "kind", "dose", "seed", *LOSSES]
-ORDER = ["rule", "longest", "shortest", "lowest_ppl", "compression", "reward", "untrained_reward", "random",
-         "loss_oracle", "oracle"]  # fmt: skip
+ORDER = ["rule", "longest", "shortest", "lowest_ppl", "compression", "reward", "untrained_reward",
+         "random", "loss_oracle", "oracle"]  # fmt: skip
 
 
 def planted(study: Study) -> bool:

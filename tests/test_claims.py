@@ -43,8 +43,10 @@ def test_transfer_claim_follows_the_intervals():
 
 def test_length_claim_takes_the_harder_end_of_length():
     def answer(difference, word):
-        table = pd.DataFrame({"detectable": [0.004]})
-        return SimpleNamespace(difference=difference, low=-0.03, high=0.01, answer=word, table=table)
+        return SimpleNamespace(
+            difference=difference, low=-0.03, high=0.01, answer=word,
+            table=pd.DataFrame({"detectable": [0.004]}),
+        )  # fmt: skip
 
     found = claims.length_claim({"longest": answer(-0.02, "yes"), "shortest": answer(0.0, "no")})
     assert found["verdict"] == "no"

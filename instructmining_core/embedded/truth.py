@@ -107,7 +107,8 @@ def rivals(
     effects : as `dose_effects` gives it, for the loss oracle
     untrained : reward of a model that has not been trained, larger is better
     returns : "random", "longest", "shortest", "lowest_ppl", "compression", "reward",
-        "untrained_reward", "oracle" (the true label) and "loss_oracle" (the kind's measured slope, 0 for clean rows)
+        "untrained_reward", "oracle" (the true label) and "loss_oracle" (the kind's measured
+        slope, 0 for clean rows)
     """
     signs = {"longest": ("len_out", -1), "shortest": ("len_out", 1), "lowest_ppl": ("ppl", 1),
              "compression": ("compression", 1), "reward": ("reward", -1)}  # fmt: skip
