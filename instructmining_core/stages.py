@@ -16,12 +16,12 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from . import paths
+from .pages import PageError, build_book, write_front_page, write_page
 from .profiles import Profile, load_profile, profile_path
 
 NUMBERS = (
@@ -56,7 +56,7 @@ def stage_hash(notebook: Path, profile: Profile, before: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def run(name_or_yaml: str, only: list[str] | None = None, build_book: bool = True) -> Path:
+def run(name_or_yaml: str, only: list[str] | None = None, with_book: bool = True) -> Path:
     """Run every stage whose stamp is stale and build that run's book; returns `html/index.html`.
 
     Raises StageError naming the notebook, the cell's error and where the broken copy lies.
@@ -80,8 +80,8 @@ def run(name_or_yaml: str, only: list[str] | None = None, build_book: bool = Tru
         ran += 1
         _say(f"{notebook.stem}: done in {time.monotonic() - started:.0f} s")
     index = folder / "html" / "index.html"
-    if build_book and (ran or not index.is_file()):
-        index = _build_book(folder, profile)
+    if with_book and (ran or not index.is_file()):
+        index = build_book(folder, profile)
     _say(f"The book of this run: {index}")
     return index
 
@@ -98,8 +98,8 @@ def publish(name_or_yaml: str) -> None:
         raise StageError(f"{folder} lacks {missing[0]}; run `make study PROFILE={name_or_yaml}`.")
     for notebook in notebooks():
         name = notebook.name
-        _page(folder / "notebooks" / name, paths.root() / "book" / "notebooks" / name)
-    _write_front_page(folder, profile, paths.root() / "book")
+        write_page(folder / "notebooks" / name, paths.root() / "book" / "notebooks" / name)
+    write_front_page(folder, profile, paths.root() / "book")
     shutil.rmtree(evidence, ignore_errors=True)
     shutil.copytree(folder / "ledger", evidence / "ledger", ignore=_not_json)
     for part in ("claims", "runs"):
@@ -179,62 +179,6 @@ def _execute(notebook: Path, folder: Path, profile: str) -> None:
     os.replace(part, out)
 
 
-def _build_book(folder: Path, profile: Profile) -> Path:
-    """Build the book from a staged copy, so that the committed pages stay as they are."""
-    stage = folder / "stage"
-    shutil.rmtree(stage, ignore_errors=True)
-    shutil.copytree(paths.root() / "book", stage / "book", ignore=_not_notebooks)
-    for executed in (folder / "notebooks").glob("*.ipynb"):
-        _page(executed, stage / "book" / "notebooks" / executed.name)
-    shutil.copy2(paths.root() / "_config.yml", stage / "_config.yml")
-    _write_front_page(folder, profile, stage / "book")
-    tool = Path(sys.executable).parent / "jupyter-book"  # of this environment, on PATH or not
-    command = [str(tool), "build", "book", "-n", "-W", "--keep-going"]
-    log = folder / "book.log"
-    with log.open("w") as stream:
-        done = subprocess.run(command, cwd=stage, stdout=stream, stderr=subprocess.STDOUT)
-    if done.returncode:
-        tail = "\n".join(log.read_text().splitlines()[-30:])
-        raise StageError(f"the book did not build; the whole log is {log}\n{tail}")
-    html = folder / "html"
-    shutil.rmtree(html, ignore_errors=True)
-    shutil.move(stage / "_build" / "html", html)
-    shutil.rmtree(stage)
-    return html / "index.html"
-
-
-def _write_front_page(folder: Path, profile: Profile, book: Path) -> None:
-    import pandas as pd
-
-    from .claims import front_page
-
-    page = front_page(pd.read_csv(folder / "verdict.csv"), profile.name, profile.description)
-    (book / "_generated").mkdir(exist_ok=True)
-    (book / "_generated" / "front.md").write_text(page, encoding="utf-8")
-
-
-def _page(executed: Path, target: Path) -> None:
-    """Write an executed notebook as a page: no progress bars, no log, no path of this machine."""
-    import nbformat
-
-    book = nbformat.read(executed, as_version=4)
-    book.metadata.pop("papermill", None)
-    book.metadata.pop("widgets", None)
-    for cell in book.cells:
-        for key in ("papermill", "execution"):
-            cell.metadata.pop(key, None)
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not _is_noise(output)]
-    text = nbformat.writes(book).replace(str(paths.root()), ".")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
-
-
-def _is_noise(output: dict) -> bool:
-    widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
-    return widget or output.get("name") == "stderr"
-
-
 def _data_files(profile: Profile) -> list[Path]:
     data = profile.data
     if data.kind != "files":
@@ -259,10 +203,6 @@ def _not_json(folder: str, names: list[str]) -> list[str]:
     return [n for n in names if not n.endswith(".json") and not (Path(folder) / n).is_dir()]
 
 
-def _not_notebooks(folder: str, names: list[str]) -> list[str]:
-    return [n for n in names if n == "notebooks"]
-
-
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -283,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
             publish(options.profile)
         else:
             check()
-    except (StageError, ValueError) as error:
+    except (StageError, PageError, ValueError) as error:
         _say(f"error: {error}")
         return 1
     return 0

@@ -8,7 +8,7 @@ import jupytext
 import nbformat
 import pytest
 
-from instructmining_core import paths, stages
+from instructmining_core import pages, paths, stages
 
 NOTEBOOK = """\
 # %% tags=["parameters"]
@@ -48,22 +48,22 @@ def ran(home):
 
 
 def test_a_stage_runs_once_and_a_change_runs_it_and_what_follows(house):
-    stages.run("smoke", build_book=False)
+    stages.run("smoke", with_book=False)
     assert ran(house) == ["01_first", "02_second"]
-    stages.run("smoke", build_book=False)
+    stages.run("smoke", with_book=False)
     assert not (house / "log").exists()
     write(house, "02_second", "changed = 1")
-    stages.run("smoke", build_book=False)
+    stages.run("smoke", with_book=False)
     assert ran(house) == ["02_second"]
     write(house, "01_first", "changed = 1")
-    stages.run("smoke", build_book=False)
+    stages.run("smoke", with_book=False)
     assert ran(house) == ["01_first", "02_second"]
 
 
 def test_a_failing_notebook_is_named_and_has_no_stamp(house):
     write(house, "02_second", "raise RuntimeError('the well is dry')")
     with pytest.raises(stages.StageError, match="02_second failed.*") as caught:
-        stages.run("smoke", build_book=False)
+        stages.run("smoke", with_book=False)
     assert "the well is dry" in str(caught.value)
     assert not (paths.results("smoke") / "stamps" / "02_second.json").exists()
     assert (paths.results("smoke") / "notebooks" / "01_first.ipynb").is_file()
@@ -85,10 +85,10 @@ def test_pages_carry_no_machine_path_and_no_progress_bars(house):
     book = nbformat.v4.new_notebook(cells=[cell])
     book.metadata["papermill"] = {"input_path": str(house)}
     nbformat.write(book, house / "executed.ipynb")
-    stages._page(house / "executed.ipynb", house / "book" / "page.ipynb")
+    pages.write_page(house / "executed.ipynb", house / "book" / "page.ipynb")
     page = json.loads((house / "book" / "page.ipynb").read_text())
     assert str(house) not in json.dumps(page) and "papermill" not in page["metadata"]
-    assert [output["text"] for output in page["cells"][0]["outputs"]] == ["kept"]
+    assert [output["text"] for output in page["cells"][0]["outputs"]] == [["kept"]]
 
 
 def test_the_projects_own_notebooks_keep_their_manners():
