@@ -97,8 +97,8 @@ def size_claim(means: pd.DataFrame, best: int, rows: int) -> dict[str, str]:
                  / there["mean"])  # fmt: skip
     verdict = UNDECIDED if abs(gap) < half or best == largest else HOLDS if gap > 0 else FAILS
     return {
-        "ours": f"search: {best} of {rows} rows; the loss at {largest} rows is "
-        f"{percent(gap, gap - half, gap + half)} of that at {best}",
+        "ours": f"search: {best} of {rows} rows; the loss at {largest} rows differs from that at "
+        f"{best} by {percent(gap, gap - half, gap + half)}",
         "detectable": f"{100 * half:.1f} % of the loss",
         "verdict": verdict,
     }
