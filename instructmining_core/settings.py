@@ -140,6 +140,7 @@ class FinetuneConfig:
 class InferenceConfig:
     columns: tuple[str, ...] = ()  # indicators that enter the rule; empty = all of the profile's
     permutations: int = 999  # Freedman-Lane draws
+    shuffles: int = 40  # of the rows' indicators within their source, for the negative control
     bootstraps: int = 200  # of the runs, for choice frequencies
     simulated_studies: int = 200  # of the paper's design, in notebook 07
 

@@ -93,7 +93,7 @@ if len(transfer):
     study.save(transfer, "transfer.parquet")
 transfer.round(3) if len(
     transfer
-) else "This profile has no ladder of bases; `thorough` has."
+) else "This profile does not ask for it; `thorough` does."
 
 # %% [markdown]
 # ## Which indicator carries the rule?
