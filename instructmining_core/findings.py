@@ -101,12 +101,10 @@ def transfer(study: Study, rule: RuleCard) -> pd.DataFrame:
     """
     if not (study.profile.robustness.transfer and study.profile.models.ladder):
         return pd.DataFrame()
-    means = study.set_frame().set_index("set_id")
-    score = rule.predict(means).rename("score")
     rows = []
     for ref in study.profile.models.ladder:
         runs = study.joined(ladder_sweep(study, ref))
-        fit = regression.transfer_slope(score, runs)
+        fit = regression.transfer_slope(rule.predict(runs), runs)
         one = fit.table().iloc[0]
         rows.append({"base": ref.id, "slope": one["estimate"], "low": one["low"],
                      "high": one["high"], "r2": fit.r2_beyond_controls})  # fmt: skip
