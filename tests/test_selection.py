@@ -236,7 +236,7 @@ def test_baselines_take_the_right_end_of_each_column():
     assert found["compression"] == ["r3", "r0"]
     assert found["full"] == ["r0", "r1", "r2", "r3"]
     assert len(set(found["random"])) == 2
-    assert set(baselines(table([1.0]), 1)) == {"random", "longest", "full"}
+    assert set(baselines(table([1.0]), 1)) == {"random", "longest", "shortest", "full"}
 
 
 def test_choose_selected_is_the_ranking():

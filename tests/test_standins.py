@@ -138,8 +138,8 @@ def test_stand_ins_learn_from_their_own_libraries_only(corpus):
     assert set(asked["name"]) == set(NEGATIVES)
     assert (asked["good"] != asked["bad"]).all()
     coherent = asked[asked["name"] == "coherence"].iloc[0]
-    assert coherent["good"].partition("dialogue history")[2] == \
-        coherent["bad"].partition("dialogue history")[2]
+    assert coherent["good"].rpartition("dialogue history: ")[2] == \
+        coherent["bad"].rpartition("dialogue history: ")[2]
 
 
 def test_documents_hold_each_answer_once(corpus):

@@ -102,7 +102,7 @@ def test_rivals_and_their_order():
     effects = pd.DataFrame({"slope": {"cut_short": 0.3, "repetitive": -0.1}})
     scores = SCORES.assign(ppl=1.0, reward=[3, 3, 3, 1, 1, 1, 1.0], compression=1.0)
     rules = truth.rivals(scores, effects=effects, untrained=pd.Series(1.0, index=scores.index))
-    assert list(rules) == ["random", "longest", "lowest_ppl", "compression", "reward",
+    assert list(rules) == ["random", "longest", "shortest", "lowest_ppl", "compression", "reward",
                            "untrained_reward", "oracle", "loss_oracle"]
     auc = truth.twin_auc(scores, rules).groupby(["scorer", "kind"])["auc"].mean().unstack()
     assert auc.loc["oracle"].tolist() == [1, 1] and auc.loc["reward"].tolist() == [1, 1]
