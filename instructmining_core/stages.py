@@ -25,7 +25,7 @@ from .pages import PageError, build_book, write_front_page, write_page
 from .profiles import Profile, load_profile, profile_path
 
 NUMBERS = (
-    "scores.parquet", "roles.parquet", "sets.parquet", "rule.json", "verdict.csv", "plan.json",
+    "scores.parquet", "roles.parquet", "sets.parquet", "rule.json", "verdict.csv",
     "comparison.parquet", "doses.parquet", "truth.parquet", "sizes.parquet", "search.parquet",
     "robustness.parquet", "transfer.parquet", "ablation.parquet", "judge.parquet",
 )  # fmt: skip
