@@ -145,7 +145,7 @@ def _breaches(notebook: Path) -> list[str]:
             "parameters" in cell["metadata"].get("tags", []) for cell in code
         ),
         f"no badge {badge}": badge not in text,
-        f"no Colab cell installing {repository_url()}": f"git+{repository_url()}" not in text,
+        f"no Colab cell cloning {repository_url()}": f" {repository_url()} " not in text,
     }
     script = notebook.with_suffix(".py")
     if script.is_file() and not _in_step(notebook, script):
@@ -180,11 +180,11 @@ def _execute(notebook: Path, folder: Path, profile: str) -> None:
 
 
 def _data_files(profile: Profile) -> list[Path]:
+    """Local files that a profile names; what the hub gives is known by its recorded revision."""
     data = profile.data
-    if data.kind != "files":
-        return []
-    named = [*data.sources, *data.unseen, data.eval_1, data.eval_2]
-    files = [paths.root() / data.folder / source.where for source in named if source]
+    named = [source.where for source in (*data.sources, *data.unseen, data.eval_1, data.eval_2)
+             if source]  # fmt: skip
+    files = [paths.root() / data.folder / name for name in (*named, *profile.models.standin_text)]
     return [path for path in files if path.is_file()]
 
 

@@ -1,12 +1,13 @@
 """What a study has on disk: its results, and the committed evidence where they are not there.
 
 Results lie in `results/<profile>/`; a notebook opened without them reads the committed evidence of
-the same profile, or of any published one, and `notes` says so.
+the same profile, or of any published one; a warning says so, and so does `notes`.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -25,6 +26,7 @@ class StudyFiles:
         self.name = name
         self.folder = paths.results(name)
         self.notes: list[str] = []
+        self._asked: dict[str, list[str]] = {}
 
     def find(self, name: str) -> Path:
         """The file `name` of this study: from its results, else from the committed evidence.
@@ -41,6 +43,7 @@ class StudyFiles:
                 note = f"{name} is read from the committed evidence of `{folder.name}`."
                 if note not in self.notes:
                     self.notes.append(note)
+                    warnings.warn(note, stacklevel=3)
                 return folder / name
         raise MissingInput(
             f"{here} is not there and no evidence holds it; run "
@@ -72,9 +75,15 @@ class StudyFiles:
         part.replace(folder / f"{claim}.json")
 
     def list_runs(self, purpose: str, run_ids: list[str]) -> None:
-        """Which runs a purpose asked for last: the ledger keeps those of earlier designs too."""
+        """Which runs a purpose asked for last: the ledger keeps those of earlier designs too.
+
+        A purpose may ask in several calls (one a base, one a trial): the list is of all that this
+        object has asked for.
+        """
+        asked = self._asked.setdefault(purpose, [])
+        asked += [run_id for run_id in run_ids if run_id not in asked]
         folder = self.folder / "runs"
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{purpose}.part"
-        part.write_text(json.dumps(run_ids), encoding="utf-8")
+        part.write_text(json.dumps(asked), encoding="utf-8")
         part.replace(folder / f"{purpose}.json")

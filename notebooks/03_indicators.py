@@ -33,10 +33,12 @@ profile = "laptop"  # type: str  # a preset's name or a YAML file
 import sys
 
 if "google.colab" in sys.modules:  # on Colab the package is not there yet
-    get_ipython().run_line_magic(
-        "pip",
-        "install -q instructmining[study]@git+https://github.com/instructmining/instructmining",
+    home = "/content/instructmining"  # with the committed evidence, for a notebook opened first
+    get_ipython().system(
+        f"git clone -q --depth 1 https://github.com/instructmining/instructmining {home}"
     )  # noqa: F821
+    get_ipython().run_line_magic("pip", f"install -q {home}[study]")  # noqa: F821
+    sys.path.insert(0, home)
 
 # %% [markdown]
 # ## Score every row
