@@ -9,19 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-SCHEMA = "instructmining.rule/1"
-KINDS = ("within", "between", "pooled")
-REQUIRED = ("schema", "kind", "intercept", "coefficients", "standardisation", "held_out",
-            "permutation_p", "models", "knn_reference", "fitted_on", "not_for")
+from .card_schema import SCHEMA, CardError, is_pool_relative, role_of, validate
+
+__all__ = ["SCHEMA", "CardError", "CardMismatch", "RuleCard", "differences", "load_rule", "presets"]
+
 RULES = Path(__file__).parent / "rules"
 OUTSIDE_HASH = ("made_at", "content_hash")
-
-
-class CardError(ValueError):
-    """A rule card is broken, unknown, or lacks what was asked of it."""
 
 
 class CardMismatch(CardError):
@@ -32,13 +27,14 @@ class CardMismatch(CardError):
 class RuleCard:
     """A rule. `data` is the content of rule.json, checked; the methods read it.
 
-    Predictions are log losses (nats per token, natural log); lower is better.
+    Predictions are log losses (nats per token, natural log); lower is better. What a reader sees
+    is `card_page.render`; how far the rule reaches is in `support`.
     """
 
     data: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        _validate(self.data)
+        validate(self.data)
 
     @property
     def kind(self) -> str:
@@ -49,6 +45,11 @@ class RuleCard:
     def columns(self) -> list[str]:
         """The indicators of the rule, in order."""
         return [c["name"] for c in self.data["coefficients"]]
+
+    @property
+    def intercept(self) -> float:
+        """Predicted log loss of the pool's mean row; 0 where the card gives none."""
+        return self.data.get("intercept", 0.0)
 
     @property
     def content_hash(self) -> str:
@@ -77,7 +78,7 @@ class RuleCard:
 
     def predict(self, scores: pd.DataFrame) -> pd.Series:
         """Predicted log loss of each row, lower is better; NaN where an indicator is missing."""
-        total = self.contributions(scores).sum(axis=1, skipna=False) + self.data["intercept"]
+        total = self.contributions(scores).sum(axis=1, skipna=False) + self.intercept
         return total.rename("predicted_log_loss")
 
     def check(self, attrs: Mapping[str, Any], *, sources: Sequence[str] | None = None,
@@ -99,24 +100,6 @@ class RuleCard:
                                + "\nScore it again with the card's models and reference, or pass "
                                "--allow-mismatch to rank without any claim")
         return found
-
-    def support(self, scores: pd.DataFrame) -> pd.DataFrame:
-        """Where the rows lie from the data the rule was fitted on; see support.support."""
-        from .support import support
-
-        return support(self, scores)
-
-    def intervals(self, scores: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
-        """Prediction interval of each row; see support.intervals."""
-        from .support import intervals
-
-        return intervals(self, scores, level)
-
-    def render(self) -> str:
-        """The card as a Markdown page; see card_page.render."""
-        from .card_page import render
-
-        return render(self)
 
     def to_json(self) -> str:
         """rule.json: keys sorted, two spaces, the content hash inside; same rule, same text."""
@@ -160,40 +143,15 @@ def presets() -> list[str]:
     return sorted(p.stem for p in RULES.glob("*.json"))
 
 
-def _validate(data: Any) -> None:
-    """Raises CardError naming the first field that is missing or wrong."""
-    if not isinstance(data, Mapping):
-        raise CardError("a rule card is a JSON object")
-    missing = [k for k in REQUIRED if k not in data]
-    if missing:
-        raise CardError(f"the rule card lacks {missing}; schema {SCHEMA} needs {list(REQUIRED)}")
-    if data["schema"] != SCHEMA:
-        raise CardError(f"schema {data['schema']!r} is not known here; this version reads {SCHEMA}")
-    if data["kind"] not in KINDS:
-        raise CardError(f"kind {data['kind']!r} is none of {KINDS}")
-    if not data["coefficients"]:
-        raise CardError("the rule card has no coefficients")
-    for one in data["coefficients"]:
-        if "name" not in one or not _finite(one.get("estimate")):
-            raise CardError(f"coefficient {one!r} needs a name and a finite estimate")
-    constants = data["standardisation"]
-    for name in [c["name"] for c in data["coefficients"]] if constants else []:
-        here = constants.get(name, {})
-        if not (_finite(here.get("mean")) and _finite(here.get("sd")) and here["sd"] > 0):
-            raise CardError(f"standardisation of {name!r} needs a mean and an sd above 0")
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and bool(np.isfinite(value))
-
-
 def differences(data: Mapping[str, Any], attrs: Mapping[str, Any]) -> list[str]:
     """Every way in which a score table's attrs differ from the card, in words.
 
-    What the card leaves open (null: the paper did not say) is not compared.
+    Which model and reference an indicator needs is known from the indicators' registry, not from
+    the card. What the card leaves open (null: the paper did not say) is not compared.
     """
     models = {m["role"]: m for m in data["models"]}
     known = attrs.get("indicators") or {}
+    reference = {k: v for k, v in (data["knn_reference"] or {}).items() if k in ("hash", "size")}
     found = []
     for one in data["coefficients"]:
         here = known.get(one["name"])
@@ -201,17 +159,22 @@ def differences(data: Mapping[str, Any], attrs: Mapping[str, Any]) -> list[str]:
             found.append(f"{one['name']}: the table does not say how it was scored")
             continue
         pairs = [("version", one.get("version"), here.get("version"))]
-        model = models.get(one.get("role"))
+        role = role_of(one)
+        model = models.get(role)
         if model:
             # a folder is known by the hash of its weights: it may lie elsewhere on this machine
             moved = _by_weights(model["revision"]) and _by_weights(here.get("revision"))
             pairs += [] if moved else [("model", model["id"], here.get("model"))]
             pairs += [("revision", model["revision"], here.get("revision")),
                       ("stand-in", model["stand_in"], here.get("stand_in"))]
-        reference = data["knn_reference"]
-        if reference and one.get("pool_relative"):
+        elif role:  # an indicator that also works without a model, and a card that names none
+            pairs.append(("model", "", here.get("model") or ""))
+        if is_pool_relative(one):
             theirs = here.get("reference") or {}
-            pairs += [(f"reference {k}", reference[k], theirs.get(k)) for k in ("hash", "size")]
+            pairs += [(f"reference {k}", reference[k], theirs.get(k)) for k in reference]
+            if not reference:
+                found.append(f"{one['name']}: the card names no reference set, so that its "
+                             "distances can't be told to be on the same scale")
         found += [f"{one['name']}: {what} is {theirs!r} in the table, {mine!r} in the card"
                   for what, mine, theirs in pairs if mine is not None and mine != theirs]
     return found

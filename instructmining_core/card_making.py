@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from .card import SCHEMA, RuleCard
+from .card_schema import indicator_of
 from .held_out import Jackknife
-from .indicators import INDICATORS
 from .permutation import Permutation
 from .runs import RunsError
 from .within import Fit
@@ -64,12 +64,11 @@ def _coefficients(fit: Fit, scores: pd.DataFrame, known: Mapping,
     table = fit.table()
     raw = fit.runs[list(fit.columns)]
     rows = scores[list(fit.columns)].astype(float).quantile([0.01, 0.99])
-    roles = {c: i.role for i in INDICATORS.values() for c in i.columns}
-    relative = {c: i.pool_relative for i in INDICATORS.values() for c in i.columns}
     found = []
     for c in fit.columns:
         bounds = None if new is None else [float(new.table.at[c, b]) for b in ("low", "high")]
         vif = float(table.at[c, "vif"])
+        entry = indicator_of(c)
         found.append({
             "name": c, "label": table.at[c, "label"], "estimate": float(table.at[c, "estimate"]),
             "raw": float(table.at[c, "raw"]),
@@ -78,24 +77,23 @@ def _coefficients(fit: Fit, scores: pd.DataFrame, known: Mapping,
             "vif": vif if np.isfinite(vif) else None,
             "range": [float(raw[c].min()), float(raw[c].max())],
             "row_range": [float(rows[c].iloc[0]), float(rows[c].iloc[1])],
-            "role": roles.get(c) if known.get(c, {}).get("model") else None,
+            "role": entry.role if entry and known.get(c, {}).get("model") else None,
             "version": known.get(c, {}).get("version"),
-            "pool_relative": bool(relative.get(c, False)),
+            "pool_relative": bool(entry and entry.pool_relative),
         })
     return found
 
 
 def _models(columns: Sequence[str], known: Mapping, base: Mapping | None) -> list[dict]:
-    roles = {c: i.role for i in INDICATORS.values() for c in i.columns}
     found: dict[str, dict] = {}
     if base:
         found["base"] = {"role": "base", **{k: base[k] for k in ("id", "revision", "stand_in")}}
     for c in columns:
-        here = known.get(c, {})
-        if here.get("model"):
-            found[roles[c]] = {"role": roles[c], "id": here["model"],
-                               "revision": here.get("revision") or None,
-                               "stand_in": bool(here.get("stand_in", False))}
+        here, entry = known.get(c, {}), indicator_of(c)
+        if entry and entry.role and here.get("model"):
+            found[entry.role] = {"role": entry.role, "id": here["model"],
+                                 "revision": here.get("revision") or None,
+                                 "stand_in": bool(here.get("stand_in", False))}
     return [found[role] for role in sorted(found)]
 
 
@@ -121,17 +119,27 @@ def _design(fit: Fit) -> dict[str, Any]:
 
 
 def _uncertainty(fit: Fit, new: Jackknife | None) -> dict[str, Any]:
-    """What prediction intervals need: covariances of (intercept, slopes), noise, source spread."""
+    """What prediction intervals need: covariances of (intercept, slopes), noise, source spread.
+
+    constants : each fitted source's own constant with its variance and its covariances with the
+    slopes (all HC3), so that a row of that source is not predicted by the sources' average.
+    """
     m = fit.controls.shape[1]
     p = len(fit.columns)
     # the card's intercept is the mean of the controls' constants
     pick = np.zeros((p + 1, m + p))
     pick[0, :m] = 1 / m
     pick[1:, m:] = np.eye(p)
+    joint = fit.ols.cov_hc3()
+    constants = [{"source": source, "estimate": float(fit.ols.beta[i]),
+                  "variance": float(joint[i, i]),
+                  "covariance_with_slopes": joint[i, m:].tolist()}
+                 for i, source in enumerate(fit.sources)]
     return {
         "sigma": fit.ols.sigma, "df": fit.ols.df,
-        "covariance": (pick @ fit.ols.cov_hc3() @ pick.T).tolist(),
+        "covariance": (pick @ joint @ pick.T).tolist(),
         "new_sources_covariance": None if new is None else new.covariance.to_numpy().tolist(),
         "source_sd": float(np.std(fit.ols.beta[:m], ddof=1)) if m > 1 else None,
         "sources": m,
+        "constants": constants,
     }

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from instructmining_core.card import CardError, RuleCard, load_rule
+from instructmining_core.card import RuleCard, load_rule
+from instructmining_core.card_page import render
 from instructmining_core.score_files import read_scores
 from instructmining_core.selection import rank
+from instructmining_core.support import intervals
 
 
 class CommandError(ValueError):
@@ -41,7 +43,7 @@ def explained(row: pd.Series, rule: RuleCard, scored: int) -> str:
     added = rule.contributions(frame).iloc[0]
     lines = [f"{row['id']}: {row['file']}, row {row['row']}",
              f"  {'indicator':<18}{'value':>12}{'adds to log loss':>19}",
-             f"  {'(intercept)':<18}{'':>12}{rule.data['intercept']:>+19.4f}"]  # fmt: skip
+             f"  {'(intercept)':<18}{'':>12}{rule.intercept:>+19.4f}"]  # fmt: skip
     for name in rule.columns:
         lines.append(f"  {name:<18}{_number(row[name], '12.4g')}{_number(added[name], '+19.4f')}")
     if not np.isfinite(row["score"]):
@@ -59,12 +61,16 @@ def explained(row: pd.Series, rule: RuleCard, scored: int) -> str:
 
 
 def _interval(frame: pd.DataFrame, rule: RuleCard) -> list[str]:
-    try:
-        found = rule.intervals(frame).iloc[0]
-    except CardError:  # the published rules have no intervals
+    if not rule.data.get("uncertainty"):  # the published rules have no intervals
         return []
-    lines = [f"  95 % prediction, these sources: {found['low_these']:.4f} to "
-             f"{found['high_these']:.4f}"]  # fmt: skip
+    found = intervals(rule, frame).iloc[0]
+    lines = []
+    if found["own_source"]:
+        lines.append(f"  with the constant of its own source: {found['predicted']:.4f}")
+    if np.isfinite(found["low_these"]):
+        whose = "its own source" if found["own_source"] else "a source like these"
+        lines.append(f"  95 % prediction, {whose}: {found['low_these']:.4f} to "
+                     f"{found['high_these']:.4f}")  # fmt: skip
     if np.isfinite(found["low_new"]):
         lines.append(f"  95 % prediction, a new source: {found['low_new']:.4f} to "
                      f"{found['high_new']:.4f}")  # fmt: skip
@@ -84,7 +90,7 @@ def fit(args: argparse.Namespace) -> None:
         raise CommandError("give either RUNS with --scores, or --profile")
     card = _of_study(args) if args.profile else _of_tables(args)
     card.save(args.out)
-    sys.stdout.write(card.render() + f"\nwritten to {args.out}\n")
+    sys.stdout.write(render(card) + f"\nwritten to {args.out}\n")
 
 
 def _of_study(args: argparse.Namespace) -> RuleCard:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from instructmining_core.card import RuleCard, load_rule
+from instructmining_core.cli_diversity import diversity
 from instructmining_core.near_duplicates import RUN, THRESHOLD
 from instructmining_core.readers import file_sha256
 from instructmining_core.row_files import output_format, write_rows
@@ -17,7 +18,7 @@ from instructmining_core.score_files import read_scores
 from instructmining_core.selection import BELOW, Selection
 from instructmining_core.selection import select as select_rows
 from instructmining_core.source_rows import SourceRows, keys_of
-from instructmining_core.support import support
+from instructmining_core.support import row_intervals, support
 
 IDENTITY = ["id", "file", "row", "part", "rank", "score"]
 
@@ -47,6 +48,7 @@ def select(args: argparse.Namespace) -> None:
         "top": args.top,
         "near_duplicate": {"run_of_words": RUN, "share_held_by_a_better_row": THRESHOLD},
         "counts": selection.counts(),
+        "diversity": diversity(args, selection, sources),
         "score_column": column,
         "texts_spelt_out": spelt_out,
         "kept": _kept(selection, rule),
@@ -55,7 +57,8 @@ def select(args: argparse.Namespace) -> None:
     if args.verify:
         from instructmining_core.cli_verify import verified
 
-        report["verdict"] = verified(args, scores, rule, selection, sources)
+        report["verdict"], page = verified(args, scores, rule, selection, sources)
+        Path(f"{args.out}.verdict.md").write_text(page, encoding="utf-8")
     Path(f"{args.out}.report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     _tell(args, report)
 
@@ -69,6 +72,9 @@ def _warn(name: str, differences: list[str], reach: pd.DataFrame) -> None:
     far = reach.index[reach["verdict"] == "far"]
     if len(far):
         sys.stderr.write(f"far from what the rule was fitted on: {', '.join(map(str, far))}\n")
+    if (reach["verdict"] == "unknown").any():
+        sys.stderr.write(f"rule {name} does not say which range it was fitted on: whether it "
+                         "reaches these rows is unknown\n")  # fmt: skip
 
 
 def _write(out: str, selection: Selection, sources: SourceRows) -> tuple[str, int]:
@@ -82,9 +88,13 @@ def _write(out: str, selection: Selection, sources: SourceRows) -> tuple[str, in
 
 
 def _kept(selection: Selection, rule: RuleCard) -> list[dict]:
-    """Each kept row with what every indicator adds to its score (to the rule's intercept)."""
+    """Each kept row with what every indicator adds to its score (to the rule's intercept).
+
+    Where the card knows it, also the predicted log loss with its 95 % interval (`low`, `high`).
+    """
+    expected = row_intervals(rule, selection.kept)
     shares = rule.contributions(selection.kept).round(6).to_dict(orient="records")
-    rows = _plain(selection.kept, IDENTITY)
+    rows = _plain(selection.kept.join(expected), [*IDENTITY, *expected])
     return [{**row, "contributions": share} for row, share in zip(rows, shares, strict=True)]
 
 
@@ -113,6 +123,20 @@ def _tell(args: argparse.Namespace, report: dict) -> None:
     if report["texts_spelt_out"]:
         lines.append(f"{report['texts_spelt_out']} texts hold lone surrogates, spelt out here")
     if "verdict" in report:
-        lines += [f"verdict: {one['method']} against {one['versus']}: {one['verdict']}"
-                  for one in report["verdict"]["contrasts"]]  # fmt: skip
+        lines += _verdict(args.out, report["verdict"])
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _verdict(out: str, verdict: dict) -> list[str]:
+    """The verdict's page and the contrasts of the selection, each with what it could have seen."""
+    from instructmining_core.verdict_page import said
+
+    with open(f"{out}.verdict.md", encoding="utf-8") as page:
+        answer = page.readline().strip()
+    numbers = pd.DataFrame(verdict["contrasts"]).astype(
+        {name: float for name in ("difference", "low", "high", "detectable")}
+    )
+    lines = [answer, f"the pool is {verdict['pool']}: {verdict['pool_why']}"]
+    lines += [f"verdict: {one['method']} against {one['versus']} at {one['budget']}: {said(one)}"
+              for one in numbers.to_dict("records")]  # fmt: skip
+    return [*lines, f"the verdict in full: {out}.verdict.md"]

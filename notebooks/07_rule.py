@@ -50,13 +50,18 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 import pandas as pd
 
 from instructmining_core import (
+    certainty,
     claims,
     figures,
     findings,
     inference,
+    length_slope,
+    loss_variants,
     regression,
     simulate,
 )
+from instructmining_core.intervals import r2_of, significant
+from instructmining_core.runs import DESIGNED, pick_arms
 from instructmining_core.study import Study
 
 study = Study.open(profile)
@@ -77,22 +82,28 @@ print(*study.notes)
 # %%
 studies = study.profile.inference.simulated_studies
 null = pd.concat([simulate.null_r2(sources, studies, seed=0) for sources in (4, 8, 12)])
+display(certainty.failure_table(null))
 figures.design_failure(null)
 # %% [markdown]
-# An $R^2$ of the paper's size is what such a world gives.
+# The brackets are 95 % intervals over the simulated studies: by order statistics for medians, Wilson's for shares.
+# With few sources an $R^2$ of the paper's size is what such a world gives.
 # It is no evidence for a rule about examples.
 #
 # ## One indicator at a time
 #
-# Each indicator alone, beside the shares of the sources.
+# Each indicator alone, beside the shares of the sources, on the designed runs.
+# Slopes are changes of log loss per standard deviation of a row, with HC3 intervals; $R^2$ is what the indicator explains of what the shares leave, with an interval from the noncentral $F$.
+# Both intervals speak of these sources.
 
 # %%
 screens = regression.univariate(runs, columns, constants)
 print(screens.attrs["multiplicity"])
-screens[["estimate", "low", "high", "p", "p_holm", "r2"]].round(4)
+significant(
+    screens[["estimate", "low", "high", "p", "p_holm", "r2", "r2_low", "r2_high"]]
+)
 
 # %%
-figures.regression_panels(runs, columns)
+figures.regression_panels(pick_arms(runs, DESIGNED), columns, fit=screens)
 # %% [markdown]
 # ## The rule: slopes within sources
 #
@@ -103,19 +114,26 @@ figures.regression_panels(runs, columns)
 #
 # Every coefficient has two intervals: for these sources (HC3), and for sources like these that we have not seen (delete one source at a time).
 # At a fixed number of rows the mean response length *is* the number of training tokens, so its coefficient may be called either.
+# The raw slope is per unit of the indicator, its bounds are for these sources.
 
 # %%
 fit = regression.fit_within(runs, columns, constants)
 jackknife = findings.jackknife(runs, columns, constants)
-findings.coefficient_table(fit, jackknife).round(4)
+r2, r2_low, r2_high = r2_of(fit)
+print(
+    f"Fitted to {len(fit.runs)} designed runs of {len(runs)} in all, one a set: "
+    f"R² beyond the shares {r2:.2f} [{r2_low:.2f}, {r2_high:.2f}], these sources."
+)
+significant(findings.coefficient_table(fit, jackknife))
 
 # %% [markdown]
-# Beside it, the paper's fit by the paper's procedure, on all runs and without shares.
-# Its p-values are not valid after the choice.
+# Beside it, the paper's fit by the paper's procedure and without shares: on all arms, and on fusion alone, which is the paper's own design.
+# Its p-values and intervals, that of $R^2$ too, are not valid after the choice.
 
 # %%
-by_paper = regression.fit_paper(runs, columns, constants, size=min(4, len(columns)))
-by_paper.table()[["estimate", "low", "high", "p_paper", "interval"]].round(4)
+size = min(4, len(columns))
+by_paper = regression.fit_paper(runs, columns, constants, size=size)
+significant(certainty.paper_table(runs, columns, constants, size))
 
 # %%
 figures.coefficients(findings.coefficient_frame(fit, jackknife, by_paper))
@@ -126,7 +144,6 @@ figures.coefficients(findings.coefficient_frame(fit, jackknife, by_paper))
 # The hypothesis: the indicators add nothing to the shares.
 
 # %%
-size = min(4, len(columns))
 tests = [
     inference.permutation(
         runs,
@@ -138,11 +155,10 @@ tests = [
     )
     for null_name in ("H0b", "H0a")
 ]
-pd.DataFrame(
-    [{"hypothesis": t.meaning, "largest R²": t.statistic, "p": t.p} for t in tests]
-).round(4)
+significant(certainty.tests_table(tests, fit, size))
 
 # %% [markdown]
+# The bounds of $R^2$ take the chosen subset as given, so the lower one is too high; the bounds of $p$ are what the number of permutations leaves open.
 # The second line is what one would get by permuting the losses freely; it rejects whenever the sources differ at all, and is shown only for that.
 #
 # ## Does it hold for a source that it has not seen?
@@ -151,8 +167,12 @@ pd.DataFrame(
 
 # %%
 held = inference.held_out(runs, columns, constants)
-display(held.round(3))
-inference.summary(held).round(3)
+few = held.attrs["too_few"]
+print(
+    f"Sources with too few sets to be tested (their number of sets): {few or 'none'}."
+)
+display(significant(held))
+significant(inference.summary(held))
 
 # %%
 figures.predicted_measured(findings.predictions(fit))
@@ -164,37 +184,59 @@ figures.predicted_measured(findings.predictions(fit))
 # %%
 split, equality = findings.mundlak(study, runs, columns, constants)
 print(equality)
-split.round(4)
+significant(split)
 
 # %% [markdown]
 # ## How stable is it?
 #
-# The choice of the procedure when the runs are drawn again; the directions in which the sets differ; the noise of a seed against the noise that the line leaves.
+# The noise of a seed, from the anchors ($\chi^2$ interval), against the noise that the line leaves ($F$ interval); the directions in which the sets differ; the choice of the procedure when the runs are drawn again (Wilson intervals over the draws).
 
 # %%
 chosen = inference.bootstrap_choice(
     runs, columns, constants, n=study.profile.inference.bootstraps, size=size
 )
 noise = inference.seed_variance(runs)
-display(
-    pd.Series(inference.lack_of_fit(fit, noise), name="is a line enough?")
-    .to_frame()
-    .round(3)
-)
-chosen.round(2)
+print(certainty.line_enough(inference.lack_of_fit(fit, noise)))
+display(significant(pd.DataFrame([vars(noise)], ["sd between seeds of one set"])))
+display(significant(certainty.dimensions(runs, fit)))
+significant(certainty.choice_table(chosen, study.profile.inference.bootstraps))
 
 # %%
 figures.residual_page(inference.residual_page(fit))
 # %% [markdown]
-# ## Does it depend on how the loss is averaged, and is it more than vocabulary?
+# ## Does it depend on how the loss is averaged?
 #
-# The same rule under the token mean; a coefficient whose sign differs is flagged.
-# Beside the indicators stand a unigram model of each set's responses and the number of training tokens.
+# The same rule under every loss that the ledger holds.
+# A slope is marked "!" where its sign differs from that under the study's loss, and "!!" where both intervals also leave out zero.
 
 # %%
-other = regression.fit_within(runs, columns, constants, outcome="log_loss_token")
-display(regression.sign_flags(fit, other))
-findings.baselines(study, runs, columns, constants).round(3)
+variants = loss_variants.variant_table(runs, columns, constants)
+print(loss_variants.said(variants))
+for name, effective in loss_variants.effective_n(runs).items():
+    print(f"The token mean of {name} rests on {effective:.0f} prompts' worth of tokens.")
+loss_variants.variant_page(variants)
+
+# %% [markdown]
+# ## Is it more than vocabulary and the number of tokens?
+#
+# Beside the indicators stand a unigram model of each set's responses and the number of training tokens.
+# Below, the indicators' slopes without and with these two; all intervals are for these sources.
+
+# %%
+compared = findings.baselines(study, runs, columns, constants)
+display(significant(compared))
+significant(regression.baseline_slopes(compared))
+
+# %% [markdown]
+# ## Length, or training tokens?
+#
+# One arm holds the number of training tokens fixed instead of the number of rows.
+# The slope of length alone, beside the shares, in both designs.
+
+# %%
+lengths = length_slope.length_slopes(runs, constants)
+print(length_slope.said(lengths))
+significant(lengths)
 
 # %% [markdown]
 # ## The card
@@ -204,17 +246,18 @@ findings.baselines(study, runs, columns, constants).round(3)
 # %%
 card = findings.rule_card(study, fit, jackknife, held, tests[0])
 card.save(study.folder / "rule.json")
-from IPython.display import Markdown
-
-Markdown(card.render())
-
-# %%
 study.claim("rule_predicts", **claims.rule_claim(fit, tests[0], noise))
 study.claim("rule_transfers", **claims.transfer_claim(inference.summary(held)))
+from IPython.display import Markdown
+
+from instructmining_core.card_page import render
+
+Markdown(render(card))
 
 # %% [markdown]
 # ## In this notebook we have seen
 #
 # - that the paper's design finds a rule where there is none;
 # - a rule within sources, with two intervals for every slope;
-# - a test of the whole procedure, and the rule's record on sources that it had not seen.
+# - a test of the whole procedure, and the rule's record on sources that it had not seen;
+# - the same rule under every loss, and length at equal training tokens.

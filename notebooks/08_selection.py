@@ -45,51 +45,69 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # ## Select from every pool
 #
 # From each pool we take the rows with the lowest predicted log loss, and beside them random draws, the longest, the shortest, the least perplexing, the best rewarded and the least compressible rows.
+# A method that likes long answers trains on more tokens at the same number of rows.
+# So every rival runs twice: with as many *rows* as the selection, and, under a name that ends in `_tokens`, with as many *target tokens*.
 
 # %%
 import pandas as pd
 
-from instructmining_core import claims, experiments, figures, verify
+from instructmining_core import claims, experiments, figures, refits, verdict_page, verify
 from instructmining_core.card import load_rule
+from instructmining_core.length_alone import answers_table, both_ends
 from instructmining_core.rule_compare import compare_rules
 from instructmining_core.study import Study
+from instructmining_core.support import support
 
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
 plans = experiments.gate_plans(study, rule)
-experiments.describe(plans)
+experiments.describe(plans).round(1)
 
 # %% [markdown]
-# How much do the methods choose alike?
+# How much do the methods choose alike, at equal rows?
 # The Jaccard index of two selections is the number of rows in both over the number in either.
 
 # %%
-experiments.overlap(plans).round(2)
+at_equal_rows = [p for p in plans if not p.label["method"].endswith("_tokens")]
+experiments.overlap(at_equal_rows).round(2)
 
 # %% [markdown]
-# ## Does the rule reach these rows?
+# ## Does the rule reach these rows, and has it seen them?
 #
 # A rule is fitted on means of sets and carried to rows by a straight line.
-# For each pool: how far its mean lies from the design, and how many rows leave the range of the rows that the rule was fitted on.
+# For each pool: what it is to the rule, how far its mean lies from the design, and how many rows leave the range of the rows that the rule was fitted on.
 
 # %%
-support = {
-    pool: rule.support(study.pool_scores(pool)).loc["all"] for pool in study.data.pools
+kinds = {
+    pool: verdict_page.pool_kind(study.pool_scores(pool), rule, study.candidate_scores)
+    for pool in study.data.pools
 }
-pd.DataFrame(support).T
+reach = {
+    pool: support(rule, study.pool_scores(pool)).loc["all"] for pool in study.data.pools
+}
+pd.DataFrame(reach).T.assign(pool={pool: kind.name for pool, kind in kinds.items()})
 
 # %% [markdown]
 # ## The published rules on the same rows
 #
 # The coefficients of v1 and v3 belong to the paper's models.
 # Where ours are others, they run in *published form*, and only the likeness of the rankings may be read.
+# Ranks are among the rows of the pools, which no set was drawn from.
 
 # %%
 rules = {"fitted": rule, "v1": load_rule("v1"), "v3": load_rule("v3")}
-pairs, apart = compare_rules(rules, study.scores, top=study.profile.selection.size)
-pairs["published form, other models"] = (pairs["notes_1"] + pairs["notes_2"]) != ""
-display(pairs.drop(columns=["notes_1", "notes_2"]).round(2))
-apart.head(5).round(2)
+rows = experiments.pool_rows(study)
+pairs, apart = compare_rules(rules, rows, top=study.profile.selection.size)
+for name, one in rules.items():
+    differing = one.check(rows.attrs, allow_mismatch=True)
+    print(f"{name}: {'; '.join(differing) or 'scored by the models it was fitted with'}")
+pairs[["rule_1", "rule_2", "spearman", "jaccard"]].round(2)
+
+# %% [markdown]
+# The rows on which the rules part most: each rule's rank (0 is best, 1 worst), and the indicators that decide it.
+
+# %%
+apart.join(rows[list(study.profile.indicators)]).head(8).round(2)
 
 # %% [markdown]
 # ## Finetune on each
@@ -102,54 +120,97 @@ table.round(4)
 
 # %% [markdown]
 # The losses above have the shape of the paper's Table 3, with repeats; `_half` is the half-width of the 95 % interval of the mean.
+# `tokens_trained` counts the target tokens of all epochs, `rows` and `steps` are means over the finetunes.
 
 # %%
-figures.selected_random(runs)
+figures.selected_random(verify.by_budget(runs)["equal rows"])
 # %% [markdown]
-# ## The primary contrast
+# ## The primary contrast, at equal rows and at equal tokens
 #
 # One contrast for each pool was fixed beforehand: selected against random, one size, on the evaluation set that was *not* used to fit the rule.
 # Difference is the relative change of the loss, negative when the selection is better; `p_holm` is adjusted for the number of pools.
+# The interval from `low` to `high` speaks of these prompts, that from `low_prompts` to `high_prompts` takes the prompts too as drawn at random.
+# `detectable` is the difference that this many runs would have found with 80 % power.
+# `p_margin` asks another question: below 0.05, the difference is smaller than 1 %, whatever its sign, and the verdict says so.
 
 # %%
-contrasts = verify.compare(runs, loss="loss_eval_2")
-shown = ["pool", "difference", "low", "high", "detectable", "p_holm", "verdict"]
+prompts = experiments.per_example(study, runs)
+contrasts = verify.compare_budgets(runs, prompts, loss="loss_eval_2")
+numbers = ["difference", "low", "high", "low_prompts", "high_prompts", "detectable"]
+shown = ["budget", "pool", *numbers, "p_holm", "p_margin", "verdict"]
 contrasts.query("role == 'primary'")[shown].round(4)
 
+# %% tags=["hide-input"]
+from IPython.display import Markdown
+
+Markdown(verdict_page.budget_reading(contrasts, runs))
+
 # %% [markdown]
-# ## Every rival against random
+# ## Selected against every rival
+#
+# The rivals cost nothing or little; `full` is the whole pool.
 
 # %%
-rivals = contrasts.query("role != 'primary' and versus == 'random'")
-rivals[["pool", "method", "difference", "low", "high", "verdict"]].round(4)
+secondary = contrasts.query("role != 'primary'")
+against_rivals = secondary.query("method == 'selected'")
+against_rivals[["budget", "pool", "versus", *numbers, "verdict"]].round(4)
+
+# %% [markdown]
+# And every rival against random:
+
+# %%
+rivals = secondary.query("versus == 'random'")
+rivals[["budget", "pool", "method", *numbers, "verdict"]].round(4)
 
 # %% [markdown]
 # ## Does the rule beat length alone?
 #
 # Length costs nothing, and which end of it serves better depends on the pool and on the evaluation set; a rule has to beat the better one.
+# The pools of one seed share the adapter's first values, the order and the prompts, so they are averaged within a seed, and the seeds are counted.
 
 # %%
-against = {
-    end: verify.beats_length(runs, length=end) for end in ("longest", "shortest")
-}
-for end, found in against.items():
-    print(
-        f"{end}: {found.answer}, {claims.percent(found.difference, found.low, found.high)}"
-    )
+against = both_ends(runs, prompts)
+answers_table(against)[["answer", *numbers, "p_margin", "seeds"]].round(4)
 
 # %% [markdown]
-# ## Do the rows look different?
+# ## With the rule's own uncertainty
+#
+# The contrasts above are of *one* rule, which came out of one sweep.
+# Here the sweep's sets are drawn again within their sources, a rule is refitted each time, and each refit selects its own rows and is finetuned once.
+# First, how many of the rule's rows the refits choose too; then the refits against the random draws.
 
 # %%
-experiments.selected_means(study, plans).round(2)
+cards = refits.refit_cards(study, study.profile.selection.refits)
+refit_plans = refits.refit_plans(study, cards)
+refitted = study.run("refit", refit_plans)
+own = {p.label["pool"]: p.row_hashes for p in plans if p.label["method"] == "selected"}
+refits.agreement(refit_plans, own).round(2)
+
+# %%
+wider = pd.concat([refitted, runs[runs["method"] == "random"]])
+with_refits = verify.compare(
+    wider, per_example=experiments.per_example(study, wider), selected="refit"
+)
+with_refits[["pool", *numbers, "p_holm", "p_margin", "verdict"]].round(4)
+
+# %% [markdown]
+# ## The verdict
+#
+# The page that `instructmining select --verify` writes for a reader's own data, here for these pools.
+
+# %% tags=["hide-input"]
+Markdown(verdict_page.render(contrasts, kinds, rule))
 
 # %%
 study.claim("selected_beats_random", **claims.contrasts_claim(contrasts))
-study.claim("beats_length", **claims.length_claim(against))
+study.claim("beats_length", **claims.length_claim(*against.values()))
+experiments.selected_means(study, at_equal_rows).round(2)
 
 # %% [markdown]
+# The last table shows how the rows look that each method takes: means of the indicators over all pools.
+#
 # ## In this notebook we have seen
 #
-# - selections and rivals on every pool, with repeats;
-# - the verdict on selected against random, with the difference that it could have detected;
-# - whether the rule earns its cost beside length alone.
+# - selections and rivals on every pool, with repeats, at equal rows and at equal tokens;
+# - the verdict on selected against random, with the difference that it could have detected, with the prompts taken as drawn, and with the rule refitted;
+# - whether the rule earns its cost beside length alone, and beside the whole pool.

@@ -6,11 +6,12 @@ import pytest
 
 from instructmining_core.card import CardError, CardMismatch, RuleCard, load_rule, presets
 from instructmining_core.card_making import make_card
+from instructmining_core.card_page import render
 from instructmining_core.inference import held_out, jackknife_sources
 from instructmining_core.regression import RunsError, Standardisation, fit_pooled, fit_within
 from instructmining_core.rule_compare import compare_rules
 from instructmining_core.subsets import designed_sets, set_means
-from instructmining_core.support import SupportError, support
+from instructmining_core.support import SupportError, intervals, row_intervals, support
 from instructmining_core.worlds import COLUMNS, design, outcomes, synthetic_world
 
 
@@ -113,7 +114,7 @@ def test_a_card_changed_by_hand_is_refused(card, tmp_path):
 @pytest.mark.parametrize("change, says", [
     ({"schema": "instructmining.rule/9"}, "rule/9"), ({"kind": "magic"}, "magic"),
     ({"coefficients": []}, "no coefficients"), ({"standardisation": {}}, None),
-    ({"coefficients": [{"name": "x", "estimate": "much"}]}, "finite estimate"),
+    ({"coefficients": [{"name": "x", "estimate": "much"}]}, r"coefficients\[0\].estimate"),
     ({"standardisation": {"len_in": {"mean": 0, "sd": 0}}}, "sd above 0")])
 def test_broken_cards_are_named(card, change, says):
     if says is None:
@@ -150,6 +151,89 @@ def test_check_accepts_its_own_table_and_names_every_difference(card):
                  "len_in: the table does not say"):
         assert part in text
     assert len(card.check(other, allow_mismatch=True)) == 6
+
+
+ISSUE_KEYS = {
+    "top": ("schema", "kind", "coefficients", "standardisation", "held_out", "permutation_p",
+            "models", "knn_reference", "fitted_on", "not_for"),
+    "coefficient": ("name", "estimate", "interval_these_sources", "interval_new_sources", "vif",
+                    "range"),
+}
+
+
+def bare(card):
+    """The card with exactly the keys that the issue lists: no role, no version, no intercept."""
+    data = {k: card.data[k] for k in ISSUE_KEYS["top"]}
+    data["coefficients"] = [{k: c[k] for k in ISSUE_KEYS["coefficient"]}
+                            for c in data["coefficients"]]
+    return RuleCard(data)
+
+
+def test_a_card_with_the_issues_keys_alone_compares_models_and_reference(card, study):
+    alone = bare(card)
+    assert alone.check(scored_attrs()) == []
+    for column, key, value in (("reward", "model", "org/else"), ("naturalness", "revision", "x"),
+                               ("ppl", "stand_in", True),
+                               ("knn_6", "reference", {"hash": "beef", "size": 512})):
+        other = scored_attrs()
+        other["indicators"][column][key] = value
+        found = alone.check(other, allow_mismatch=True)
+        assert len(found) == 1 and found[0].startswith(f"{column}: "), found
+    assert "no intercept" in render(alone) and "not known" not in render(card).split("## Held")[0]
+    gap = card.predict(study[0]) - alone.predict(study[0])
+    assert gap.to_numpy() == pytest.approx(card.intercept)
+    assert row_intervals(alone, study[0]).empty
+
+
+def test_a_card_can_not_turn_its_checks_off(card):
+    lying = json.loads(json.dumps(dict(card.data)))
+    for one in lying["coefficients"]:
+        one["role"], one["pool_relative"] = None, False
+    other = scored_attrs()
+    other["indicators"]["reward"]["model"] = "org/else"
+    other["indicators"]["knn_6"]["reference"] = None
+    found = RuleCard(lying).check(other, allow_mismatch=True)
+    assert [line.split(":")[0] for line in found] == ["reward", "knn_6", "knn_6"]
+    unnamed = RuleCard({**card.data, "knn_reference": None})
+    assert "names no reference" in unnamed.check(scored_attrs(), allow_mismatch=True)[0]
+    words = {"indicators": {"len_out": {"version": "tokens-1", "model": "org/base"}}}
+    plain = RuleCard({**card.data, "coefficients": [{**card.data["coefficients"][1],
+                                                     "version": None}], "models": []})
+    assert "len_out: model" in plain.check(words, allow_mismatch=True)[0]
+
+
+@pytest.mark.parametrize("path, value, says", [
+    (("coefficients", 2, "interval_these_sources"), [2, 1], r"coefficients\[2\].interval_these"),
+    (("coefficients", 0, "interval_new_sources"), "wide", r"coefficients\[0\].interval_new"),
+    (("coefficients", 1, "vif"), "big", r"coefficients\[1\].vif"),
+    (("coefficients", 1, "range"), [0], r"coefficients\[1\].range is \[0\]"),
+    (("held_out", 3, "r2"), "good", r"held_out\[3\].r2"),
+    (("held_out", 0, "source"), "", r"held_out\[0\].source"),
+    (("models", 4, "stand_in"), "no", r"models\[4\].stand_in"),
+    (("models", 0, "id"), None, r"models\[0\].id"),
+    (("knn_reference", "size"), 0, "knn_reference.size"),
+    (("permutation_p",), 1.2, "permutation_p"),
+    (("models", 1, "role"), "base", "'base' more than once"),
+    (("uncertainty", "constants", 0, "variance"), None, r"uncertainty.constants\[0\].variance")])
+def test_a_wrong_leaf_is_named_by_its_path(card, path, value, says):
+    data = json.loads(json.dumps(dict(card.data)))
+    inside = data
+    for step in path[:-1]:
+        inside = inside[step]
+    inside[path[-1]] = value
+    with pytest.raises(CardError, match=says):
+        RuleCard(data)
+    if path[-1] in ISSUE_KEYS["coefficient"] + ("r2", "source", "stand_in", "id", "size"):
+        del inside[path[-1]]
+        with pytest.raises(CardError, match=f"lacks {says.split(' ')[0]}"):
+            RuleCard(data)
+
+
+def test_every_scored_indicator_needs_its_model(card):
+    for role, column in (("reward", "reward"), ("encoder", "knn_6"), ("unieval", "naturalness")):
+        models = [m for m in card.data["models"] if m["role"] != role]
+        with pytest.raises(CardError, match=rf"{role}.*coefficients\[\d\] '{column}'"):
+            RuleCard({**card.data, "models": models})
 
 
 def test_a_moved_folder_with_the_same_weights_is_the_same_model(card):
@@ -189,42 +273,132 @@ def test_support_of_like_and_unlike_data(card, study):
     assert own.at["all", "verdict"] == "inside" and len(own) == 11
     assert own.at["all", "outside_rows"] < 0.1 < own.at["all", "outside_range"]
     far = pool.assign(ppl=pool["ppl"] + 30, mtld=pool["mtld"] - 30)
-    assert card.support(far).at["all", "verdict"] == "far"
+    assert support(card, far).at["all", "verdict"] == "far"
     with pytest.raises(SupportError, match="--strict"):
         support(card, far, strict=True)
-    assert load_rule("v3").support(pool).at["all", "verdict"] == "unknown"
+    assert support(load_rule("v3"), pool).at["all", "verdict"] == "unknown"
+
+
+def test_strict_refuses_one_far_source_among_many(card, study):
+    pool = study[0]
+    stray = pool["source"].eq("s03")
+    mixed = pool.assign(ppl=pool["ppl"] + 30 * stray, mtld=pool["mtld"] - 30 * stray)
+    mixed = pd.concat([pool] * 3 + [mixed], ignore_index=True).assign(
+        source=["near"] * 3 * len(pool) + list(np.where(stray, "stray", "near")))
+    found = support(card, mixed)
+    assert found["verdict"].to_dict() == {"all": "inside", "near": "inside", "stray": "far"}
+    with pytest.raises(SupportError, match="stray: far") as caught:
+        support(card, mixed, strict=True)
+    assert "near" not in str(caught.value)
+    with pytest.raises(SupportError, match="all: unknown"):
+        support(load_rule("v3"), pool, strict=True)
+
+
+def test_rows_without_a_value_are_not_inside(card, study):
+    pool = study[0]
+    own = support(card, pool).loc["all"]
+    holed = pool.copy()
+    holed.loc[holed.index[::5], "reward"] = np.nan
+    found = support(card, holed).loc["all"]
+    assert found["missing"] == 0.2 and found["outside_rows"] >= 0.2 and found["verdict"] == "far"
+    assert found["outside_range"] >= own["outside_range"]
+    assert support(card, pool.assign(reward=np.nan)).at["all", "verdict"] == "far"
+    assert intervals(card, holed)["outside"].to_numpy()[::5].all()
+
+
+def test_distances_of_rows_by_hand(card, study):
+    pool, _, constants, fit, _ = study
+    inverse = np.linalg.inv(np.cov(fit.indicators, rowvar=False))
+    gaps = constants.apply(pool)[list(COLUMNS)].to_numpy() - fit.indicators.mean(axis=0)
+    by_hand = [float(np.sqrt(g @ inverse @ g)) for g in gaps]
+    found = support(card, pool).loc["all"]
+    assert found["row_distance_median"] == pytest.approx(np.median(by_hand))
+    assert found["row_distance_95"] == pytest.approx(np.quantile(by_hand, 0.95))
+    middle = gaps.mean(axis=0)
+    assert found["distance"] == pytest.approx(np.sqrt(middle @ inverse @ middle))
 
 
 def test_prediction_intervals_hold_new_runs():
-    z = synthetic_world(10, rows=300, seed=5)
-    made = design(designed_sets(z, z, 84, 36, 100, seed=1, columns=COLUMNS), z)
-    drawn = outcomes(made, 40, np.random.default_rng(0), source_sd=0.0)
-    new = design(designed_sets(z, z, 42, 18, 100, seed=2, columns=COLUMNS), z)
+    """Sources of their own level (sd 0.04): their own constant where fitted, else the spread."""
+    z = synthetic_world(12, rows=300, seed=5)
     z.attrs = scored_attrs()
-    held = []
-    for b in range(40):
-        card = make_card(fit_within(made.runs(drawn.Y[:, b]), COLUMNS), z, fitted_on="", not_for="")
-        true = new.X @ drawn.slopes[:, b] + np.random.default_rng(b).normal(0, 0.01, len(new.X))
-        found = card.intervals(new.runs(true))
-        held.append(((found["low_these"] <= true) & (true <= found["high_these"])).mean())
-    assert 0.92 < np.mean(held) < 0.99
+    pool = z[~z["source"].isin(["s10", "s11"])]
+    fitted = designed_sets(pool, pool, 84, 36, 100, seed=1, columns=COLUMNS)
+    again = designed_sets(z, z, 144, 0, 100, seed=2, columns=COLUMNS)
+    everything = design(fitted + again, z)
+    drawn = outcomes(everything, 60, np.random.default_rng(0), source_sd=0.04)
+    known, strange, narrow, blind = [], [], [], []
+    for b in range(60):
+        runs = everything.runs(drawn.Y[:, b])
+        card = make_card(fit_within(runs.head(len(fitted)), COLUMNS), pool, fitted_on="",
+                         not_for="", base={"id": "b", "revision": "r", "stand_in": False})
+        new = runs.tail(len(again))
+        found = intervals(card, new)
+        held = new["log_loss"].between(found["low_these"], found["high_these"])
+        unseen = new["source"].isin(["s10", "s11"])
+        assert (found["own_source"] == ~unseen).all()
+        known.append(held[~unseen].mean())
+        strange.append(held[unseen].mean())
+        narrow.append((found["high_these"] - found["low_these"])[~unseen].mean())
+        # as before: the sources' mean constant for all, without the spread
+        off = (new["log_loss"] - card.predict(new)).abs()
+        half = (found["high_these"] - found["low_these"]) / 2
+        blind.append((off <= half)[~unseen].mean())
+    assert 0.93 < np.mean(known) < 0.97
+    assert 0.88 < np.mean(strange) < 0.99
+    assert np.mean(narrow) < 0.06 and np.mean(blind) < 0.6
     assert found["low_new"].isna().all()
 
 
+def test_an_older_card_without_constants_has_the_spread(card, study):
+    older = json.loads(json.dumps(dict(card.data)))
+    older["schema"] = "instructmining.rule/1"
+    del older["uncertainty"]["constants"]
+    now, then = intervals(card, study[0]), intervals(RuleCard(older), study[0])
+    assert now["own_source"].all() and not then["own_source"].any()
+    wide = then["high_these"] - then["low_these"]
+    assert (wide > now["high_these"] - now["low_these"]).all()
+    assert then["predicted"].to_numpy() == pytest.approx(card.predict(study[0]).to_numpy())
+
+
 def test_new_source_intervals_are_wider(card, study):
-    found = card.intervals(study[0].head(50))
+    found = intervals(card, study[0].head(50))
     assert (found["high_new"] - found["low_new"] > found["high_these"] - found["low_these"]).all()
     with pytest.raises(CardError, match="no uncertainty"):
-        load_rule("v3").intervals(study[0])
+        intervals(load_rule("v3"), study[0])
+    strangers = study[0].head(50).assign(source="elsewhere")
+    shown = row_intervals(card, strangers)
+    assert set(shown["interval"]) == {"a new source"}
+    assert shown["low"].to_numpy() == pytest.approx(found["low_new"].to_numpy())
+    assert set(row_intervals(card, study[0])["interval"]) == {"its own source"}
 
 
 def test_the_page_says_what_the_card_says(card):
-    page = card.render()
+    page = render(card)
     assert "length or training tokens" in page and "p = 0.001" in page and "f00d" in page
-    assert page.count("\n| ") == 9 + 10 + 5 + 6
-    weak = RuleCard({**card.data, "permutation_p": 0.4}).render()
+    assert page.count("\n| ") == (9 + 2) + (9 + 2) + (10 + 2) + (5 + 2)
+    assert "had other sets been" in page and "leaving out one source" in page
+    assert "anything else" in page and "10 sources have an sd of" in page
+    assert "**stand-in**" not in page.split("## Models")[1]
+    weak = render(RuleCard({**card.data, "permutation_p": 0.4}))
     assert "**no evidence**" in weak
-    assert "not known" in load_rule("v3").render()
+    assert "not known" in render(load_rule("v3"))
+    models = [{**m, "stand_in": True} for m in card.data["models"]]
+    assert render(RuleCard({**card.data, "models": models})).count("| **stand-in** |") == 5
+
+
+def test_the_page_is_plain_markdown_whatever_others_wrote(card):
+    from docutils.core import publish_doctree
+    from myst_parser.docutils_ import Parser
+
+    odd = RuleCard({**card.data, "fitted_on": "a|b *c [d](e) <f> $g$ `h` {i}`j`\n# k",
+                    "held_out": [{"source": "s|*`1", "r2": None, "slope": None}]})
+    for one in (card, odd, load_rule("v1")):
+        tree = publish_doctree(render(one), parser=Parser(), settings_overrides={
+            "halt_level": 2, "report_level": 2, "myst_enable_extensions": ["dollarmath"]})
+        assert len([n for n in tree.findall() if n.tagname == "table"]) >= 2
+    assert "a|b *c [d](e) <f> $g$ `h` {i}`j` # k" in publish_doctree(
+        render(odd), parser=Parser()).astext()
 
 
 def test_rules_are_compared_by_rank_and_by_rows(card, study):

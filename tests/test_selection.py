@@ -12,6 +12,7 @@ from instructmining_core.selection import (
     SelectionError,
     baselines,
     choose,
+    choose_tokens,
     rank,
     remove_near_duplicates,
     select,
@@ -22,7 +23,11 @@ from instructmining_core.selection import (
 def rule(auto_size=None, **slopes):
     data = {
         "schema": "instructmining.rule/1", "kind": "within", "intercept": 1.0,
-        "coefficients": [{"name": name, "estimate": slope} for name, slope in slopes.items()],
+        "coefficients": [
+            {"name": name, "estimate": slope, "interval_these_sources": None,
+             "interval_new_sources": None, "vif": None, "range": None}
+            for name, slope in slopes.items()
+        ],
         "standardisation": None, "held_out": [], "permutation_p": None, "models": [],
         "knn_reference": None, "fitted_on": "a test", "not_for": "anything else",
     }  # fmt: skip
@@ -107,7 +112,7 @@ def test_unread_rows_are_not_duplicates_of_each_other():
 
 
 def test_texts_are_asked_for_from_the_best_on_and_no_further(monkeypatch):
-    monkeypatch.setattr("instructmining_core.selection.BATCH_ROWS", 2)
+    monkeypatch.setattr("instructmining_core.ranked_walk.BATCH_ROWS", 2)
     asked = []
 
     def fetch(rows):
@@ -267,3 +272,40 @@ def test_unknown_methods_and_columns_are_told():
         choose(table([1.0]), "best", 1)
     with pytest.raises(SelectionError, match="needs the column 'ppl'"):
         choose(table([1.0]), "lowest_ppl", 1)
+
+
+def test_choose_tokens_comes_as_near_as_a_whole_row_can():
+    pool = table([5.0, 40.0, 20.0, 30.0, 7.0])
+    assert choose_tokens(pool, "longest", 60)["id"].tolist() == ["r1", "r3"], "70, not 40 or 90"
+    assert choose_tokens(pool, "longest", 54)["id"].tolist() == ["r1"], "40 is nearer than 70"
+    assert choose_tokens(pool, "shortest", 31)["id"].tolist() == ["r0", "r4", "r2"]
+    assert choose_tokens(pool, "shortest", 1)["id"].tolist() == ["r0"], "one row at least"
+    rows = choose_tokens(pool, "selected", 12, rule=rule(len_out=1.0))
+    assert rows["id"].tolist() == ["r0", "r4"]
+
+
+def test_choose_tokens_counts_the_tokens_that_it_is_given_and_no_more_than_needed():
+    rng = np.random.default_rng(0)
+    pool = table(rng.permutation(1000).astype(float))
+    cost = dict(zip(pool["row_hash"], rng.integers(5, 90, 1000), strict=True))
+    asked = []
+
+    def tokens_of(rows):
+        asked.extend(rows["row_hash"])
+        return [cost[own] for own in rows["row_hash"]]
+
+    for wanted in (40, 5_000, 9_000):
+        asked.clear()
+        found = choose_tokens(pool, "random", wanted, seed=3, tokens_of=tokens_of)
+        draw = choose(pool, "random", 1000, seed=3)["row_hash"].tolist()
+        totals = [sum(cost[own] for own in draw[: k + 1]) for k in range(1000)]
+        best = min(range(1000), key=lambda k: abs(totals[k] - wanted))
+        assert found["row_hash"].tolist() == draw[: best + 1]
+        assert len(asked) == len(set(asked)) <= 4 * (best + 64)
+
+
+def test_choose_tokens_says_where_there_are_too_few():
+    with pytest.raises(SelectionError, match="rows of 3 target tokens, 9 were asked for"):
+        choose_tokens(table([1.0, 2.0]), "longest", 9)
+    with pytest.raises(SelectionError, match="above 0"):
+        choose_tokens(table([1.0]), "longest", 0)
