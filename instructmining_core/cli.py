@@ -72,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
   instructmining fit runs.parquet --scores scores.parquet -o rule.json
       runs: one row a finetuning run, with log_loss, share_<source> and set means
 """, "fit a rule to finetuning runs"))  # fmt: skip
-    _plan(_command(commands, "plan", "instructmining_core.cli_rule", """example:
+    _plan(_command(commands, "plan", "instructmining_core.cli_rule", """examples:
+  instructmining plan --profile laptop --pilot --target 0.005
+      measures the noise by 12 runs of the sweep, then tells how many runs each slope needs
   instructmining plan --profile laptop --sigma 0.01
 """, "tell how wide the intervals of a study's slopes will be"))  # fmt: skip
     _pin(_command(commands, "pin", "instructmining_core.cli_pin", """examples:
@@ -107,6 +109,12 @@ def _score(one: argparse.ArgumentParser) -> None:
     )
     one.add_argument("--indicators", help="names with commas between; default: all that can be")
     one.add_argument(
+        "--reward-form",
+        choices=("oasst", "pair"),
+        help="how the reward model is given a row: with OASST's marks, or as a pair of texts; "
+        "default: the model's own form",
+    )
+    one.add_argument(
         "--allow-standins",
         action="store_true",
         help="let small stand-in models take the place of real ones",
@@ -114,9 +122,9 @@ def _score(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--on-error",
         choices=("raise", "collect"),
-        default="raise",
-        help="malformed records: stop (default), or go on, list them and keep their "
-        "rows without values",
+        default="collect",
+        help="malformed records: keep their rows without values, with the reason, and list them "
+        "(collect, the default), or stop at the first one (raise)",
     )
     one.add_argument(
         "--paths",
@@ -175,7 +183,18 @@ def _select(one: argparse.ArgumentParser) -> None:
         action="store_true",
         help="finetune on the selection and on random draws, and compare",
     )
-    one.add_argument("--profile", help="for --verify: base model, evaluation sets, repeats")
+    one.add_argument(
+        "--profile",
+        help="for --verify: base model, evaluation sets, repeats; its encoder measures how "
+        "diverse the selection is, for the report",
+    )
+    one.add_argument(
+        "--models",
+        nargs="+",
+        default=[],
+        metavar="encoder=ID",
+        help="an encoder for the report's diversity, in place of the profile's",
+    )
     one.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -205,10 +224,23 @@ def _fit(one: argparse.ArgumentParser) -> None:
 def _plan(one: argparse.ArgumentParser) -> None:
     one.add_argument("--profile", required=True, help="preset or YAML file")
     one.add_argument(
-        "--sigma",
+        "--pilot",
+        action="store_true",
+        help="measure the noise first: 4 sets on 3 seeds each, runs that the sweep keeps",
+    )
+    one.add_argument(
+        "--target",
         type=float,
         default=0.01,
-        help="assumed sd of the log loss between seeds (default 0.01)",
+        metavar="HALF_WIDTH",
+        help="half-width to reach, log loss per sd of a row (default 0.01: one per cent of the "
+        "loss)",
+    )
+    one.add_argument(
+        "--sigma",
+        type=float,
+        help="assumed sd of the log loss between runs, in place of a measured one; default: that "
+        "of the sweep where it has been run, else 0.01",
     )
 
 

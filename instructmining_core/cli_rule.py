@@ -145,10 +145,58 @@ def _fitted(
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Print the half-widths that the slopes of a study's design will have."""
-    from instructmining_core.findings import planned_half_widths
+    """Print the half-widths of a design's slopes by number of runs, and the runs a target needs."""
+    from instructmining_core import pilot
     from instructmining_core.study import Study
 
+    if args.pilot and args.sigma is not None:
+        raise CommandError("--pilot measures the noise that --sigma assumes: give one of them")
     study = Study.open(args.profile)
-    table = planned_half_widths(study, study.set_frame(), args.sigma)
-    sys.stdout.write(f"{table.to_string(index=False, float_format=lambda x: f'{x:.4f}')}\n")
+    frame = study.set_frame()
+    if args.pilot and not study.has_own("sets.parquet"):
+        raise CommandError("a pilot needs this profile's own sets: run `make study "
+                           f"PROFILE={args.profile}`, whose notebook 04 draws them")
+    seeds, fit, source = _noise(args, study)
+    noise = seeds if fit is None else pilot.replan(seeds, fit)
+    widths = pilot.in_cells(pilot.planned_half_widths(study, frame, noise))
+    sections = [
+        f"noise in log loss, {source}:\n{_table(pilot.noise_table(seeds, fit), True)}",
+        "half-widths of 95 % intervals, log loss per sd of a row, by number of runs, with their "
+        f"80 % band:\n{_table(widths, True)}",
+    ]  # fmt: skip
+    if fit is None:
+        sections.append("What a straight line misses comes on top of the noise between seeds: take "
+                        "these as the least, and plan anew after 30 runs.")
+    within = pilot.arm_plan(study, frame, noise, every=10)
+    between = pilot.arm_plan(study, frame, noise, kind="between")
+    needed = pilot.runs_needed(within, args.target)
+    most = within.table["runs"].max()
+    sections += [
+        f"designed runs for a half-width of {args.target:g} (safe: with the upper end of the "
+        f"band; none: more than the {most} planned):\n{_table(needed, True)}",
+        f"within sources: {within.advice}", f"between sources: {between.advice}",
+    ]  # fmt: skip
+    sys.stdout.write("\n\n".join(sections) + "\n")
+
+
+def _noise(args: argparse.Namespace, study):
+    """The noise between seeds, the sweep's fit where there is one, and where they come from."""
+    from instructmining_core import pilot
+
+    if args.sigma is not None:
+        return pilot.assumed(args.sigma), None, "assumed by --sigma"
+    swept, fit = pilot.sweep_noise(study)
+    where = ", and from the sweep that has been run" if fit is not None else ""
+    if args.pilot:
+        runs, seeds = len(pilot.pilot_plans(study)), pilot.run_pilot(study)
+        if seeds is None:
+            raise CommandError(f"the design of {study.name} repeats no set on further seeds, so "
+                               "that it has no pilot: set design.anchors, or give --sigma")
+        return seeds, fit, f"from a pilot of {runs} runs{where}"
+    if swept is not None:
+        return swept, fit, "from the sweep that has been run"
+    return pilot.assumed(0.01), fit, f"0.01 assumed, for want of --pilot or --sigma{where}"
+
+
+def _table(frame: pd.DataFrame, index: bool = False) -> str:
+    return frame.to_string(index=index, na_rep="none", float_format=lambda x: f"{x:.5g}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,18 +108,30 @@ def replan(pilot: SeedVariance, fit: Fit) -> SeedVariance:
 
 
 def d_optimal(M: np.ndarray, n: int, seed: int = 0, *, random_share: float = RANDOM_SHARE,
-              passes: int = 3) -> np.ndarray:
+              passes: int = 3, groups: Sequence[str] | None = None,
+              quota: Mapping[str, int] | None = None) -> np.ndarray:
     """Positions of `n` of the candidate sets, chosen to make det(M'M) large; the rest random.
 
     M : (candidates, k), shares and standardised set means of ≥ 1,000 tilted candidates, all known
-    before training. A share `random_share` is drawn at random first, the others are added one by
-    one and then exchanged while the determinant grows (Fedorov 1972, one exchange a step).
-    Returned in running order: random and chosen sets interleaved. Errors: RankError.
+    before training; groups, quota : a label for each candidate, and how many sets of each label
+    are wanted (n in all; default: any candidate may take any place). A share `random_share` is
+    drawn at random first, the others are added one by one and then exchanged while the
+    determinant grows (Fedorov 1972, one exchange a step). Returned in running order: random and
+    chosen sets interleaved. Errors: RankError.
     """
     if n < M.shape[1] or n > len(M):
         raise RankError(f"{n} sets from {len(M)} candidates can't fit {M.shape[1]} coefficients")
+    labels = np.full(len(M), "") if groups is None else np.asarray(groups)
+    room = {"": n} if quota is None else dict(quota)
+    short = [g for g, many in room.items() if many > (labels == g).sum()]
+    if short or sum(room.values()) != n:
+        raise RankError(f"{n} sets can't be had as {room}: too few candidates of {short}")
     rng = np.random.default_rng(seed)
-    random = list(rng.choice(len(M), round(random_share * n), replace=False))
+    random: list[int] = []
+    for group, many in room.items():
+        drawn = rng.choice(np.flatnonzero(labels == group), round(random_share * many), False)
+        random += drawn.tolist()
+        room[group] -= len(drawn)
     # a ridge far below any real information lets the first steps invert
     A = M[random].T @ M[random] + 1e-6 * np.eye(M.shape[1])
     chosen: list[int] = []
@@ -127,26 +139,29 @@ def d_optimal(M: np.ndarray, n: int, seed: int = 0, *, random_share: float = RAN
     free[random] = False
     while len(random) + len(chosen) < n:
         gain = np.einsum("ij,jk,ik->i", M, np.linalg.inv(A), M)
-        best = int(np.where(free, gain, -1).argmax())
+        open_groups = [group for group, many in room.items() if many]
+        best = int(np.where(free & np.isin(labels, open_groups), gain, -1).argmax())
+        room[str(labels[best])] -= 1
         chosen.append(best)
         free[best] = False
         A += np.outer(M[best], M[best])
     for _ in range(passes):
-        if not _exchange(M, A, chosen, free):
+        if not _exchange(M, A, chosen, free, labels):
             break
     order = rng.permutation(n)
     return np.array(random + chosen, int)[order]
 
 
-def _exchange(M: np.ndarray, A: np.ndarray, chosen: list[int], free: np.ndarray) -> bool:
-    """One pass of Fedorov exchanges in place; True if any raised the determinant."""
+def _exchange(M: np.ndarray, A: np.ndarray, chosen: list[int], free: np.ndarray,
+              labels: np.ndarray) -> bool:
+    """One pass of Fedorov exchanges in place, inside a label; True if any raised det(A)."""
     changed = False
     for i, old in enumerate(chosen):
         inverse = np.linalg.inv(A)
         with_old = M @ inverse @ M[old]
         own = np.einsum("ij,jk,ik->i", M, inverse, M)
         delta = own - (own * own[old] - with_old**2) - own[old]
-        best = int(np.where(free, delta, -np.inf).argmax())
+        best = int(np.where(free & (labels == labels[old]), delta, -np.inf).argmax())
         if delta[best] > 1e-9:
             A += np.outer(M[best], M[best]) - np.outer(M[old], M[old])
             chosen[i] = best

@@ -78,6 +78,10 @@ class ModelsConfig:
     standin_size: str = "laptop"  # "smoke" | "laptop": what `standin:` builds
     standin_text: tuple[str, ...] = ()  # files of plain text for the base; empty = embedded corpus
     reference_rows: int = 2048  # size of knn_6's reference sample
+    reward_form: str = ""  # the reward model's input: "oasst" | "pair"; "" = the model's own
+
+    def __post_init__(self) -> None:
+        _one_of("models.reward_form", self.reward_form, ("", "oasst", "pair"))
 
     def roles(self) -> dict[str, ModelRef]:
         """The models that scoring needs, by role."""
@@ -95,13 +99,20 @@ class DesignConfig:
     mixed: int = 24  # sets of two or three sources with the same tilt
     anchors: int = 8  # designed sets repeated on further seeds
     anchor_seeds: int = 2  # further seeds of each anchor
+    tokens: int = 0  # tilted sets of one source at equal training tokens instead of equal rows
     sets_per_source: int = 6  # least within-source sets of a source that has any
+    candidates: int = 0  # tilted sets drawn, of which the D-optimal are run; 0 = plain draw
     strength: float = 1.5  # weight of a row = exp(strength * normal score along the direction)
+    by_epoch: str = "none"  # "none" | "anchors" | "all": runs also evaluated after each epoch
     seed: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of("design.by_epoch", self.by_epoch, ("none", "anchors", "all"))
 
     def runs(self) -> int:
         """Finetunes in all."""
-        return self.fusion + self.within + self.mixed + self.anchors * self.anchor_seeds
+        repeats = self.anchors * self.anchor_seeds
+        return self.fusion + self.within + self.mixed + self.tokens + repeats
 
 
 @dataclass(frozen=True)
@@ -151,6 +162,7 @@ class SelectionConfig:
     seeds: int = 5  # finetunes of the selected set
     draws: int = 5  # random draws
     baseline_seeds: int = 3  # finetunes of each further baseline
+    refits: int = 5  # rules refitted on bootstrapped sweeps, one finetune each in every pool
     dose_levels: tuple[float, ...] = (0.0, 1.0)  # embedded only: shares of defective twins
     dose_seeds: int = 2
 
@@ -170,6 +182,7 @@ class RobustnessConfig:
     full_learning_rate: float = 5e-4  # peak, for full finetuning of a small base
     seeds: int = 3
     transfer: bool = False  # the rule of one base against the loss of another
+    ablation: bool = False  # finetune on what the rule selects without one indicator
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,15 @@ import numpy as np
 import pandas as pd
 
 from . import paths
+from .design_choice import designed_arm
+from .equal_tokens import equal_token_sets
 from .ledger import Ledger, RunSpec
 from .profiles import FinetuneConfig, ModelRef, Profile, load_profile
 from .records import row_hash
 from .runs import assemble
 from .sources import StudyData, read_study_data
 from .study_files import StudyFiles
-from .subsets import TrainingSet, anchors, designed_sets, fusion_sets, set_means
+from .subsets import TrainingSet, anchors, fusion_sets, set_means
 
 EVALS = ("eval_1", "eval_2")
 
@@ -33,6 +35,7 @@ class Plan:
     label: dict = field(default_factory=dict)  # goes to the ledger beside the run, not hashed
     init_seed: int = 0
     order_seed: int = 0
+    by_epoch: bool = False  # also evaluate after each epoch; names no other run
 
 
 class Study(StudyFiles):
@@ -122,6 +125,7 @@ class Study(StudyFiles):
             indicators=(*self.profile.indicators, "compression"),  # a baseline of the gate
             bank=self.bank,
             standins=self.standins(*roles.values()),
+            reward_form=self.profile.models.reward_form,
         )
         rows = self.data.candidates
         size = min(self.profile.models.reference_rows, len(rows))
@@ -131,17 +135,22 @@ class Study(StudyFiles):
     # Sets and runs
 
     def draw_sets(self) -> list[TrainingSet]:
-        """Draw the design: fusion sets, designed sets, the anchors' repeats on further seeds."""
+        """Draw the design: fusion, designed and equal-token sets, the anchors' further seeds."""
         plan, scores = self.profile.design, self.candidate_scores
         fusion = fusion_sets(scores, plan.fusion, plan.size, plan.seed, on_short="redraw")
-        designed = designed_sets(
-            scores, scores, plan.within, plan.mixed, plan.size, plan.strength, plan.seed,
-            columns=self.profile.rule_columns(),
-            min_sources=min(8, scores["source"].nunique()),
-            sets_per_source=plan.sets_per_source,
-        )  # fmt: skip
+        designed = designed_arm(scores, plan, self.profile.rule_columns())
         further = range(1, plan.anchor_seeds + 1)
-        return fusion + designed + anchors(designed, plan.anchors, tuple(further))
+        repeats = anchors(designed, plan.anchors, tuple(further))
+        return fusion + designed + self._equal_tokens() + repeats
+
+    def _equal_tokens(self) -> list[TrainingSet]:
+        """Sets of as many response tokens as an average set of the design's number of rows."""
+        plan, scores = self.profile.design, self.candidate_scores
+        if not plan.tokens:
+            return []
+        tokens = round(plan.size * float(scores["len_out"].mean()))
+        return equal_token_sets(scores, scores, plan.tokens, tokens, plan.strength, plan.seed,
+                                columns=self.profile.rule_columns())
 
     @cached_property
     def sets(self) -> list[TrainingSet]:
@@ -162,11 +171,13 @@ class Study(StudyFiles):
         config: FinetuneConfig | None = None,
         base: ModelRef | None = None,
         tables: Sequence[pd.DataFrame] = (),
+        listed: str = "",
         progress: bool = True,
     ) -> pd.DataFrame:
         """Finetune and evaluate every plan that the ledger does not hold; one row a plan.
 
-        config, base : in place of the profile's; tables : further rows that the plans may name
+        config, base : in place of the profile's; tables : further rows that the plans may name;
+        listed : name of the list of runs, where it is not the purpose (which run ids depend on)
         """
         from .sweep import run_sweep
 
@@ -182,8 +193,11 @@ class Study(StudyFiles):
         ]  # fmt: skip
         hashes = {h for plan in plans for h in plan.row_hashes}
         rows = self.encoded_rows(lm, config, hashes, tables)
-        self.list_runs(purpose, [spec.run_id for spec in specs])
-        return run_sweep(specs, lm, rows, evals, self.ledger, progress=progress)
+        self.list_runs(listed or purpose, [spec.run_id for spec in specs])
+        by_epoch = [s.run_id for s, plan in zip(specs, plans, strict=True) if plan.by_epoch]
+        return run_sweep(
+            specs, lm, rows, evals, self.ledger, by_epoch=by_epoch, progress=progress
+        )  # fmt: skip
 
     @contextmanager
     def tuned(self, plan: Plan) -> Iterator:
@@ -232,14 +246,17 @@ class Study(StudyFiles):
 
     def runs(self, purpose: str) -> pd.DataFrame:
         """Finished runs that a purpose asked for, from the ledger (or the committed evidence)."""
-        wanted = json.loads(self.find(f"runs/{purpose}.json").read_text(encoding="utf-8"))
-        frame = Ledger(self.find("ledger")).load()
+        listed = self.find(f"runs/{purpose}.json")
+        wanted = json.loads(listed.read_text(encoding="utf-8"))
+        # the ledger beside the list: a pilot's runs alone are not those of the evidence's list
+        frame = Ledger(listed.parent.parent / "ledger").load()
         return frame[frame["run_id"].isin(wanted) & (frame["status"] == "done")]
 
     def base_of_sweep(self) -> dict[str, str]:
         """Id, revision and dtype of the base that the sweep finetuned, from its first record."""
-        first = json.loads(self.find("runs/sweep.json").read_text(encoding="utf-8"))[0]
-        return Ledger(self.find("ledger")).read(first)["spec"]["base"]
+        listed = self.find("runs/sweep.json")
+        first = json.loads(listed.read_text(encoding="utf-8"))[0]
+        return Ledger(listed.parent.parent / "ledger").read(first)["spec"]["base"]
 
     def sweep(self) -> pd.DataFrame:
         """The regression's view: one row a run with `log_loss`, shares and set means."""

@@ -50,6 +50,10 @@ class StudyFiles:
             f"`make study PROFILE={self.name}`, or the notebooks before this one."
         )
 
+    def has_own(self, name: str) -> bool:
+        """True where `find` gives this profile's own file, not another profile's evidence."""
+        return (self.folder / name).exists() or (paths.evidence(self.name) / name).exists()
+
     def frame(self, name: str) -> pd.DataFrame:
         """A saved frame by file name (`.parquet` or `.csv`)."""
         path = self.find(name)

@@ -51,7 +51,7 @@ import json
 
 import pandas as pd
 
-from instructmining_core import figures, findings
+from instructmining_core import figures
 from instructmining_core.study import Study
 
 study = Study.open(profile)
@@ -93,28 +93,85 @@ pd.DataFrame(
 ).round(2)
 
 # %% [markdown]
-# ## How many runs are enough?
+# ## How large is the noise?
 #
 # The design matrix is known before training; only the noise is not.
-# So the half-width of the interval of each slope can be computed for any number of runs.
-# Until there are runs, the noise is taken to be a standard deviation of 0.01 in log loss; notebook 06 measures it.
+# So a pilot measures it: 4 of the designed sets, each on 3 seeds.
+# These are runs of the sweep of notebook 06, done ahead of it, and not done again there.
 
 # %%
-plan = findings.planned_half_widths(study, frame)
-plan.pivot_table(
-    index="coefficient", columns=["arm", "runs"], values="half_width"
-).round(4)
+from instructmining_core import pilot
+
+noise = pilot.run_pilot(study)
+if noise is None:
+    noise = pilot.assumed(0.01)
+    print("This design repeats no set, so there is no pilot: a sd of 0.01 is assumed.")
+else:
+    plans = pilot.pilot_plans(study)
+    sets_run = len({plan.label["set_id"] for plan in plans})
+    print(f"a pilot of {len(plans)} runs: {sets_run} sets on further seeds")
+    if sets_run < pilot.PILOT_SETS:
+        print(
+            f"The design repeats {sets_run} sets only, fewer than the {pilot.PILOT_SETS} of a full pilot."
+        )
+pilot.noise_table(noise).round(5)
 
 # %% [markdown]
-# A fusion arm sees the slopes mostly through differences between sources; an empty cell says that so few sets can't tell the indicators apart at all.
-# A slope that differs between sources is another matter: there more runs do not help, more sources do.
+# This is the standard deviation of the log loss *between seeds* of one set, with its 95 % bounds.
+# It is the least that the noise can be.
+# What a straight line in the set means misses comes on top, and a pilot of so few sets can't see it; notebook 06 shows both and plans anew.
+#
+# ## How many runs are enough?
+#
+# The half-width of the 95 % interval of each slope can be computed for any number of runs.
+# Since the noise is known from few runs only, each half-width has a band: in brackets where it will lie with 80 %, if the noise between seeds is all there is.
+
+# %%
+plan = pilot.planned_half_widths(study, frame, noise)
+pilot.in_cells(plan)
+
+# %% [markdown]
+# A fusion arm sees the slopes mostly through differences between sources; "none" says that so few sets can't tell the indicators apart at all.
 
 # %%
 figures.design_half_widths(plan)
+# %% [markdown]
+# How many designed runs bring a slope's half-width under a target?
+# "Safe" asks that even the upper end of the band reaches it; an empty cell says that all the planned runs do not.
+
+# %%
+target = 0.01  # log loss per sd of a row: one per cent of the loss
+if frame["arm"].isin(pilot.ARMS["designed"]).any():
+    within = pilot.arm_plan(study, frame, noise, every=10)
+    print(f"target half-width {target}; {within.advice}")
+    display(pilot.runs_needed(within, target))
+    print(pilot.arm_plan(study, frame, noise, kind="between").advice)
+else:
+    print("This design has no sets within sources, so no such slope can be planned for.")
+
+# %% [markdown]
+# ## What would choosing the sets gain?
+#
+# The designed sets of a profile are a plain draw, or the D-optimal ones among many candidates if its `design.candidates` says so: those that make $\det(M^\top M)$ of the design matrix $M$ large, with a fifth left random {cite:p}`fedorov1972`.
+# The gain is the plain draw's half-width over that of chosen sets, for the same number of runs, whatever the noise is.
+
+# %%
+from instructmining_core.design_choice import gain
+from instructmining_core.ols import RankError
+
+design = study.profile.design
+try:
+    gains = gain(study.candidate_scores, design, columns, design.candidates or 1000)
+    print(f"median gain over the coefficients: {gains['gain'].median():.2f}")
+    print("run here:", "the chosen sets" if design.candidates else "the plain draw")
+    display(gains.round(3))
+except RankError as error:
+    print(f"Too few sets to choose by their information: {error}")
 
 # %% [markdown]
 # ## In this notebook we have seen
 #
 # - the two arms, drawn;
 # - that the designed sets differ in more directions than mixtures do;
-# - the precision that each number of runs would buy, before spending any.
+# - the noise between seeds, by a pilot;
+# - the precision that each number of runs would buy at that noise, and how many runs a target needs.

@@ -44,8 +44,6 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # ## Run the sweep
 
 # %%
-import pandas as pd
-
 from instructmining_core import figures
 from instructmining_core.experiments import sweep_plans
 from instructmining_core.study import Study
@@ -72,14 +70,20 @@ figures.loss_by_source(sweep)
 # %% [markdown]
 # ## How large is the noise?
 #
-# The anchors are sets that were run again with other seeds.
+# Two kinds of noise matter.
+# The anchors are sets that were run again with other seeds: this is the noise *between seeds*.
+# The fit of the rule to the designed sets leaves residuals, which also hold what a straight line in the set means misses: this decides how wide the intervals are.
 
 # %%
-from instructmining_core.inference import seed_variance
+from instructmining_core import pilot
 
-pd.Series(vars(seed_variance(sweep)), name="sd of the log loss between seeds").round(
-    5
-).to_frame()
+seeds, fit = pilot.sweep_noise(study)
+if seeds is None:
+    seeds = pilot.assumed(0.01)
+    print("No set was repeated: the noise between seeds is assumed to be 0.01.")
+if fit is not None:
+    print(f"The line leaves {fit.ols.sigma / seeds.sd:.1f} times the sd between seeds.")
+pilot.noise_table(seeds, fit).round(5)
 
 # %% [markdown]
 # Against this noise stands the spread of the losses over sets:
@@ -89,6 +93,45 @@ import numpy as np
 
 spread = sweep.groupby("arm")["log_loss"].std()
 spread.rename("sd of the log loss over sets").round(4).to_frame()
+
+# %% [markdown]
+# ## Was the plan right?
+#
+# Notebook 04 planned with the pilot's noise between seeds.
+# Every 30 runs we plan anew, with the residuals of the fit once it has more degrees of freedom than the pilot.
+# The table sets the half-widths that were planned against those that the runs then gave, as medians over the coefficients: `planned` with its 80 % band, `realised` by the same formula with the residuals' noise, and `hc3`, which the rule reports.
+# `in_band` is the share of coefficients whose realised half-width lies in the band.
+
+# %%
+from instructmining_core.runs import RunsError
+
+known = pilot.run_pilot(study, progress=False)
+try:
+    table = pilot.replanned(
+        study,
+        study.set_frame(),
+        sweep,
+        pilot.assumed(0.01) if known is None else known,
+    )
+    display(pilot.in_medians(table).round(5))
+except RunsError as error:
+    table = None
+    print(f"There is nothing to compare: {error}.")
+
+# %% [markdown]
+# Where `realised` lies above the band, the pilot's noise was not the whole of it: what the line misses can't be seen in repeats of the same sets.
+#
+# Would fewer runs have done?
+
+# %%
+target = 0.01  # log loss per sd of a row: one per cent of the loss
+if table is not None:
+    print(pilot.sufficed(table, target))
+    display(
+        table.pivot(
+            index="coefficient", columns="runs", values=["planned", "hc3"]
+        ).round(4)
+    )
 
 # %% [markdown]
 # ## Do the two evaluation sets agree?
@@ -103,4 +146,5 @@ figures.two_losses(sweep)
 #
 # - one record for each run;
 # - how the loss differs between sources and within them;
-# - the noise of a seed, against which every effect has to be seen.
+# - the noise of a seed, and the larger noise that a straight line leaves;
+# - how far the plan made before the runs was right, and whether fewer runs would have done.

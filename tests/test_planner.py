@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 import statsmodels.api as sm
@@ -94,6 +96,25 @@ def test_d_optimal_beats_random_and_keeps_a_fifth_random(world):
     assert np.median(random) / ours > 1.1
     with pytest.raises(RankError):
         d_optimal(M, 10)
+
+
+def test_d_optimal_keeps_each_groups_number(world):
+    sets = designed_sets(world, world, 300, 100, 100, seed=2, columns=COLUMNS)
+    made = design(sets, world)
+    M = np.hstack([made.shares, made.X])
+    groups = [one.source for one in sets]
+    quota = {name: 5 for name in dict.fromkeys(groups) if name} | {"": 10}
+    n = sum(quota.values())
+    chosen = d_optimal(M, n, seed=3, groups=groups, quota=quota)
+    assert Counter(groups[i] for i in chosen) == quota and len(set(chosen.tolist())) == n
+    loose = np.linalg.slogdet(M[chosen].T @ M[chosen])[1]
+    rng = np.random.default_rng(0)
+    places = {g: [i for i, h in enumerate(groups) if h == g] for g in quota}
+    for _ in range(20):
+        drawn = np.concatenate([rng.choice(places[g], k, replace=False) for g, k in quota.items()])
+        assert np.linalg.slogdet(M[drawn].T @ M[drawn])[1] < loose
+    with pytest.raises(RankError, match="too few candidates"):
+        d_optimal(M, n, groups=groups, quota={"s00": n})
 
 
 def test_tilting_narrows_the_slopes_more_than_choosing_does(world, made):
