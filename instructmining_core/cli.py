@@ -46,7 +46,7 @@ SELECT = """examples:
 
 The files that were scored are read again, and refused where they have changed. OUT has their own
 columns and `score`, the predicted log loss (lower is better), best first. OUT.report.json tells
-why each row was kept or dropped.
+why each row was kept or dropped, and the 95 % interval of its prediction.
 """
 
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from .ols import RankError
 from .planner import d_optimal, half_widths
 from .runs import Standardisation
 from .settings import DesignConfig
-from .subsets import TrainingSet, designed_sets, set_means
+from .subsets import TrainingSet, designed_sets
 
 
 def designed_arm(scores: pd.DataFrame, config: DesignConfig,
@@ -45,8 +46,11 @@ def chosen(scores: pd.DataFrame, config: DesignConfig, columns: Sequence[str],
     the places is filled at random (`planner.d_optimal`). Each source keeps its number of sets, so
     that each can still be tested alone.
     """
-    quota = Counter(one.source for one in drawn(scores, config, columns))
-    n = sum(quota.values())
+    plain = drawn(scores, config, columns)
+    quota, n = Counter(one.source for one in plain), len(plain)
+    terms = len({source for one in plain for source in one.shares}) + len(columns)
+    if n < terms:  # before the costly draw
+        raise RankError(f"{n} designed sets can't fit {terms} coefficients, however chosen")
     sets = drawn(scores, config, columns, times=max(2, -(-candidates // n)))
     found = d_optimal(design_matrix(sets, scores, columns), n, config.seed,
                       groups=[one.source for one in sets], quota=quota)
@@ -57,8 +61,11 @@ def design_matrix(sets: Sequence[TrainingSet], scores: pd.DataFrame,
                   columns: Sequence[str]) -> np.ndarray:
     """Source shares, then standardised set means: (sets, sources + columns)."""
     shares = pd.DataFrame([dict(one.shares) for one in sets]).fillna(0.0).sort_index(axis=1)
-    means = Standardisation.fit(scores, columns).apply(set_means(sets, scores, columns))
-    return np.hstack([shares.to_numpy(float), means.loc[[s.set_id for s in sets]].to_numpy(float)])
+    rows = scores.drop_duplicates("row_hash")
+    place = {one: i for i, one in enumerate(rows["row_hash"])}
+    values = Standardisation.fit(scores, columns).apply(rows).to_numpy(float)
+    means = [np.nanmean(values[[place[h] for h in one.row_hashes]], axis=0) for one in sets]
+    return np.hstack([shares.to_numpy(float), np.array(means)])
 
 
 def gain(scores: pd.DataFrame, config: DesignConfig, columns: Sequence[str],

@@ -7,9 +7,12 @@ import pytest
 from instructmining_core.card import CardError, CardMismatch, RuleCard, load_rule, presets
 from instructmining_core.card_making import make_card
 from instructmining_core.card_page import render
+from instructmining_core.cli_rule import explained
+from instructmining_core.cli_select import _kept
 from instructmining_core.inference import held_out, jackknife_sources
 from instructmining_core.regression import RunsError, Standardisation, fit_pooled, fit_within
 from instructmining_core.rule_compare import compare_rules
+from instructmining_core.selection import Selection, rank
 from instructmining_core.subsets import designed_sets, set_means
 from instructmining_core.support import SupportError, intervals, row_intervals, support
 from instructmining_core.worlds import COLUMNS, design, outcomes, synthetic_world
@@ -326,9 +329,9 @@ def test_prediction_intervals_hold_new_runs():
     fitted = designed_sets(pool, pool, 84, 36, 100, seed=1, columns=COLUMNS)
     again = designed_sets(z, z, 144, 0, 100, seed=2, columns=COLUMNS)
     everything = design(fitted + again, z)
-    drawn = outcomes(everything, 60, np.random.default_rng(0), source_sd=0.04)
+    drawn = outcomes(everything, 40, np.random.default_rng(0), source_sd=0.04)
     known, strange, narrow, blind = [], [], [], []
-    for b in range(60):
+    for b in range(40):
         runs = everything.runs(drawn.Y[:, b])
         card = make_card(fit_within(runs.head(len(fitted)), COLUMNS), pool, fitted_on="",
                          not_for="", base={"id": "b", "revision": "r", "stand_in": False})
@@ -371,6 +374,23 @@ def test_new_source_intervals_are_wider(card, study):
     assert set(shown["interval"]) == {"a new source"}
     assert shown["low"].to_numpy() == pytest.approx(found["low_new"].to_numpy())
     assert set(row_intervals(card, study[0])["interval"]) == {"its own source"}
+
+
+def test_the_commands_show_a_rows_interval(card, study):
+    pool = study[0].head(40).assign(file="f", row=range(40), reasons="", part=0)
+    pool["id"] = [f"r{i}" for i in range(40)]
+    pool.loc[pool.index[20:], "source"] = "elsewhere"
+    ranked = rank(pool, card)
+    shown = row_intervals(card, ranked)
+    kept = _kept(Selection(ranked, ranked.head(0)), card)
+    assert [row["low"] for row in kept] == pytest.approx(shown["low"].tolist())
+    assert {row["interval"] for row in kept} == {"its own source", "a new source"}
+    assert all(row["low"] < row["predicted"] < row["high"] for row in kept)
+    pages = {source: explained(part.iloc[0], card, 40) for source, part in ranked.groupby("source")}
+    own = shown.loc[ranked.index[ranked["source"] != "elsewhere"][0]]
+    assert f"95 % prediction, its own source: {own['low']:.4f} to {own['high']:.4f}" in pages["s00"]
+    assert "95 % prediction, a source like these:" in pages["elsewhere"]
+    assert "95 % prediction, a new source:" in pages["elsewhere"]
 
 
 def test_the_page_says_what_the_card_says(card):

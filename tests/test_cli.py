@@ -241,6 +241,8 @@ def test_select_refuses_another_version_unless_told(home, capsys):
 def test_select_strict_refuses_a_rule_without_known_support(home, capsys):
     scored()
     arguments = ["select", "s.parquet", "--rule", "rule.json", "--top", "2", "-o", "x.json"]
+    assert run(*arguments) == 0
+    assert "reaches these rows is unknown" in capsys.readouterr().err
     assert run(*arguments, "--strict") == 1
     assert "support" in capsys.readouterr().err
 
@@ -458,7 +460,7 @@ def test_killed_in_the_middle_it_computes_only_the_rest(home, tiny_lm_folder, mo
     assert len(stored) == 20 and kept.isdisjoint(stored)
     assert {*kept, *stored} == set(scores["row_hash"])
     anew = scored(*asked[:-1], "other bank")
-    np.testing.assert_allclose(scores["ppl"], anew["ppl"], rtol=1e-5)
+    np.testing.assert_allclose(scores["ppl"], anew["ppl"], rtol=5e-3)  # bfloat16 where there is
 
 
 def test_standard_input_can_be_its_own_reference(home, monkeypatch):

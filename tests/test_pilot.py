@@ -12,6 +12,7 @@ from scipy.stats import chi2, t
 from instructmining_core import pilot, sweep
 from instructmining_core.cli import main
 from instructmining_core.design_choice import chosen, design_matrix, designed_arm, drawn, gain
+from instructmining_core.ols import RankError
 from instructmining_core.planner import half_widths
 from instructmining_core.profiles import load_profile
 from instructmining_core.runs import Standardisation
@@ -191,6 +192,9 @@ def test_chosen_sets_keep_every_sources_number_and_gain():
     table = gain(world, DESIGN, COLUMNS, 180)
     assert table["chosen"].to_numpy() == pytest.approx(half_widths(M, 1.0)[-9:])
     assert table["gain"].median() > 1.05
+    few = DesignConfig(size=100, fusion=0, within=8, mixed=2, candidates=50)
+    with pytest.raises(RankError, match="10 designed sets can't fit"):
+        designed_arm(world, few, COLUMNS)
 
 
 @pytest.mark.parametrize("options, says, never", [
