@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -51,6 +51,17 @@ def target_layers(model: nn.Module, config: FinetuneConfig) -> dict[str, nn.Modu
     return {name: model.get_submodule(name) for name in names}
 
 
+def target_names(model: nn.Module, layers: Collection[str]) -> set[str]:
+    """What to call these layers so that peft finds them again, and no others.
+
+    Their last parts, as peft itself writes them; full names where the model has further layers
+    that end in the same part.
+    """
+    short = {name.rsplit(".", 1)[-1] for name in layers}
+    reached = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in short}
+    return short if reached <= set(layers) else set(layers)
+
+
 def first_values(name: str, rank: int, fan_in: int, init_seed: int) -> torch.Tensor:
     """The first value of a layer's A, float32, shape (rank, fan_in); B starts at zero.
 
@@ -77,11 +88,13 @@ def save_adapter(
     folder: str | Path,
     tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     config: FinetuneConfig,
+    targets: set[str],
     base: str,
 ) -> None:
     """Write an adapter as peft does, for `PeftModel.from_pretrained`.
 
     tensors : layer name -> A, shape (rank, d_in), and B, shape (d_out, rank)
+    targets : peft's `target_modules`; see `target_names`
     base : the base model's name, for peft's `base_model_name_or_path`
     """
     folder = Path(folder)
@@ -94,6 +107,5 @@ def save_adapter(
     settings = peft_config(config)
     settings.base_model_name_or_path = base
     settings.inference_mode = True
-    # peft names layers by their last parts, which is also how it finds them again
-    settings.target_modules = {name.rsplit(".", 1)[-1] for name in tensors}
+    settings.target_modules = targets
     settings.save_pretrained(str(folder))

@@ -3,6 +3,20 @@
 The operations of a small model are too short to be worth two threads each, so two processes of one
 thread do nearly twice the runs of one process of two. A helper is an ordinary executor: it claims
 a run in the ledger, does it, writes its record. It ends when nothing is left or its parent is gone.
+
+Another engine can drive the same executor, on any host that sees the model's and the ledger's
+folders. It starts
+
+    python -m instructmining_core.helpers JOB.json PID
+
+JOB.json : what `describe` returns, as JSON. `groups` are lists of (`RunSpec.content()`, label);
+    each group is one pass over the base: claim its runs, `run_one` or `run_together`, write their
+    records (`executor.do_group`)
+PID : the starting process; before each group the helper looks whether it still is its parent
+
+Groups are taken from the last to the first. Exit code 0: none is left that it could claim. Any
+number may work on one ledger, and one that is killed costs the runs it was at, which are free again
+at once (on another host: after `holders.EXPIRES` seconds).
 """
 
 from __future__ import annotations
@@ -12,16 +26,18 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .executor import do_group
 from .ledger import Ledger, RunSpec, spec_from
-from .lm import LM
+from .lm import LM, load_lm
+from .profiles import ModelRef
+from .provenance import without_paths
 from .templates import Encoded
 
 WORTH = 30.0  # seconds of work left that make a helper's start (5 to 8 s of imports) worth it
@@ -42,39 +58,55 @@ def helpers_wanted(lm: LM, wanted: int | None) -> int:
 
 
 class Helpers:
-    """The helper processes of one sweep."""
+    """The helper processes of one sweep; their job and what they complain of lie in `folder`."""
 
-    def __init__(self, count: int, job: Mapping[str, Any]) -> None:
-        self.count, self.job = count, job
+    command: tuple[str, ...] = (sys.executable, "-m", "instructmining_core.helpers")
+
+    def __init__(self, count: int, job: Mapping[str, Any], folder: Path) -> None:
+        self.count, self.job, self.folder = count, job, folder
         self.processes: list[subprocess.Popen] = []
-        self._folder: tempfile.TemporaryDirectory | None = None
+        self._told: set[int] = set()
 
     def start(self) -> None:
         """Start them once; later calls do nothing."""
         if self.processes or not self.count:
             return
-        self._folder = tempfile.TemporaryDirectory(prefix="instructmining-")
-        path = Path(self._folder.name) / "job.json"
+        path = self.folder / ".helpers.job"
         path.write_text(json.dumps(self.job), encoding="utf-8")
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         package = str(Path(__file__).resolve().parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join(
             filter(None, [package, os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", f"{__package__}.helpers", str(path), str(os.getpid())]
-        self.processes = [
-            subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            for _ in range(self.count)
-        ]
+        for number in range(self.count):
+            with open(self._errors(number), "wb") as errors:
+                self.processes.append(subprocess.Popen(
+                    [*self.command, str(path.resolve()), str(os.getpid())],
+                    env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                    stderr=errors))
+
+    def fallen(self) -> list[str]:
+        """What to say of helpers that ended with an error since the last call."""
+        found = []
+        for number, process in enumerate(self.processes):
+            if process.poll() and number not in self._told:  # neither at work nor ended well
+                self._told.add(number)
+                lines = self._errors(number).read_text("utf-8", "replace").split("\n")
+                last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+                found.append(f"A helper of the sweep ended with code {process.returncode}, the "
+                             f"others go on: {without_paths(last)}")
+        return found
 
     def stop(self) -> None:
         """End them; a run they are at is lost, its claim is free again."""
         for process in self.processes:
             process.terminate()
-        for process in self.processes:
+        for number, process in enumerate(self.processes):
             process.wait()
-        if self._folder is not None:
-            self._folder.cleanup()
+            self._errors(number).unlink(missing_ok=True)
+        (self.folder / ".helpers.job").unlink(missing_ok=True)
+
+    def _errors(self, number: int) -> Path:
+        return self.folder / f".helper{number}.log"
 
 
 def describe(
@@ -83,9 +115,12 @@ def describe(
     rows: Mapping[str, Encoded],
     evals: Mapping[str, Sequence[Encoded]],
     ledger: Ledger,
-    by_epoch: bool,
+    *,
+    by_epoch: bool | Collection[str] = False,
+    keep: str | Path | None = None,
+    tried: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """A sweep as JSON values, for helpers."""
+    """A sweep as JSON values, for helpers; by_epoch, keep, tried: see `executor.do_group`."""
     used = {h for group in groups for spec in group for h in spec.row_hashes}
     return {
         "groups": [[(s.content(), dict(s.label)) for s in group] for group in groups],
@@ -94,7 +129,10 @@ def describe(
                      "stand_in": lm.resolved.stand_in, "sha256": lm.resolved.sha256},
         "rows": {h: _encoded(rows[h]) for h in used},
         "evals": {name: [_encoded(row) for row in part] for name, part in evals.items()},
-        "ledger": str(ledger.folder.resolve()), "by_epoch": by_epoch,
+        "ledger": str(ledger.folder.resolve()),
+        "by_epoch": by_epoch if isinstance(by_epoch, bool) else sorted(by_epoch),
+        "keep": None if keep is None else str(Path(keep).resolve()),
+        "tried": None if tried is None else dict(tried),
     }
 
 
@@ -118,23 +156,25 @@ def one_thread():
 
 
 def main(path: str, parent: int) -> None:
-    """Work on a described sweep, from its end towards its beginning, while the parent lives."""
-    from .lm import load_lm
-    from .profiles import ModelRef
-    from .sweep import do_group
-
+    """Load a described sweep's model and work on it."""
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     torch.set_num_threads(1)
     lm = load_lm(ModelRef(job["model"]["folder"], dtype=job["model"]["dtype"]), "cpu")
+    work(job, lm, parent)
+
+
+def work(job: Mapping[str, Any], lm: LM, parent: int) -> None:
+    """Do a described sweep's groups, from the last to the first, while the parent lives."""
     lm.resolved = dataclasses.replace(lm.resolved, **job["resolved"])
     rows = {h: _decoded(row) for h, row in job["rows"].items()}
     evals = {name: [_decoded(row) for row in part] for name, part in job["evals"].items()}
     ledger = Ledger(job["ledger"])
+    options = {name: job[name] for name in ("by_epoch", "keep", "tried")}
     for group in reversed(job["groups"]):
         if os.getppid() != parent:
             return
         specs = [spec_from(content, label) for content, label in group]
-        do_group(specs, lm, rows, evals, ledger, by_epoch=job["by_epoch"])
+        do_group(specs, lm, rows, evals, ledger, **options)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ file, fsync, rename) and claiming is exclusive, on one machine or on a shared fo
 from __future__ import annotations
 
 import json
-import os
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -18,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
 from filelock import FileLock, Timeout
 
+from .atomic import clear_leftovers, write_json
+from .holders import Holders, read_holder, tell, this_process
 from .runspec import RunSpec, hash_encoded, hash_rows, plain, spec_from
 
-__all__ = ["FINISHED", "Ledger", "LedgerError", "RunSpec", "hash_encoded", "hash_rows", "plain",
-           "spec_from", "tidy"]
+__all__ = ["FINISHED", "Ledger", "LedgerError", "RunSpec", "Taken", "hash_encoded", "hash_rows",
+           "plain", "settled", "spec_from", "tidy"]
 
 FINISHED = ("done", "diverged")  # never run again; "failed" is tried again by the next start
 
@@ -33,16 +32,21 @@ class LedgerError(RuntimeError):
     """A ledger that is busy, or a record that cannot be read."""
 
 
+class Taken(LedgerError):
+    """A record that may not be written: the run is finished, or another process's."""
+
+
 class Ledger:
     """A folder of `<run_id>.json`, with `<run_id>.claim` beside the runs now at work."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._holders = Holders(self.folder)
 
     def read(self, run_id: str) -> dict[str, Any] | None:
         """The record of a run, or None. Raises LedgerError where the file is no JSON."""
-        path = self.folder / f"{run_id}.json"
+        path = self._path(run_id)
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -52,43 +56,62 @@ class Ledger:
 
     def has(self, run_id: str) -> bool:
         """Whether the run is finished: done or diverged. A failed run is not."""
-        record = self.read(run_id)
-        return record is not None and record["status"] in FINISHED
+        return settled(self.read(run_id))
 
-    def claim(self, run_id: str) -> bool:
+    def claim(self, run: str | RunSpec, *, tried: int | None = None) -> bool:
         """Take a run for this process; False where it is finished or a living process has it.
 
-        A claim whose process is gone (killed, or the machine restarted) is taken over. On another
-        host its process cannot be seen, so such a claim holds until its file is removed.
+        run : its specification, or its run_id alone
+        tried : attempts recorded when the sweep began; a run that failed since is not taken
+
+        A claim whose process is gone is taken over: on this host at once, on another when nothing
+        has touched the claim for `holders.EXPIRES` seconds. Where the specification is given, the
+        attempt that died is recorded first, as failed.
         """
-        with FileLock(self.folder / ".claims.lock"):
-            if self.has(run_id) or _alive(self.holder(run_id)):
+        run_id = run if isinstance(run, str) else run.run_id
+        with self._holders.lock():
+            record = self.read(run_id)
+            if settled(record, tried) or self._holders.alive(run_id):
                 return False
-            _write_atomically(self._claim_path(run_id), _self())
+            dead = self._holders.read(run_id)
+            if dead is not None and isinstance(run, RunSpec):
+                self._put(_died(run, dead), record)
+            self._holders.take(run_id)
             return True
 
     def holder(self, run_id: str) -> dict[str, Any] | None:
         """Who claimed a run: pid, host, since (UTC), started (of the process); None if nobody."""
-        try:
-            return json.loads(self._claim_path(run_id).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return None
+        return self._holders.read(run_id)
 
     def busy(self, run_id: str) -> bool:
         """Whether a living process is at work on the run."""
-        return _alive(self.holder(run_id))
+        return self._holders.alive(run_id)
 
     def release(self, run_id: str) -> None:
-        """Give a claim back, with or without a record."""
-        self._claim_path(run_id).unlink(missing_ok=True)
+        """Give a claim of this process back, with or without a record; another's stays."""
+        with self._holders.lock():
+            if self._holders.mine(run_id):
+                self._holders.drop(run_id)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write a record atomically, give the claim back. A finished run is never overwritten."""
+        """Write a record atomically, give the claim back.
+
+        A record without `attempt` gets the number after the last. Raises Taken where the run is
+        finished, or a living process other than this one has claimed it.
+        """
         run_id = record["run_id"]
-        if self.has(run_id):
-            raise LedgerError(f"Run {run_id} is finished already; its record is not overwritten.")
-        _write_atomically(self.folder / f"{run_id}.json", record)
-        self.release(run_id)
+        with self._holders.lock():
+            before = self.read(run_id)
+            if settled(before):
+                raise Taken(f"Run {run_id} is finished already; its record is not overwritten.")
+            if self._holders.alive(run_id) and not self._holders.mine(run_id):
+                raise Taken(f"Run {run_id} is now {tell(self.holder(run_id))}'s.")
+            self._put(record, before)
+            self._holders.drop(run_id)
+
+    def _put(self, record: Mapping[str, Any], before: Mapping[str, Any] | None) -> None:
+        attempt = 1 + (before["attempt"] if before else 0)
+        write_json(self._path(record["run_id"]), {"attempt": attempt} | record, default=plain)
 
     def records(self) -> list[dict[str, Any]]:
         """Every record, by run_id."""
@@ -100,21 +123,55 @@ class Ledger:
 
     @contextmanager
     def locked(self):
-        """Hold the ledger for one sweep. Raises LedgerError that names the holder."""
+        """Hold the ledger for one sweep. Raises LedgerError that names the holder.
+
+        What killed processes left lying is cleared away at both ends.
+        """
         lock, who = FileLock(self.folder / ".sweep.lock"), self.folder / ".sweep.holder"
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise LedgerError(f"Another sweep holds this ledger: {_tell(who)}.") from None
+            text = f"Another sweep holds this ledger: {tell(read_holder(who))}."
+            raise LedgerError(text) from None
         try:
-            _write_atomically(who, _self())
+            write_json(who, this_process())
+            self._clear()
             yield self
         finally:
+            self._clear()
             who.unlink(missing_ok=True)
             lock.release()
 
-    def _claim_path(self, run_id: str) -> Path:
-        return self.folder / f"{run_id}.claim"
+    def _clear(self) -> None:
+        clear_leftovers(self.folder)
+        for path in self.folder.glob("*.claim"):  # killed between the record and the claim's end
+            with self._holders.lock():
+                if self.has(path.stem) and not self.busy(path.stem):
+                    self._holders.drop(path.stem)
+
+    def _path(self, run_id: str) -> Path:
+        return self.folder / f"{run_id}.json"
+
+
+def settled(record: Mapping[str, Any] | None, tried: int | None = None) -> bool:
+    """Whether nobody should do the run now: it is finished, or failed since the sweep began.
+
+    tried : attempts recorded at that beginning; None: failures do not settle. An attempt that was
+    killed settles nothing.
+    """
+    if record is None:
+        return False
+    failed = tried is not None and record["attempt"] > tried and not record.get("killed", False)
+    return record["status"] in FINISHED or failed
+
+
+def _died(run: RunSpec, holder: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of an attempt whose process left none."""
+    return run.head() | {
+        "status": "failed", "killed": True, "started": holder["since"],
+        "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "error": f"process {holder['pid']} on {holder['host']} died",
+    }
 
 
 def tidy(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -123,8 +180,9 @@ def tidy(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     Columns: run_id, purpose, status, every label key under its own name (`shares` stays a dict),
     finetune_method, base, init_seed, order_seed, then for each evaluation set `loss_<e>` (mean over
     prompts, nats per token), `loss_<e>_token`, `loss_<e>_first64`, `loss_<e>_without_eos`,
-    `effective_n_<e>`, then tokens_trained, rows, steps, final_train_loss, seconds,
-    peak_memory_bytes, attempt, error.
+    `effective_n_<e>`, and where a run was evaluated by epoch `loss_<e>_epoch1` and so on (mean over
+    prompts); then tokens_trained, rows, steps, final_train_loss, seconds, peak_memory_bytes,
+    attempt, error.
     """
     if not records:
         return pd.DataFrame(columns=["run_id", "purpose", "status", *_PLAIN_COLUMNS])
@@ -150,57 +208,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         for key, column in _LOSS_COLUMNS.items():
             value = losses.get(key)
             row[column.format(name)] = np.nan if value is None else value
+        for epoch, part in enumerate(record.get("epochs") or [], start=1):
+            value = part[name]["prompt_mean"]
+            row[f"loss_{name}_epoch{epoch}"] = np.nan if value is None else value
     return row | {name: record.get(name) for name in _PLAIN_COLUMNS}
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinities as null: JSON has neither."""
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return _finite(value.tolist())
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def _write_atomically(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(_finite(content), allow_nan=False, default=plain)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
-def _self() -> dict[str, Any]:
-    return {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "started": psutil.Process().create_time(),
-    }
-
-
-def _alive(holder: Mapping[str, Any] | None) -> bool:
-    """Whether the claiming process lives; its start time tells a reused pid."""
-    if holder is None:
-        return False
-    if holder["host"] != socket.gethostname():
-        return True
-    try:
-        process = psutil.Process(holder["pid"])
-        return abs(process.create_time() - holder["started"]) < 2 and (
-            process.status() != psutil.STATUS_ZOMBIE
-        )
-    except psutil.Error:
-        return False
-
-
-def _tell(who: Path) -> str:
-    try:
-        holder = json.loads(who.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "process unknown"
-    return f"process {holder['pid']} on {holder['host']} since {holder['since']}"

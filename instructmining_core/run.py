@@ -5,26 +5,29 @@ Nothing here touches the ledger, so that any executor may call it, and call it a
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from .distributed import join
 from .evaluate import evaluate
 from .finetune import Meter, check_rows, finetune, stackable
 from .lm import LM
 from .packed import Body
 from .provenance import commit, hardware, versions, without_paths
-from .runspec import RunSpec, hash_encoded, hash_rows
+from .runspec import RunSpec, hash_encoded
 from .stacked import AdapterStack
 from .templates import Encoded
 from .training import Job, train
 
 Rows = Mapping[str, Encoded]
 Evals = Mapping[str, Sequence[Encoded]]
-RECORD = 1  # version of a record's layout
 EVAL_TOKENS = 4096  # padded tokens of an evaluation batch on a CPU: small enough for its cache
 
 
@@ -33,36 +36,42 @@ class RunError(ValueError):
 
 
 def run_one(
-    spec: RunSpec, lm: LM, rows: Rows, evals: Evals, *, by_epoch: bool = False
+    spec: RunSpec, lm: LM, rows: Rows, evals: Evals, *,
+    by_epoch: bool | Collection[str] = False, keep: str | Path | None = None,
 ) -> dict[str, Any]:
     """Finetune and evaluate one specification.
 
     rows : row hash -> encoded training row; must hold every row of the specification
     evals : name -> encoded evaluation rows; names and hashes must be the specification's
-    by_epoch : also evaluate after each epoch; changes no number of the run
+    by_epoch : also evaluate after each epoch, or do so for these run_ids; changes no other number
+    keep : folder where `<run_id>/` gets the adapter as peft saves it (a fully trained model as
+        transformers does); None keeps none
 
     returns : the run's record, with `status` "done" or "diverged"; see `Ledger`
     """
     check(spec, lm, rows, evals)
     if stackable(spec.finetune):
-        return run_together([spec], lm, rows, evals, by_epoch=by_epoch)[0]
-    started, epochs = _now(), []
-    hook = by_epoch and (lambda tuned, epoch: epochs.append(_losses(tuned, evals)[0]))
+        return run_together([spec], lm, rows, evals, by_epoch=by_epoch, keep=keep)[0]
+    started, epochs = _now(), _Epochs(spec, evals, by_epoch)
     data = [rows[h] for h in spec.row_hashes]
     tuned = finetune(lm, data, spec.finetune, init_seed=spec.init_seed,
-                     order_seed=spec.order_seed, on_epoch=hook or None)
+                     order_seed=spec.order_seed, on_epoch=epochs.look)
     try:
         begun = time.perf_counter()
         losses, examples = _losses(tuned.lm, {} if tuned.diverged else evals)
-        seconds = {"train": tuned.seconds, "evaluate": time.perf_counter() - begun}
+        evaluated = time.perf_counter() - begun
+        if keep is not None and not tuned.diverged:
+            _keep(Path(keep) / spec.run_id, tuned.save)
     finally:
         tuned.close()
-    return _record(spec, lm, tuned.curve, losses, examples, epochs, started, seconds,
-                   tuned.peak_memory_bytes, tuned.diverged, 1)
+    seconds = {"train": tuned.seconds - epochs.seconds, "evaluate": evaluated + epochs.seconds}
+    return _record(spec, lm, tuned.curve, losses, examples, epochs.with_last(losses), started,
+                   seconds, tuned.peak_memory_bytes, tuned.diverged, 1)
 
 
 def run_together(
-    specs: Sequence[RunSpec], lm: LM, rows: Rows, evals: Evals, *, by_epoch: bool = False
+    specs: Sequence[RunSpec], lm: LM, rows: Rows, evals: Evals, *,
+    by_epoch: bool | Collection[str] = False, keep: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """The same for several specifications in one pass over the base; records in their order.
 
@@ -74,16 +83,16 @@ def run_together(
     started, meter = _now(), Meter(lm.device)
     jobs = [Job([rows[h] for h in s.row_hashes], s.init_seed, s.order_seed) for s in specs]
     stack = AdapterStack(lm.model, specs[0].finetune, [spec.init_seed for spec in specs])
-    epochs: list[list] = [[] for _ in specs]
+    epochs = [_Epochs(spec, evals, by_epoch) for spec in specs]
 
-    def after_epoch(adapter: int, _: int) -> None:
+    def after_epoch(adapter: int, epoch: int) -> None:
         stack.use(adapter)
-        epochs[adapter].append(_losses(lm, evals)[0])
+        epochs[adapter].look(lm, epoch)
 
     stack.attach()
     try:
-        trained = train(stack, Body(lm), jobs, on_epoch=after_epoch if by_epoch else None)
-        seconds, _ = meter.read()
+        trained = train(stack, Body(lm), jobs, group=join(), on_epoch=after_epoch)
+        seconds = meter.read()[0] - sum(one.seconds for one in epochs)
         begun = time.perf_counter()
         found = []
         for adapter, course in enumerate(trained.courses):
@@ -93,13 +102,50 @@ def run_together(
         _, peak = meter.read()
     finally:
         stack.detach()
+    for k, spec in enumerate(specs):
+        if keep is not None and not trained.courses[k].diverged:
+            _keep(Path(keep) / spec.run_id,
+                  lambda to, k=k: join().first and stack.save(k, to, lm.resolved.id))
     tokens = [sum(len(row) for row in job.rows) for job in jobs]
     return [
-        _record(spec, lm, trained.curve(k), *found[k], epochs[k], started,
-                {"train": seconds * tokens[k] / sum(tokens), "evaluate": evaluated}, peak,
-                trained.courses[k].diverged, len(specs))
+        _record(spec, lm, trained.curve(k), *found[k], epochs[k].with_last(found[k][0]), started,
+                {"train": seconds * tokens[k] / sum(tokens),
+                 "evaluate": evaluated + epochs[k].seconds},
+                peak, trained.courses[k].diverged, len(specs))
         for k, spec in enumerate(specs)
     ]
+
+
+class _Epochs:
+    """The losses after each epoch of a run, where they are wanted, and the seconds they took."""
+
+    def __init__(self, spec: RunSpec, evals: Evals, by_epoch: bool | Collection[str]) -> None:
+        self.wanted = by_epoch if isinstance(by_epoch, bool) else spec.run_id in by_epoch
+        self.last, self.evals = spec.finetune.epochs, evals
+        self.losses: list[dict[str, dict]] = []
+        self.seconds = 0.0
+
+    def look(self, lm: LM, epoch: int) -> None:
+        """Evaluate after an epoch; the last one's losses are the run's own."""
+        if self.wanted and epoch < self.last:
+            begun = time.perf_counter()
+            self.losses.append(_losses(lm, self.evals)[0])
+            self.seconds += time.perf_counter() - begun
+
+    def with_last(self, losses: dict[str, dict]) -> list[dict[str, dict]]:
+        """One entry an epoch that was finished; a run that diverged has no last one."""
+        return [*self.losses, losses] if self.wanted and losses else self.losses
+
+
+def _keep(folder: Path, save: Callable[[Path], None]) -> None:
+    """Save into a folder that is there whole or not at all; of several processes the first."""
+    part, first = folder.with_name(f".{folder.name}.part"), join().first
+    if first:  # one claim a run, so one writer
+        shutil.rmtree(part, ignore_errors=True)
+    save(part)
+    if first:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
 
 
 def failure(spec: RunSpec, lm: LM, error: BaseException) -> dict[str, Any]:
@@ -141,12 +187,9 @@ def _lists(frame: pd.DataFrame) -> dict[str, list]:
 
 
 def _head(spec: RunSpec, lm: LM, started: str) -> dict[str, Any]:
-    return {
-        "record": RECORD, "run_id": spec.run_id, "spec": spec.content(),
-        "spec_sha256": spec.sha256, "data_sha256": hash_rows(spec.row_hashes),
-        "label": dict(spec.label), "rows": len(spec.row_hashes), "stand_in": lm.resolved.stand_in,
-        "started": started, "ended": _now(), "versions": versions(), "commit": commit(),
-        "hardware": hardware(lm.device),
+    return spec.head() | {
+        "stand_in": lm.resolved.stand_in, "started": started, "ended": _now(),
+        "versions": versions(), "commit": commit(), "hardware": hardware(lm.device),
     }
 
 

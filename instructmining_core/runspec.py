@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .lm import LM
 
 
+RECORD = 1  # version of a record's layout
+
+
 class SpecError(ValueError):
     """A specification that names no run."""
 
@@ -101,6 +104,14 @@ class RunSpec:
     def run_id(self) -> str:
         """First 16 hex digits of the specification's hash."""
         return self.sha256[:16]
+
+    def head(self) -> dict[str, Any]:
+        """What every record of the run begins with, however the run ended."""
+        return {
+            "record": RECORD, "run_id": self.run_id, "spec": self.content(),
+            "spec_sha256": self.sha256, "data_sha256": hash_rows(self.row_hashes),
+            "label": dict(self.label), "rows": len(self.row_hashes),
+        }
 
 
 def spec_from(content: Mapping[str, Any], label: Mapping[str, Any] | None = None) -> RunSpec:

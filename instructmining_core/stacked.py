@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .adapters import first_values, save_adapter, scaling, target_layers
+from .adapters import first_values, save_adapter, scaling, target_layers, target_names
 from .heads import unwrapped
 from .lean_block import lean_blocks
 from .profiles import FinetuneConfig
@@ -55,6 +55,7 @@ class AdapterStack:
         self.count, self.route = len(init_seeds), Route()
         self.layers = {name: StackedLinear(layer, self.route, scaling(config))
                        for name, layer in target_layers(self.model, config).items()}
+        self.targets = target_names(self.model, self.layers)
         sample = next(iter(self.layers.values())).layer.weight
         self.device = sample.device
         self.lanes = self.device.type == "cuda" if lanes is None else lanes
@@ -158,7 +159,7 @@ class AdapterStack:
 
     def save(self, adapter: int, folder: str | Path, base: str) -> None:
         """Write one adapter as peft does; `PeftModel.from_pretrained` loads it."""
-        save_adapter(folder, self.tensors(adapter), self.config, base)
+        save_adapter(folder, self.tensors(adapter), self.config, self.targets, base)
 
 
 def _spans(layers: dict[str, StackedLinear], rank: int) -> list[tuple[int, int, int]]:

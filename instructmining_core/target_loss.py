@@ -2,7 +2,8 @@
 
 The logits of a whole batch are the largest tensor of a step. Here they live for one chunk at a
 time, in float32, and the gradient of the hidden states is taken at once, as the output matrix is
-frozen.
+frozen. Where it is trained, or the head caps or scales its logits, autograd takes the gradient, and
+a large batch's chunks are computed twice.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .heads import Head
 
 CHUNK_LOGITS = 1 << 19  # logits of one chunk: 2 MiB in float32, so that they stay in the cache
 CHUNK_LOGITS_GPU = 1 << 26
+KEPT_LOGITS = 1 << 25  # beyond so many at once they are computed a second time for the gradient
 
 
 def weighted_nll(
@@ -37,7 +40,26 @@ def weighted_nll(
     """
     if head.way == "direct" and not output.weight.requires_grad:
         return _FrozenHead.apply(hidden, output.weight, output.bias, labels, weights)
-    return plain_nll(head.project(hidden), labels, weights)
+    return _in_chunks(head, hidden, labels, weights, max(16, KEPT_LOGITS // output.weight.shape[0]))
+
+
+def _in_chunks(head, hidden, labels, weights, size) -> tuple[torch.Tensor, torch.Tensor]:
+    """`plain_nll` of a head that autograd goes through, `size` targets at a time.
+
+    Autograd would keep the logits of every chunk (and, of a capped head, several copies), so each
+    is computed again when its gradient is wanted.
+    """
+    def chunk(part_hidden, part_labels, part_weights):
+        return plain_nll(head.project(part_hidden), part_labels, part_weights)
+
+    parts = [x.split(size) for x in (hidden, labels, weights)]
+    if len(parts[0]) == 1:
+        return chunk(hidden, labels, weights)
+    sums, each = zip(*(
+        checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(*parts, strict=True)
+    ), strict=True)
+    return torch.stack(sums).sum(), torch.cat(each)
 
 
 def plain_nll(

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from instructmining_core.ledger import Ledger, LedgerError, RunSpec, hash_rows, spec_from
+from instructmining_core import holders
+from instructmining_core.ledger import Ledger, LedgerError, RunSpec, Taken, hash_rows, spec_from
 from instructmining_core.profiles import FinetuneConfig, ModelRef
 from instructmining_core.provenance import without_paths
 from instructmining_core.runspec import SpecError
@@ -141,6 +143,101 @@ def test_a_claim_is_exclusive_while_its_process_lives(tmp_path):
     assert not ledger.busy("r1") and ledger.claim("r1")
     ledger.release("r1")
     assert ledger.holder("r1") is None
+
+
+def claimed_by(ledger: Ledger, run_id: str, **changes) -> dict:
+    """A claim file that another process might have left."""
+    holder = holders.this_process() | changes
+    (ledger.folder / f"{run_id}.claim").write_text(json.dumps(holder))
+    return holder
+
+
+def age(ledger: Ledger, run_id: str, seconds: float) -> None:
+    os.utime(ledger.folder / f"{run_id}.claim", (time.time() - seconds,) * 2)
+
+
+@pytest.fixture(scope="module")
+def dead_pid() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+@pytest.mark.parametrize(("seconds", "free"), [(0, False), (170, False), (190, True)])
+def test_a_claim_on_another_host_expires(tmp_path, seconds, free):
+    ledger = Ledger(tmp_path)
+    claimed_by(ledger, "r1", host="elsewhere")
+    age(ledger, "r1", seconds)
+    assert ledger.busy("r1") != free and ledger.claim("r1") == free
+
+
+def test_an_owner_keeps_its_claim_warm_and_no_other_s(tmp_path, monkeypatch):
+    monkeypatch.setattr(holders, "BEAT", 0.01)
+    ledger = Ledger(tmp_path)
+    assert ledger.claim("r1") and ledger.claim("r2")
+    claimed_by(ledger, "r2", host="elsewhere")
+    age(ledger, "r1", 1000)
+    age(ledger, "r2", 1000)
+    patience = time.monotonic() + 5
+    while time.monotonic() < patience and time.time() - modified(ledger, "r1") > 500:
+        time.sleep(0.01)
+    assert time.time() - modified(ledger, "r1") < 500 < time.time() - modified(ledger, "r2")
+
+
+def modified(ledger: Ledger, run_id: str) -> float:
+    return (ledger.folder / f"{run_id}.claim").stat().st_mtime
+
+
+def test_taking_over_a_dead_claim_records_the_death(tmp_path, dead_pid):
+    ledger, run = Ledger(tmp_path), spec()
+    holder = claimed_by(ledger, run.run_id, pid=dead_pid)
+    assert ledger.claim(run, tried=0)
+    found = ledger.read(run.run_id)
+    assert found["error"] == f"process {dead_pid} on {holder['host']} died"
+    assert (found["status"], found["attempt"], found["killed"]) == ("failed", 1, True)
+    assert ledger.load()["set_id"].tolist() == ["s1"]
+    ledger.write({k: v for k, v in record(run).items() if k != "attempt"})
+    assert ledger.load()[["status", "attempt"]].values.tolist() == [["done", 2]]
+
+
+def test_a_killed_attempt_is_no_failure_of_the_sweep(tmp_path, dead_pid):
+    """`tried` leaves alone what failed since, not what died since."""
+    ledger, run = Ledger(tmp_path), spec()
+    for _ in range(2):
+        claimed_by(ledger, run.run_id, pid=dead_pid)
+        assert ledger.claim(run, tried=0)
+    assert ledger.read(run.run_id)["attempt"] == 2
+    ledger.write(record(run, "failed", attempt=3))
+    assert not ledger.claim(run, tried=0) and not ledger.claim(run, tried=2)
+    assert ledger.claim(run, tried=3)
+
+
+def test_another_s_claim_is_neither_released_nor_written_over(tmp_path):
+    ledger, run = Ledger(tmp_path), spec()
+    assert ledger.claim(run)
+    claimed_by(ledger, run.run_id, host="elsewhere")
+    ledger.release(run.run_id)
+    assert ledger.holder(run.run_id)["host"] == "elsewhere"
+    with pytest.raises(Taken, match="on elsewhere"):
+        ledger.write(record(run))
+    assert ledger.load().empty
+
+
+def test_what_killed_processes_left_is_cleared_away(tmp_path, dead_pid):
+    ledger, run = Ledger(tmp_path), spec()
+    here = holders.this_process()["host"]
+    ledger.write(record(run))
+    claimed_by(ledger, run.run_id, pid=dead_pid)  # killed after the record, before the claim's end
+    claimed_by(ledger, "unfinished", pid=dead_pid)
+    names = {f".a.json.{dead_pid}@{here}.tmp": 0, f".b.json.{os.getpid()}@{here}.tmp": 0,
+             ".c.json.7@elsewhere.tmp": 0, ".d.json.7@elsewhere.tmp": 3600}
+    for name, seconds in names.items():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - seconds,) * 2)
+    with ledger.locked():
+        left = sorted(p.name for p in tmp_path.iterdir() if p.suffix in (".tmp", ".claim"))
+    assert left == [f".b.json.{os.getpid()}@{here}.tmp", ".c.json.7@elsewhere.tmp",
+                    "unfinished.claim"]
 
 
 def test_a_claim_on_another_host_holds_and_a_reused_pid_does_not(tmp_path):
