@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from .card import RuleCard
@@ -13,12 +14,13 @@ from .study import Study
 def generate_pairs(study: Study, rule: RuleCard, *, progress: bool = True) -> pd.DataFrame:
     """Finetune pairs of models and let them answer the same prompts of eval_2, greedily.
 
+    The prompts are drawn from all sources by the profile's data seed (`draw_prompts`).
     Returns columns pair (int), prompt_id, prompt (messages), selected, random (answers).
     """
     from .generate import generate
 
     config = study.profile.judge
-    prompts = study.data.eval_2.head(config.prompts)
+    prompts = draw_prompts(study.data.eval_2, config.prompts, study.profile.data.seed)
     questions = [messages[:-1] for messages in prompts["messages"]]
     pool, size = size_pool(study), study.profile.selection.size
     frames = []
@@ -34,6 +36,21 @@ def generate_pairs(study: Study, rule: RuleCard, *, progress: bool = True) -> pd
             pd.DataFrame({"pair": pair, "prompt_id": prompts["id"], "prompt": questions, **answers})
         )
     return pd.concat(frames, ignore_index=True)
+
+
+def draw_prompts(table: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
+    """`count` rows of a record table, as equally from its sources as they allow, by seed.
+
+    The numbers from any two sources differ by at most one, unless one has no more rows. Rows keep
+    the table's order; all of them where the table has no more than `count`.
+    """
+    rng = np.random.default_rng(seed)
+    shuffled = table.iloc[rng.permutation(len(table))]
+    # one row of every source, then a second of every source, ...: which sources get one more
+    # is as random as the rows are
+    turn = shuffled.groupby("source", sort=False).cumcount()
+    first = shuffled.loc[turn.sort_values(kind="stable").index[:count]]
+    return table[table.index.isin(first.index)]
 
 
 def judge_with_reward(study: Study, pairs: pd.DataFrame) -> pd.DataFrame:

@@ -3,69 +3,58 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
 from . import paper
+from .contrasts import detectable_shift
+from .gate_claims import (
+    FAILS,
+    HOLDS,
+    NOT_ASKED,
+    UNDECIDED,
+    bump_claim,
+    contrasts_claim,
+    judge_claim,
+    length_claim,
+    overall,
+    percent,
+    size_claim,
+)
+from .intervals import r2_detectable, r2_of
 from .study import Study
 from .study_files import MissingInput
-from .verify import LengthAnswer
 
-HOLDS, FAILS, UNDECIDED, NOT_ASKED = "holds", "does not hold", "undecided", "not asked in this run"
+__all__ = [
+    "FAILS", "HOLDS", "NOT_ASKED", "UNDECIDED", "bump_claim", "clean_pool_claim",
+    "contrasts_claim", "defects_claim", "dose_claim", "front_page", "judge_claim", "length_claim",
+    "overall", "percent", "rule_claim", "size_claim", "transfer_claim", "verdicts",
+]  # fmt: skip
 
-
-def percent(value: float, low: float, high: float) -> str:
-    """A relative change with its interval, in per cent.
-
-    >>> percent(-0.0123, -0.02, -0.004)
-    '-1.2 % [-2.0, -0.4]'
-    """
-    return f"{100 * value:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
-def overall(verdicts: Sequence[str]) -> str:
-    """One verdict of several contrasts: unanimous, or how many of each."""
-    counts = pd.Series(list(verdicts)).value_counts()
-    if len(counts) == 1:
-        return str(counts.index[0])
-    return ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
-
-
-def contrasts_claim(contrasts: pd.DataFrame) -> dict[str, str]:
-    """Selected against random, one primary contrast a pool (`verify.compare`)."""
-    primary = contrasts[contrasts["role"] == "primary"]
-    return {
-        "ours": "; ".join(f"{r.pool}: {percent(r.difference, r.low, r.high)}"
-                          for r in primary.itertuples()),
-        "detectable": f"{100 * primary['detectable'].max():.1f} % of the loss",
-        "verdict": overall(primary["verdict"]),
-    }  # fmt: skip
-
-
-def length_claim(against: Mapping[str, LengthAnswer]) -> dict[str, str]:
-    """The rule against the longest and against the shortest rows (`verify.beats_length`).
-
-    The verdict is that against the end of length which serves better on these pools.
-    """
-    hardest = max(against.values(), key=lambda answer: answer.difference)
-    return {
-        "ours": "; ".join(f"{percent(a.difference, a.low, a.high)} against the {name} rows"
-                          for name, a in against.items()),
-        "detectable": f"{100 * hardest.table['detectable'].max():.1f} % of the loss in one pool",
-        "verdict": hardest.answer,
-    }  # fmt: skip
+QUESTIONS = {  # claims that the front page answers before its table
+    "beats_length": "Does the rule beat length alone?",
+    "finds_defects": "Does the rule find planted defects better than length does?",
+}
 
 
 def rule_claim(fit, permutation, noise) -> dict[str, str]:
-    """Do the indicators add to the source shares? (H0b, `inference.permutation`)"""
-    found = permutation.p < 0.05
+    """Do the indicators add to the source shares? (H0b, `inference.permutation`)
+
+    R² and its interval are of all indicators together, p of the search over subsets.
+    """
+    r2, low, high = r2_of(fit)
+    terms = min(4, len(fit.columns))
+    needed = r2_detectable(float(np.quantile(permutation.null, 0.95)), terms,
+                           fit.ols.df + len(fit.columns) - terms)  # fmt: skip
     return {
-        "ours": f"R² {permutation.statistic:.2f} beyond the source shares, p = {permutation.p:.3f}",
-        "detectable": f"R² {np.quantile(permutation.null, 0.95):.2f} would have sufficed; the sd "
-        f"of a seed is {noise.sd:.4f} [{noise.low:.4f}, {noise.high:.4f}] in log loss",
-        "verdict": HOLDS if found else UNDECIDED,
+        "ours": f"R² {r2:.2f} [{low:.2f}, {high:.2f}] beyond the source shares (these sources); "
+        f"permutation of the whole search p = {permutation.p:.3f}",
+        "detectable": f"an R² of {needed:.2f}; the sd of a seed is {noise.sd:.4f} "
+        f"[{noise.low:.4f}, {noise.high:.4f}] in log loss",
+        "verdict": HOLDS if permutation.p < 0.05 else UNDECIDED,
     }
 
 
@@ -82,61 +71,63 @@ def transfer_claim(summary: pd.DataFrame) -> dict[str, str]:
         "ours": f"held-out R² {r2['mean']:.2f} [{r2['low']:.2f}, {r2['high']:.2f}], calibration "
         f"slope {slope['mean']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}], "
         f"{slope['sources']:.0f} sources",
-        "detectable": f"a slope of {(slope['high'] - slope['low']) / 2:.2f}",
-        "verdict": verdict,
-    }
-
-
-def size_claim(means: pd.DataFrame, best: int, rows: int) -> dict[str, str]:
-    """Is the size that the search found better than the largest one? From `search.size_means`."""
-    chosen = means[means["method"] == "selected"].set_index("size")
-    largest = int(chosen.index.max())
-    here, there = chosen.loc[best], chosen.loc[largest]
-    gap = there["mean"] / here["mean"] - 1
-    half = float(np.hypot(here["high"] - here["mean"], there["high"] - there["mean"])
-                 / there["mean"])  # fmt: skip
-    verdict = UNDECIDED if abs(gap) < half or best == largest else HOLDS if gap > 0 else FAILS
-    return {
-        "ours": f"search: {best} of {rows} rows; the loss at {largest} rows differs from that at "
-        f"{best} by {percent(gap, gap - half, gap + half)}",
-        "detectable": f"{100 * half:.1f} % of the loss",
-        "verdict": verdict,
-    }
-
-
-def bump_claim(test, power: float, bump: float) -> dict[str, str]:
-    """The size curve's test (`search.size_curve_test`) and its power at a bump of given size."""
-    return {
-        "ours": f"largest rise {100 * test.rise:+.1f} % of the loss, p = {test.p:.2f}",
-        "detectable": f"a rise of {bump:.0f} seed-sd with power {power:.2f}",
-        "verdict": HOLDS if test.p < 0.05 else UNDECIDED,
-    }
-
-
-def judge_claim(net) -> dict[str, str]:
-    """The net win over prompts and pairs of models (`judge.net_win`)."""
-    verdict = HOLDS if net.low > 0 else FAILS if net.high < 0 else UNDECIDED
-    return {
-        "ours": f"net win {net.net:+.2f} [{net.low:+.2f}, {net.high:+.2f}]",
-        "detectable": f"a net win of {1.4 * (net.high - net.low) / 2:.2f}",
+        "detectable": f"a slope of {_seen(slope['low'], slope['high'], slope['sources'] - 1):.2f}",
         "verdict": verdict,
     }
 
 
 def dose_claim(effects: pd.DataFrame) -> dict[str, str]:
     """Which planted defects raise the loss (`embedded.truth`)."""
-    harmful = effects[effects["low"] > 0]
+    harmful = effects[effects["harms"].astype(bool)]
     helpful = effects[effects["high"] < 0]
-    names = ", ".join(harmful.index) or "none"
     verdict = HOLDS if len(harmful) == len(effects) else f"{len(harmful)} of {len(effects)} kinds"
     if len(helpful):
         verdict += f"; {', '.join(helpful.index)} lower the loss"
-    half = (effects["high"] - effects["low"]).max() / 2
+    seen = max(_seen(r.low, r.high, r.df) for r in effects.itertuples())
+    changes = [f"{r.Index} {percent(*np.expm1([r.slope, r.low, r.high]))}"
+               for r in effects.sort_values("slope", ascending=False).itertuples()]  # fmt: skip
     return {
-        "ours": f"the loss rises with the dose of: {names}",
-        "detectable": f"{100 * half:.1f} % of the loss",
+        "ours": f"change of the loss at a full dose: {'; '.join(changes)}",
+        "detectable": f"{100 * np.expm1(seen):.1f} % of the loss",
         "verdict": verdict,
     }
+
+
+def defects_claim(found: Mapping) -> dict[str, str]:
+    """Does the rule find planted defects better than length? (`truths.defects_found`)"""
+    low, high = found["low"], found["high"]
+    verdict = HOLDS if low > 0 else FAILS if high < 0 else UNDECIDED
+    word = {HOLDS: "better than", FAILS: "worse than"}.get(verdict, "not told from")
+    return {
+        "ours": f"AUC within twins {found['rule']} ({found['rows']}, kinds that no stand-in saw), "
+        f"{word} taking the {found['rival']} row: {found['difference']:+.2f} "
+        f"[{low:+.2f}, {high:+.2f}]; {found['why']}",
+        "detectable": f"an AUC difference of {_seen(low, high, found['sources'] - 1):.2f}",
+        "verdict": verdict,
+    }
+
+
+def clean_pool_claim(pools: pd.DataFrame) -> dict[str, str]:
+    """Where no row is defective, is there no win? (`truths.defect_pools`)"""
+    clean = pools[pools["defects"] == 0]
+    if clean.empty:
+        return {"ours": "no pool is free of defects", "detectable": "-", "verdict": NOT_ASKED}
+    row = clean.iloc[0]
+    better = row["verdict"].startswith("better")
+    word = FAILS if better else UNDECIDED if row["verdict"] == "undecided" else HOLDS
+    return {
+        "ours": f"selected against random without any defect: "
+        f"{percent(row['difference'], row['low'], row['high'])}, {row['verdict']}",
+        "detectable": f"{100 * row['detectable']:.1f} % of the loss",
+        "verdict": word,
+    }
+
+
+def _seen(low: float, high: float, df: float) -> float:
+    """What a t test finds with 80 % power, from a 95 % interval on df degrees of freedom."""
+    if not (np.isfinite([low, high]).all() and df > 0):
+        return float("nan")
+    return detectable_shift((high - low) / 2 / student.isf(0.025, df), df)
 
 
 def verdicts(study: Study) -> pd.DataFrame:
@@ -158,11 +149,11 @@ def verdicts(study: Study) -> pd.DataFrame:
 def front_page(verdict: pd.DataFrame, profile: str, description: str) -> str:
     """The front page's generated part, in Markdown: whose run it is, the answer, every verdict."""
     rows = verdict.fillna("-").to_dict("records")
-    length = next((row for row in rows if row["claim"] == "beats_length"), None)
     lines = [f"This copy shows the profile `{profile}`: {description}", ""]
-    if length:
-        lines += ["**Does the rule beat length alone?** "
-                  f"{str(length['verdict']).capitalize()}: {length['ours']}.", ""]  # fmt: skip
+    for row in rows:
+        if row["claim"] in QUESTIONS:
+            lines += [f"**{QUESTIONS[row['claim']]}** "
+                      f"{str(row['verdict']).capitalize()}: {row['ours']}.", ""]  # fmt: skip
     lines += ["| claim | the paper | this run | could have seen | verdict |"]
     lines += ["|---|---|---|---|---|"]
     for row in rows:

@@ -13,7 +13,10 @@ import numpy as np
 from scipy import optimize, stats
 
 MARGIN = 0.01
-VERDICTS = ("better", "worse", "within ±1 %", "undecided")
+VERDICTS = (
+    "better", "better, and within ±1 %", "worse", "worse, and within ±1 %", "within ±1 %",
+    "undecided",
+)
 
 
 class ComparisonError(ValueError):
@@ -71,15 +74,21 @@ def detectable_difference(se: float, df: float, alpha: float = 0.05, power: floa
 
     se : float, standard error of a log-loss difference; df : float. From the noncentral t.
     """
-    if not (np.isfinite(se) and se > 0 and np.isfinite(df)):
+    return float(np.expm1(detectable_shift(se, df, alpha, power)))
+
+
+def detectable_shift(se: float, df: float, alpha: float = 0.05, power: float = 0.8) -> float:
+    """As `detectable_difference`, in the units of `se`; NaN where there is no test."""
+    if not (np.isfinite(se) and se > 0 and df > 0):
         return float("nan")
+    df = min(df, 1e6)  # beyond that the t is the normal
     critical = stats.t.isf(alpha / 2, df)
 
     def shortfall(shift: float) -> float:
         # The wrong-sided tail is left out: below 1e-4 here, and scipy's nct gives NaN in it.
         return stats.nct.sf(critical, df, shift) - power
 
-    return float(np.expm1(se * optimize.brentq(shortfall, 0.0, critical * 2 + 4)))
+    return float(se * optimize.brentq(shortfall, 0.0, critical * 2 + 4))
 
 
 def contrast(
@@ -127,12 +136,15 @@ def verdict(
 ) -> str:
     """One of `VERDICTS` (with the margin at hand); a missing p-value is "undecided".
 
-    A real but tiny difference is called by its sign; whether it is also inside the margin is told
-    by `p_margin`.
+    p_margin : of "outside the margin", by two one-sided tests; below alpha the difference is
+    smaller than the margin, whatever its sign. A difference that is real *and* that small is
+    called by its sign, with "and within ±1 %" after it.
     """
+    inside = f"within ±{100 * margin:g} %" if p_margin < alpha else ""
     if p < alpha:
-        return "better" if difference < 0 else "worse"
-    return f"within ±{100 * margin:g} %" if p_margin < alpha else "undecided"
+        sign = "better" if difference < 0 else "worse"
+        return f"{sign}, and {inside}" if inside else sign
+    return inside or "undecided"
 
 
 def crossed_interval(
@@ -169,6 +181,8 @@ def crossed_interval(
     # The subtraction is an estimate: it may not undercut what either factor shows alone.
     total = max(total, by_prompt, terms[0][0] + terms[1][0])
     df = total**2 / sum(v**2 / d for v, d in terms + shared)
+    # nor may its degrees of freedom undercut the smallest factor's: with two runs they run to 0
+    df = max(df, min(d for _, d in terms))
     centre = np.log(losses.mean(1)).mean() - np.log(versus.mean(1)).mean()
     reach = stats.t.isf((1 - level) / 2, df) * np.sqrt(total)
     return float(np.expm1(centre - reach)), float(np.expm1(centre + reach))

@@ -9,21 +9,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pandas as pd
 
 from .card import RuleCard
+from .ledger import Ledger
 from .profiles import FinetuneConfig, ModelRef
-from .selection import choose
+from .runs import DESIGNED
+from .selection import TOKENS, choose, choose_tokens
 from .study import Plan, Study
 
 LOSSES = ["loss_eval_1", "loss_eval_2", "loss_eval_1_token", "loss_eval_2_token"]
-GATE_COLUMNS = ["run_id", "pool", "method", "size", "seed", *LOSSES, "tokens_trained", "seconds"]
+GATE_COLUMNS = ["run_id", "pool", "method", "size", "seed", *LOSSES, "rows", "steps",
+                "tokens_trained", "seconds"]  # fmt: skip
 DOSE_COLUMNS = ["run_id", "kind", "dose", "seed", *LOSSES]
 FREE_RIVALS = ("longest", "shortest", "lowest_ppl", "reward", "compression")
 
 
 def sweep_plans(study: Study) -> list[Plan]:
     """One finetune for each designed set and for each anchor's further seeds."""
+    wanted = study.profile.design.by_epoch
     return [
         Plan(
             one.row_hashes,
@@ -31,13 +36,16 @@ def sweep_plans(study: Study) -> list[Plan]:
              "shares": dict(one.shares), "tilt": list(one.tilt)},
             one.init_seed,
             one.order_seed,
+            by_epoch=wanted == "all" or (wanted == "anchors" and one.anchor),
         )
         for one in study.sets
     ]  # fmt: skip
 
 
 def gate_plans(study: Study, rule: RuleCard) -> list[Plan]:
-    """For every pool: the rule's best rows on several seeds, random draws, and each rival."""
+    """For every pool: the rule's best rows on several seeds, random draws, and each rival, at equal
+    rows and once more at equal tokens.
+    """
     config = study.profile.selection
     plans = []
     for pool in study.data.pools:
@@ -45,9 +53,60 @@ def gate_plans(study: Study, rule: RuleCard) -> list[Plan]:
         counts |= {method: config.baseline_seeds for method in FREE_RIVALS}
         for method, repeats in counts.items():
             plans += repeated(study, rule, pool, method, config.size, repeats)
+        plans += token_plans(study, rule, pool)
         size = len(study.data.pools[pool])
         plans += repeated(study, rule, pool, "full", size, config.baseline_seeds)
     return plans
+
+
+def token_plans(study: Study, rule: RuleCard, pool: str) -> list[Plan]:
+    """Random draws and rivals of one pool, each with as many target tokens as the selected rows.
+
+    Methods are named `<method>_tokens`. The label's size is that of the selected set, for the
+    tables; a set's own number of rows is what fits, so its number of steps is another one.
+    """
+    config, scores = study.profile.selection, study.pool_scores(pool)
+    cost = target_tokens(study, scores["row_hash"])
+
+    def tokens_of(rows: pd.DataFrame) -> list[int]:
+        return [cost[one] for one in rows["row_hash"]]
+
+    tokens = sum(tokens_of(choose(scores, "selected", config.size, rule=rule)))
+    counts = {"random": config.draws} | dict.fromkeys(FREE_RIVALS, config.baseline_seeds)
+    plans = []
+    for method, repeats in counts.items():
+        for seed in range(repeats):
+            rows = choose_tokens(scores, method, tokens, seed=seed, tokens_of=tokens_of)
+            label = {"pool": pool, "method": method + TOKENS, "size": config.size, "seed": seed}
+            plans.append(Plan(tuple(rows["row_hash"]), label, init_seed=seed, order_seed=seed))
+    return plans
+
+
+def target_tokens(study: Study, hashes: Sequence[str]) -> dict[str, int]:
+    """Row hash -> tokens that count in the loss of one pass over the row, as it is trained on."""
+    encoded = study.encoded_rows(study.lm, study.profile.finetune, set(hashes))
+    return {one: int(sum(row.targets)) for one, row in encoded.items()}
+
+
+def per_example(
+    study: Study, runs: pd.DataFrame, evaluation: str = "eval_2"
+) -> dict[tuple[str, str, int], np.ndarray]:
+    """Losses by prompt of comparison runs: (pool, method, size) -> ndarray (runs, prompts).
+
+    runs : from `Study.run`, columns run_id, pool, method, size, seed. Runs stand in the order of
+    their seeds, diverged ones left out; nats per target token; prompts without any target token
+    are in no column. The mean of a row is that run's `loss_<evaluation>`.
+    """
+    ledger = Ledger(study.find("ledger"))
+    finished = runs.dropna(subset=[f"loss_{evaluation}"]).sort_values("seed", kind="stable")
+    found = {}
+    for key, part in finished.groupby(["pool", "method", "size"], sort=False):
+        examples = [ledger.read(one)["examples"][evaluation] for one in part["run_id"]]
+        nll = np.array([one["nll"] for one in examples], float)
+        tokens = np.array([one["tokens"] for one in examples], float)
+        asked = tokens[0] > 0
+        found[key] = nll[:, asked] / tokens[:, asked]
+    return found
 
 
 def repeated(
@@ -67,10 +126,10 @@ def repeated(
 
 
 def describe(plans: Sequence[Plan]) -> pd.DataFrame:
-    """How many finetunes each pool and method gets."""
-    labels = pd.DataFrame([plan.label for plan in plans])
+    """How many finetunes each pool and method gets, and on how many rows (mean over draws)."""
+    labels = pd.DataFrame([{**plan.label, "rows": len(plan.row_hashes)} for plan in plans])
     return labels.groupby(["pool", "method"], sort=False).agg(
-        rows=("size", "first"), finetunes=("seed", "size")
+        rows=("rows", "mean"), finetunes=("seed", "size")
     )
 
 
@@ -102,6 +161,14 @@ def selected_means(study: Study, plans: Sequence[Plan]) -> pd.DataFrame:
     ]
     frame = pd.DataFrame(means)
     return frame.groupby(frame.index, sort=False).mean()
+
+
+def pool_rows(study: Study) -> pd.DataFrame:
+    """The scores of every pool's rows, each row once, with what made them in `.attrs`."""
+    rows = pd.concat([study.pool_scores(pool) for pool in study.data.pools], ignore_index=True)
+    rows = rows.drop_duplicates("row_hash", ignore_index=True)
+    rows.attrs = study.scores.attrs
+    return rows
 
 
 def size_pool(study: Study) -> str:
@@ -172,5 +239,5 @@ def _setting(study: Study, rule: RuleCard, name: str) -> list[Plan]:
 
 def ladder_sweep(study: Study, base: ModelRef) -> pd.DataFrame:
     """The designed arm of the sweep on another base, without the anchors' repeats."""
-    plans = [p for p in sweep_plans(study) if p.label["arm"] != "fusion" and not p.label["anchor"]]
+    plans = [p for p in sweep_plans(study) if p.label["arm"] in DESIGNED and not p.label["anchor"]]
     return study.run("transfer", plans, base=base)

@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from .contrasts import detectable_shift
+
 Messages = list[dict[str, str]]
 Judge = Callable[[Messages, str, str], float]
 
@@ -31,7 +33,8 @@ class NetWin:
 
     p : two-sided, of "no difference"; pairs : pairs of models, prompts : prompts judged;
     inconsistent : share of judgements that changed with the order (NaN if unknown);
-    scope : what the interval speaks of, "these two models" or "the method".
+    scope : what the interval speaks of, "these two models" or "the method"; detectable : float,
+    the net win that would have been found with 80 % power.
     """
 
     net: float
@@ -42,6 +45,7 @@ class NetWin:
     pairs: int
     inconsistent: float
     scope: str
+    detectable: float = float("nan")
 
     @property
     def winning_score(self) -> float:
@@ -151,7 +155,7 @@ def net_win(judged: pd.DataFrame) -> NetWin:
     p = float(2 * stats.t.sf(abs(net) / se, df)) if se > 0 else float("nan")
     return NetWin(
         net, net - reach, net + reach, p, values.shape[1], len(values),
-        _inconsistent(decided), "the method",
+        _inconsistent(decided), "the method", detectable_shift(se, df),
     )
 
 
@@ -166,10 +170,14 @@ def net_win_of_counts(win: int, tie: int, lose: int) -> NetWin:
     if len(values) < 2:
         raise JudgeError(f"an interval needs two judged prompts, got {len(values)}")
     net, n = values.mean(), len(values)
-    reach = stats.t.isf(0.025, n - 1) * values.std(ddof=1) / math.sqrt(n)
+    se = float(values.std(ddof=1)) / math.sqrt(n)
+    reach = stats.t.isf(0.025, n - 1) * se
     p = stats.binomtest(win, win + lose).pvalue if win + lose else 1.0
     low, high = float(net - reach), float(net + reach)
-    return NetWin(float(net), low, high, float(p), n, 1, float("nan"), "these two models")
+    return NetWin(
+        float(net), low, high, float(p), n, 1, float("nan"), "these two models",
+        detectable_shift(se, n - 1),
+    )
 
 
 def _preference(value: float) -> float:
@@ -194,13 +202,15 @@ def _over_prompts(judged: pd.DataFrame) -> NetWin:
     nets = 2 * decided.groupby("prompt_id")["score"].mean() - 1
     if len(nets) < 2:
         raise JudgeError(f"an interval needs two judged prompts, got {len(nets)}")
-    reach = stats.t.isf(0.025, len(nets) - 1) * nets.std(ddof=1) / math.sqrt(len(nets))
+    se = float(nets.std(ddof=1)) / math.sqrt(len(nets))
+    reach = stats.t.isf(0.025, len(nets) - 1) * se
     win, lose = int((nets > 0).sum()), int((nets < 0).sum())
     p = float(stats.binomtest(win, win + lose).pvalue) if win + lose else 1.0
     mean, pairs = float(nets.mean()), judged["pair"].nunique()
     return NetWin(
         mean, float(mean - reach), float(mean + reach), p, len(nets), pairs,
         _inconsistent(decided), "these two models" if pairs == 1 else "these models",
+        detectable_shift(se, len(nets) - 1),
     )
 
 

@@ -8,15 +8,15 @@ dropping repeats among them is ours.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from instructmining_core.messages import Conversation
-from instructmining_core.near_duplicates import THRESHOLD, Kept, first_of_each
+from instructmining_core.near_duplicates import THRESHOLD, first_of_each
+from instructmining_core.ranked_walk import SelectionError, Texts, distinct_from_the_top
 
 if TYPE_CHECKING:
     from instructmining_core.card import RuleCard
@@ -31,14 +31,10 @@ BASELINES = {
     "compression": ("compression", True),
 }
 METHODS = ("selected", "random", *BASELINES, "full")
+TOKENS = "_tokens"  # ends a method's name where its rows hold the selected rows' tokens
 NO_SCORE, DUPLICATE, BELOW = "no score", "near duplicate", "below the cut"
-BATCH_ROWS = 1024  # rows whose texts are fetched at a time, at least
 
-Texts = Callable[[pd.DataFrame], Sequence[Conversation]]
-
-
-class SelectionError(ValueError):
-    """A selection that cannot be made as asked."""
+TokensOf = Callable[[pd.DataFrame], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,7 @@ def select(
     if scored.empty:
         example = f", for example {ranked['reason'].iloc[0]}" if len(ranked) else ""
         raise SelectionError(f"none of the {len(ranked)} rows has a score{example}")
-    kept, twins = _walk(scored, wanted, texts, threshold)
+    kept, twins = distinct_from_the_top(scored, wanted, texts, threshold)
     # One change at a time to a column of strings copies all of it: fill arrays of objects.
     ids = ranked["id"].to_numpy(object)
     unscored = ranked["score"].isna().to_numpy()
@@ -170,99 +166,77 @@ def choose(
         "random" and "full".
     Raises SelectionError where the pool has fewer rows with a value.
     """
-    pool = scores
-    if "row_hash" in scores:  # "" where the row could not be read: nothing to train on
-        pool = scores[scores["row_hash"] != ""].drop_duplicates("row_hash")
+    pool = _distinct(scores)
     if method == "full":
         return pool
-    if method == "random":
-        draw = np.random.default_rng(seed).permutation(len(pool))[:size]
-        chosen = pool.iloc[draw]
-    elif method == "selected":
-        if rule is None:
-            raise SelectionError("'selected' needs a rule")
-        ranked = rank(pool, rule)
-        chosen = ranked[ranked["score"].notna()].iloc[:size]
-    elif method in BASELINES:
-        column, lowest = BASELINES[method]
-        if column not in pool:
-            raise SelectionError(f"{method!r} needs the column {column!r}: score it first")
-        chosen = pool.dropna(subset=column)
-        chosen = chosen.sort_values(column, ascending=lowest, kind="stable").iloc[:size]
-    else:
-        raise SelectionError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    chosen = _in_order(pool, method, rule, seed).iloc[:size]
     if len(chosen) < size:
         raise SelectionError(f"{method!r} can choose {len(chosen)} rows, {size} were asked for")
     return chosen
+
+
+def choose_tokens(
+    scores: pd.DataFrame,
+    method: str,
+    tokens: float,
+    *,
+    rule: RuleCard | None = None,
+    seed: int = 0,
+    tokens_of: TokensOf | None = None,
+) -> pd.DataFrame:
+    """A pool's rows by one method until they hold `tokens` target tokens, as nearly as possible.
+
+    At a fixed number of rows a method that likes long answers trains on more tokens; this is the
+    comparison without that advantage. method : as for `choose`, but "full".
+    tokens : target tokens of one pass over the rows; tokens_of : rows -> target tokens of each,
+    asked for a few rows at a time; None: `len_out`, which counts words, stands in for them.
+
+    The last row is kept where that comes nearer to `tokens`; at least one row is chosen. Raises
+    SelectionError where all the method's rows together hold fewer.
+    """
+    if not tokens > 0:
+        raise SelectionError(f"{tokens} target tokens were asked for; it must be above 0")
+    rows = _in_order(_distinct(scores), method, rule, seed)
+    summed, batch = np.zeros(0), 64
+    while len(summed) < len(rows) and (not len(summed) or summed[-1] < tokens):
+        more = rows.iloc[len(summed) : len(summed) + batch]
+        own = more["len_out"].fillna(0) if tokens_of is None else tokens_of(more)
+        before = summed[-1] if len(summed) else 0.0
+        summed, batch = np.r_[summed, before + np.cumsum(np.asarray(own, float))], 2 * batch
+    if not len(summed) or summed[-1] < tokens:
+        held = summed[-1] if len(summed) else 0
+        raise SelectionError(
+            f"{method!r} can choose rows of {held:.0f} target tokens, {tokens:.0f} were asked for"
+        )
+    return rows.iloc[: int(np.argmin(np.abs(summed - tokens))) + 1]
+
+
+def _distinct(scores: pd.DataFrame) -> pd.DataFrame:
+    if "row_hash" not in scores:
+        return scores
+    # "" where the row could not be read: nothing to train on
+    return scores[scores["row_hash"] != ""].drop_duplicates("row_hash")
+
+
+def _in_order(pool: pd.DataFrame, method: str, rule: RuleCard | None, seed: int) -> pd.DataFrame:
+    """All rows that a method can choose, the first choice first."""
+    if method == "random":
+        return pool.iloc[np.random.default_rng(seed).permutation(len(pool))]
+    if method == "selected":
+        if rule is None:
+            raise SelectionError("'selected' needs a rule")
+        ranked = rank(pool, rule)
+        return ranked[ranked["score"].notna()]
+    if method in BASELINES:
+        column, lowest = BASELINES[method]
+        if column not in pool:
+            raise SelectionError(f"{method!r} needs the column {column!r}: score it first")
+        known = pool.dropna(subset=column)
+        return known.sort_values(column, ascending=lowest, kind="stable")
+    raise SelectionError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
 
 
 def baselines(scores: pd.DataFrame, k: int, seed: int = 0) -> dict[str, pd.DataFrame]:
     """Every baseline that the table's columns allow: name -> its rows, as `choose` gives them."""
     able = [name for name, (column, _) in BASELINES.items() if column in scores]
     return {name: choose(scores, name, k, seed=seed) for name in ("random", *able, "full")}
-
-
-def _walk(
-    scored: pd.DataFrame, wanted: int, texts: pd.DataFrame | Texts | None, threshold: float
-) -> tuple[list[int], dict[int, int]]:
-    """Down the ranking until `wanted` rows are kept: (kept labels, {dropped label: kept label})."""
-    firsts, repeats = _exact_duplicates(scored)
-    kept: list[int] = []
-    twins: dict[int, int] = {}
-    near = Kept(threshold)
-    for label, messages in _with_texts(scored.loc[firsts], wanted, texts):
-        twin = near.add(label, messages) if messages is not None else None
-        if twin is None:
-            kept.append(label)
-        else:
-            twins[label] = twin
-        if len(kept) == wanted:
-            break
-    # Labels are positions in the ranking: what lies below the last kept row was not looked at.
-    for label, first in repeats.items():
-        if label < kept[-1] or len(kept) < wanted:
-            twins[label] = twins.get(first, first)
-    return kept, twins
-
-
-def _exact_duplicates(scored: pd.DataFrame) -> tuple[list[int], dict[int, int]]:
-    """Labels of the first row of each row hash, and {label of a repeat: label of the first}."""
-    if "row_hash" not in scored:
-        return list(scored.index), {}
-    seen: dict[str, int] = {}
-    firsts, repeats = [], {}
-    for label, own in scored["row_hash"].items():
-        first = seen.setdefault(own, label) if own else label
-        if first == label:
-            firsts.append(label)
-        else:
-            repeats[label] = first
-    return firsts, repeats
-
-
-def _with_texts(
-    rows: pd.DataFrame, wanted: int, texts: pd.DataFrame | Texts | None
-) -> Iterator[tuple[int, Conversation | None]]:
-    fetch = _from_table(texts) if isinstance(texts, pd.DataFrame) else texts
-    # Fetching may mean reading a file again, so the first batch should do and the next ones double.
-    start, size = 0, max(BATCH_ROWS, wanted + wanted // 4)
-    while start < len(rows):
-        batch = rows.iloc[start : start + size]
-        yield from zip(batch.index, fetch(batch) if fetch else [None] * len(batch), strict=True)
-        start, size = start + size, 2 * size
-
-
-def _from_table(table: pd.DataFrame) -> Texts:
-    def keys(frame: pd.DataFrame) -> list[tuple]:
-        parts = frame["part"] if "part" in frame else [0] * len(frame)
-        return list(zip(frame["file"], frame["row"], parts, strict=True))
-
-    by_key = dict(zip(keys(table), table["messages"], strict=True))
-
-    def fetch(rows: pd.DataFrame) -> list[Conversation]:
-        missing = [key for key in keys(rows) if key not in by_key]
-        if missing:
-            raise SelectionError(f"row {missing[0]} of the scores is not in the record table")
-        return [by_key[key] for key in keys(rows)]
-
-    return fetch

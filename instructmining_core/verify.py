@@ -7,13 +7,13 @@ interval; here every contrast carries one, and the difference that it could have
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .contrasts import MARGIN, ComparisonError, contrast, crossed_interval, holm, p_values, verdict
+from .contrasts import MARGIN, ComparisonError, contrast, crossed_interval, holm, verdict
+from .selection import TOKENS
 
 PER_EXAMPLE = Mapping[tuple[str, str, int], np.ndarray]
 _INDEX = ["pool", "method", "size"]
@@ -35,7 +35,9 @@ def compare(
     runs : one row a run, columns pool, method, size (rows), seed and `loss` (nats, > 0; a NaN is a
     diverged run, left out and counted in `lost`). loss : take the evaluation set that was *not*
     used for fitting. primary_size : the size fixed beforehand, needed where `selected` has
-    several. per_example : losses by prompt, keyed (pool, method, size), shape (runs, prompts).
+    several. per_example : losses by prompt, keyed (pool, method, size), shape (runs, prompts),
+    from `experiments.per_example`; they give the second interval, low_prompts to high_prompts,
+    which takes the prompts too as drawn at random (`contrasts.crossed_interval`).
 
     Primary: selected against random at that size, Holm over pools. Secondary, unadjusted: the
     same at other sizes, each baseline against random, selected against each baseline; a baseline
@@ -43,7 +45,8 @@ def compare(
 
     Returns columns pool, role, method, versus, size, size_versus, n, n_versus, lost, mean,
     mean_versus (nats), difference, low, high (relative), p, p_holm, p_margin, detectable, df,
-    low_prompts, high_prompts, verdict.
+    low_prompts, high_prompts, verdict. `detectable` is the relative difference found with 80 %
+    power; p_margin below 0.05 says that the difference is smaller than the margin.
     """
     groups, lost = _groups(runs, loss)
     plan = list(_plan(groups, primary_size, selected, random))
@@ -144,70 +147,46 @@ def _judge(table: pd.DataFrame, alpha: float, margin: float) -> pd.DataFrame:
     return table[columns]
 
 
-@dataclass(frozen=True)
-class LengthAnswer:
-    """Does the rule beat length alone?
+def by_budget(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The runs to compare at equal rows, and those to compare at equal tokens.
 
-    answer : "yes", "no, length alone is better", "no, they are equal within ±1 %" or "undecided"
-    difference, low, high : float, relative difference of loss, selected minus longest, mean over
-    the pools, with its interval; p : float; pools : int; table : one contrast a pool.
+    Methods named `<method>_tokens` (`experiments.token_plans`) have the selected rows' number of
+    target tokens; in the second frame they go by their plain names, beside the selected runs.
     """
-
-    answer: str
-    difference: float
-    low: float
-    high: float
-    p: float
-    pools: int
-    table: pd.DataFrame
-
-    @property
-    def sentence(self) -> str:
-        """The answer in one line for a front page, with the interval."""
-        numbers = (
-            f"{100 * self.difference:+.1f} % loss [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
-        )
-        over = "one pool" if self.pools == 1 else f"{self.pools} pools"
-        return f"Does the rule beat length alone? {self.answer.capitalize()}: {numbers}, {over}."
+    tokens = runs["method"].str.endswith(TOKENS)
+    equal = runs[tokens | (runs["method"] == "selected")]
+    equal = equal.assign(method=equal["method"].str.removesuffix(TOKENS))
+    return {"equal rows": runs[~tokens], "equal tokens": equal} if tokens.any() else {
+        "equal rows": runs
+    }
 
 
-def beats_length(
-    runs: pd.DataFrame,
-    *,
-    loss: str = "loss_eval_2",
-    primary_size: int | Mapping[str, int] | None = None,
-    selected: str = "selected",
-    length: str = "longest",
-    margin: float = MARGIN,
-    level: float = 0.95,
-) -> LengthAnswer:
-    """Answer "does the rule beat length alone?" over all pools at their primary size.
+def compare_budgets(
+    runs: pd.DataFrame, per_example: PER_EXAMPLE | None = None, **options: object
+) -> pd.DataFrame:
+    """`compare` at equal rows and, where there are such runs, at equal tokens.
 
-    runs : as for `compare`, with method `length` at that size. The pools are taken as these
-    pools: their log-loss contrasts are averaged, their variances added (Satterthwaite).
+    Returns the columns of `compare` after `budget`, "equal rows" or "equal tokens"; Holm's
+    correction is over the pools of one budget.
     """
-    table = compare(
-        runs[runs["method"].isin([selected, length])],
-        loss=loss, primary_size=primary_size, selected=selected, random=length,
-        margin=margin, level=level,
-    ).query("role == 'primary'")
-    d = np.log1p(table["difference"].to_numpy())
-    df = table["df"].to_numpy()
-    reach = np.log1p(table["high"].to_numpy()) - d
-    variance = (reach / stats.t.isf((1 - level) / 2, df)) ** 2
-    total = variance.sum()
-    pooled_df = total**2 / (variance**2 / df).sum()
-    mean, se = d.mean(), np.sqrt(total) / len(d)
-    p, p_margin = p_values(mean, se, pooled_df, margin)
-    called = verdict(mean, float(p), float(p_margin), alpha=1 - level, margin=margin)
-    answer = {
-        "better": "yes", "worse": "no, length alone is better", "undecided": "undecided",
-    }.get(called, f"no, they are equal within ±{100 * margin:g} %")
-    wide = stats.t.isf((1 - level) / 2, pooled_df) * se
-    low, high = np.expm1([mean - wide, mean + wide])
-    return LengthAnswer(
-        answer, float(np.expm1(mean)), float(low), float(high), float(p), len(d), table
-    )
+    parts = []
+    for budget, part in by_budget(runs).items():
+        matrices = prompts_by_budget(per_example, budget)
+        table = compare(part, per_example=matrices, **options)
+        table.insert(0, "budget", budget)
+        parts.append(table)
+    return pd.concat(parts, ignore_index=True)
+
+
+def prompts_by_budget(matrices: PER_EXAMPLE | None, budget: str) -> PER_EXAMPLE | None:
+    """The losses by prompt of one budget's runs, under the method names of `by_budget`."""
+    if matrices is None or budget == "equal rows":
+        return matrices
+    return {
+        (pool, method.removesuffix(TOKENS), size): values
+        for (pool, method, size), values in matrices.items()
+        if method == "selected" or method.endswith(TOKENS)
+    }
 
 
 def selection_table(
@@ -218,12 +197,13 @@ def selection_table(
     """The comparison in the shape of the paper's Table 3 (v3), with what it leaves out.
 
     runs : columns pool, method, size, seed and the losses (nats); `rule` (mean predicted log loss
-    of the set) and `seconds` (training) are averaged where they exist. Returns one row per pool,
-    method and size: n, size, rule, seconds, and per loss its mean and the half-width of the t
+    of the set), `rows`, `steps`, `tokens_trained` (target tokens, all epochs) and `seconds`
+    (training) are averaged where they exist. Returns one row per pool, method and size: n, size,
+    those, and per loss its mean and the half-width of the t
     interval of that mean (`<loss>_half`, NaN for one run).
     """
     rows = []
-    extra = [c for c in ("rule", "seconds") if c in runs]
+    extra = [c for c in ("rule", "rows", "steps", "tokens_trained", "seconds") if c in runs]
     for key, part in runs.groupby(_INDEX, sort=False):
         row = dict(zip(_INDEX, key, strict=True)) | {"n": len(part)}
         row |= {name: part[name].mean() for name in extra}

@@ -11,6 +11,7 @@ from statsmodels.stats.power import TTestIndPower
 
 from instructmining_core import contrasts, verify
 from instructmining_core.gate_acceptance import GateDesign, simulate_crossed, simulate_gate
+from instructmining_core.length_alone import answers_table, beats_length, both_ends
 
 RNG = np.random.default_rng(7)
 
@@ -95,6 +96,17 @@ def test_verdicts():
     assert contrasts.verdict(-0.05, float("nan"), float("nan")) == "undecided"
 
 
+def test_a_real_but_tiny_difference_says_both():
+    table = verify.compare(runs_of({
+        ("p", "selected", 9): around(0.996, 10, 0.002), ("p", "random", 9): around(1.0, 10, 0.002),
+    }))  # fmt: skip
+    row = table.iloc[0]
+    assert -0.01 < row["low"] < row["high"] < 0
+    assert row["p_margin"] < 0.05 and row["verdict"] == "better, and within ±1 %"
+    assert contrasts.verdict(0.004, 0.01, 0.01) == "worse, and within ±1 %"
+    assert row["verdict"] in contrasts.VERDICTS
+
+
 def test_no_variation_is_undecided_not_certain():
     result = contrasts.contrast([1.0, 1.0], [1.1, 1.1])
     assert result.difference == pytest.approx(-1 / 11)
@@ -139,17 +151,118 @@ def test_compare_refuses_what_it_cannot_answer(study):
         verify.compare(study, primary_size=100)
 
 
-def test_beats_length_answers(study):
-    yes = verify.beats_length(study[study["pool"] == "new"], primary_size=100)
-    assert yes.answer == "yes" and yes.high < 0 and yes.pools == 1
-    assert "Yes" in yes.sentence and "one pool" in yes.sentence
-    one = yes.table.iloc[0]
-    assert (yes.low, yes.p) == (pytest.approx(one["low"]), pytest.approx(one["p"]))
-    both = verify.beats_length(study, primary_size=100)
-    assert both.pools == 2 and yes.difference < both.difference < 0
-    swapped = study.replace({"method": {"selected": "longest", "longest": "selected"}})
-    swapped = swapped[(swapped["pool"] == "new") & (swapped["size"] == 100)]
-    assert verify.beats_length(swapped).answer == "no, length alone is better"
+def paired(difference, seed_sd, pools=("p", "q"), n=5):
+    """Runs whose seeds move all pools and both methods alike, but for a small seed effect."""
+    common, own = RNG.normal(0, 0.05, n), RNG.normal(0, seed_sd, n)
+    own -= own.mean()
+    return runs_of({
+        (pool, method, 100): list(np.exp(0.1 * i + common + (method == "selected") * (
+            np.log1p(difference) + own)))
+        for i, pool in enumerate(pools)
+        for method in ("selected", "longest")
+    })  # fmt: skip
+
+
+def test_beats_length_is_a_paired_t_over_seeds_of_the_pools_mean():
+    runs = paired(-0.02, 0.004)
+    found = beats_length(runs)
+    logs = np.log(runs.pivot(index="seed", columns=["method", "pool"], values="loss_eval_2"))
+    means = (logs["selected"].mean(axis=1), logs["longest"].mean(axis=1))
+    theirs = stats.ttest_rel(*means)
+    interval = theirs.confidence_interval()
+    assert (found.pools, found.seeds, found.answer) == (2, 5, "yes")
+    assert found.p == pytest.approx(theirs.pvalue)
+    assert np.log1p([found.low, found.high]) == pytest.approx([interval.low, interval.high])
+    se = stats.sem(means[0] - means[1])
+    assert found.detectable == pytest.approx(contrasts.detectable_difference(se, 4))
+    assert "Yes" in found.sentence and "2 pools" in found.sentence
+
+
+def test_more_pools_of_the_same_seeds_are_no_more_evidence():
+    """Pools that share all of a seed's noise: two of them are known no better than one."""
+    two = paired(-0.02, 0.01)
+    one = beats_length(two[two["pool"] == "p"])
+    assert beats_length(two).p == pytest.approx(one.p)
+    table = beats_length(two).table
+    assert len(table) == 2, "and the table still shows each pool"
+
+
+def test_beats_length_answers():
+    swap = {"method": {"selected": "longest", "longest": "selected"}}
+    assert beats_length(paired(-0.03, 0.004).replace(swap)).answer == "no, length alone is better"
+    assert beats_length(paired(0.0, 0.001)).answer == "no, they are equal within ±1 %"
+    assert beats_length(paired(-0.004, 0.001)).answer == "yes, but within ±1 %"
+    assert beats_length(paired(0.01, 0.05)).answer == "undecided"
+    single = beats_length(paired(-0.02, 0.0, n=1))
+    assert single.answer == "undecided" and np.isnan([single.low, single.detectable]).all()
+    assert single.difference == pytest.approx(-0.02), "one seed gives a number, and no interval"
+
+
+def test_beats_length_takes_only_the_seeds_that_both_have():
+    runs = paired(-0.02, 0.004)
+    fewer = runs[~((runs["method"] == "longest") & (runs["seed"] > 2))]
+    both = runs[runs["seed"] < 3]
+    assert beats_length(fewer).low == pytest.approx(beats_length(both).low)
+    assert beats_length(fewer).seeds == 3
+
+
+def test_beats_length_carries_the_prompt_interval():
+    runs = paired(-0.02, 0.004)
+    matrices = {
+        (pool, method, 100): RNG.normal(1.0, 0.1, (5, 30))
+        for pool in "pq" for method in ("selected", "longest")
+    }  # fmt: skip
+    found = beats_length(runs, per_example=matrices)
+    means = [
+        (matrices["p", m, 100] + matrices["q", m, 100]) / 2 for m in ("selected", "longest")
+    ]
+    expected = contrasts.crossed_interval(*means)
+    assert (found.low_prompts, found.high_prompts) == pytest.approx(expected)
+    del matrices["q", "longest", 100]
+    assert np.isnan(beats_length(runs, per_example=matrices).low_prompts)
+
+
+def budgets():
+    return runs_of({
+        ("p", "selected", 100): around(0.95), ("p", "random", 100): around(1.0),
+        ("p", "longest", 100): around(0.97), ("p", "shortest", 100): around(0.96),
+        ("p", "random_tokens", 100): around(0.951), ("p", "longest_tokens", 100): around(0.99),
+        ("p", "shortest_tokens", 100): around(0.96),
+    })  # fmt: skip
+
+
+def test_equal_rows_and_equal_tokens_are_kept_apart():
+    matrices = {("p", method, 100): RNG.normal(1.0, 0.1, (10, 20))
+                for method in ("selected", "random", "random_tokens")}  # fmt: skip
+    table = verify.compare_budgets(budgets(), matrices, loss="loss_eval_2")
+    primary = table[table["role"] == "primary"].set_index("budget")
+    assert primary["verdict"].str.split(",").str[0].to_dict() == {
+        "equal rows": "better", "equal tokens": "within ±1 %",
+    }  # fmt: skip
+    assert not table["method"].str.endswith("_tokens").any()
+    rows, tokens = table[table["budget"] == "equal rows"], table[table["budget"] != "equal rows"]
+    pairs = {("selected", "random"), ("longest", "random"), ("selected", "longest"),
+             ("shortest", "random"), ("selected", "shortest")}  # fmt: skip
+    for part in (rows, tokens):
+        assert set(zip(part["method"], part["versus"], strict=True)) == pairs
+    for budget, name in (("equal rows", "random"), ("equal tokens", "random_tokens")):
+        expected = contrasts.crossed_interval(matrices["p", "selected", 100],
+                                              matrices["p", name, 100])  # fmt: skip
+        assert primary.loc[budget, ["low_prompts", "high_prompts"]].tolist() == pytest.approx(
+            list(expected)
+        )
+    plain = budgets().query("method in ('selected', 'random')")
+    assert set(verify.compare_budgets(plain)["budget"]) == {"equal rows"}
+
+
+def test_both_ends_answers_at_both_budgets():
+    found = both_ends(budgets())
+    assert {k: list(v) for k, v in found.items()} == {
+        "equal rows": ["longest", "shortest"], "equal tokens": ["longest", "shortest"],
+    }  # fmt: skip
+    table = answers_table(found)
+    assert table.loc[("equal tokens", "longest"), "difference"] == pytest.approx(-0.04, abs=0.01)
+    assert table.loc[("equal rows", "longest"), "difference"] == pytest.approx(-0.02, abs=0.01)
 
 
 def test_crossed_interval_widens_when_prompts_differ():
@@ -176,7 +289,8 @@ def test_compare_carries_the_prompt_interval(study):
 
 
 def test_selection_table_has_the_paper_shape(study):
-    table = verify.selection_table(study.assign(rule=-0.1))
+    table = verify.selection_table(study.assign(rule=-0.1, tokens_trained=range(len(study))))
+    assert table["tokens_trained"].iloc[0] == 4.5, "tokens are shown beside the losses"
     assert len(table) == 9
     row = table.iloc[0]
     values = study.loc[:9, "loss_eval_2"]
@@ -205,3 +319,11 @@ def test_prompt_interval_covers_where_runs_alone_do_not():
     cover = simulate_crossed(studies=400, seed=4)
     assert cover["crossed"] >= 0.92
     assert cover["runs_only"] < 0.85
+
+
+def test_the_prompt_interval_stays_finite_with_two_runs():
+    rng = np.random.default_rng(2)
+    level = 2 + rng.normal(0, 0.3, 40)
+    sides = [level + np.array([[0.0], [1e-4]]) + rng.normal(0, 0.05, (2, 40)) for _ in "ab"]
+    low, high = contrasts.crossed_interval(*sides)
+    assert -0.2 < low < high < 0.2

@@ -1,0 +1,165 @@
+"""Verdicts on the claims about selections, sizes and judgements, from their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from .contrasts import detectable_difference
+from .length_alone import LengthAnswer
+
+HOLDS, FAILS, UNDECIDED, NOT_ASKED = "holds", "does not hold", "undecided", "not asked in this run"
+
+
+def percent(value: float, low: float, high: float) -> str:
+    """A relative change with its interval, in per cent.
+
+    >>> percent(-0.0123, -0.02, -0.004)
+    '-1.2 % [-2.0, -0.4]'
+    """
+    return f"{100 * value:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def overall(verdicts: Sequence[str]) -> str:
+    """One verdict of several contrasts: unanimous, or how many of each."""
+    counts = pd.Series(list(verdicts)).value_counts()
+    if len(counts) == 1:
+        return str(counts.index[0])
+    return "; ".join(f"{number} {verdict}" for verdict, number in counts.items())
+
+
+def contrasts_claim(contrasts: pd.DataFrame) -> dict[str, str]:
+    """Selected against random, one primary contrast a pool (`verify.compare`).
+
+    With both budgets of `verify.compare_budgets` the verdict names both where they differ.
+    """
+    primary = contrasts[contrasts["role"] == "primary"]
+    if "budget" in primary and primary["budget"].nunique() > 1:
+        return _two_budgets(primary)
+    return {
+        "ours": "; ".join(f"{r.pool}: {percent(r.difference, r.low, r.high)}"
+                          for r in primary.itertuples()),
+        "detectable": _of_loss(primary["detectable"].max()),
+        "verdict": overall(primary["verdict"]),
+    }  # fmt: skip
+
+
+def _two_budgets(primary: pd.DataFrame) -> dict[str, str]:
+    parts = {
+        budget: contrasts_claim(part.drop(columns="budget"))
+        for budget, part in primary.groupby("budget", sort=False)
+    }
+    words = [part["verdict"] for part in parts.values()]
+    return {
+        key: words[0] if key == "verdict" and len(set(words)) == 1
+        else "; ".join(f"at {budget} {part[key]}" for budget, part in parts.items())
+        for key in ("ours", "detectable", "verdict")
+    }
+
+
+def length_claim(
+    against: Mapping[str, LengthAnswer], at_tokens: Mapping[str, LengthAnswer] | None = None
+) -> dict[str, str]:
+    """The rule against the longest and against the shortest rows (`length_alone.beats_length`).
+
+    at_tokens : the same at equal training tokens. The verdict is that against the end of length
+    which serves better on these pools; where equal rows and equal tokens give different ones, it
+    names both.
+    """
+    hardest = _hardest(against)
+    found = {
+        "ours": _ends(against),
+        "detectable": _of_loss(hardest.detectable),
+        "verdict": hardest.answer,
+    }
+    if at_tokens:
+        hardest_there = _hardest(at_tokens)
+        found["ours"] += f"; at equal tokens {_ends(at_tokens)}"
+        found["detectable"] += f", at equal tokens {_of_loss(hardest_there.detectable)}"
+        if hardest_there.answer != hardest.answer:
+            found["verdict"] += f" at equal rows; {hardest_there.answer} at equal tokens"
+    return found
+
+
+def _hardest(against: Mapping[str, LengthAnswer]) -> LengthAnswer:
+    return max(against.values(), key=lambda answer: answer.difference)
+
+
+def _ends(against: Mapping[str, LengthAnswer]) -> str:
+    return "; ".join(f"{percent(a.difference, a.low, a.high)} against the {name} rows"
+                     for name, a in against.items())  # fmt: skip
+
+
+def _of_loss(difference: float) -> str:
+    return f"{100 * difference:.1f} % of the loss" if np.isfinite(difference) else "nothing"
+
+
+def size_claim(
+    means: pd.DataFrame, best: int, rows: int, trials: pd.DataFrame | None = None,
+    limit: int | None = None,
+) -> dict[str, str]:
+    """Is the size that the search found better than the largest one of the curve?
+
+    means : `search.size_means`; best : rows, the search's winner; rows : of the pool; trials,
+    limit : `search.blendsearch`'s table and its largest allowed size, in rows. A search that
+    ended while its best was among the largest sizes it tried, below the limit, has found no
+    smallest loss: undecided, whatever the curve says.
+    """
+    chosen = means[means["method"] == "selected"].set_index("size")
+    largest = int(chosen.index.max())
+    here, there = chosen.loc[best], chosen.loc[largest]
+    gap = float(np.log(there["mean"] / here["mean"]))
+    df = int((chosen["n"] - 1).sum())  # one pooled variance a curve, as in size_means
+    half = float(np.hypot(*(np.log(end["high"] / end["mean"]) for end in (here, there))))
+    early = _ended_early(best, trials, limit)
+    verdict = UNDECIDED if early or best == largest or not abs(gap) > half else (
+        HOLDS if gap > 0 else FAILS)  # fmt: skip
+    numbers = percent(*(float(np.expm1(x)) for x in (gap, gap - half, gap + half)))
+    se = half / student.isf(0.025, df) if df else float("nan")
+    return {
+        "ours": f"search: {best} of {rows} rows{early}; the loss at {largest} rows differs from "
+        f"that at {best} by {numbers}; epochs are fixed, so more rows also mean more steps",
+        "detectable": _of_loss(detectable_difference(se, df)),
+        "verdict": f"{verdict}: the search ended early" if early else verdict,
+    }
+
+
+def _ended_early(best: int, trials: pd.DataFrame | None, limit: int | None) -> str:
+    """Words for a search whose best size lies within a fifth of the largest tried; "" if not."""
+    if trials is None or limit is None:
+        return ""
+    tried = int(trials["size"].max())
+    if tried >= 0.8 * limit or best < 0.8 * tried:
+        return ""
+    return (f", but its {len(trials)} trials went no higher than {tried} of the {limit} rows "
+            "allowed")  # fmt: skip
+
+
+def bump_claim(test, power: Mapping[float, float]) -> dict[str, str]:
+    """The size curve's test (`search.size_curve_test`) and its power by bump, in seed-sd.
+
+    power : bump -> power (`search.size_curve_power`); the smallest with 80 % is what could have
+    been seen.
+    """
+    enough = [bump for bump in sorted(power) if power[bump] >= 0.8]
+    bump = enough[0] if enough else max(power)
+    rise = f"{100 * np.expm1(bump * test.sd):.1f} % of the loss ({bump:g} seed-sd)"
+    return {
+        "ours": f"largest rise {100 * test.rise:+.1f} % of the loss, p = {test.p:.2f}",
+        "detectable": f"a rise of {rise}" if enough
+        else f"no rise up to {rise}, where the power is {power[bump]:.2f}",
+        "verdict": HOLDS if test.p < 0.05 else UNDECIDED,
+    }
+
+
+def judge_claim(net) -> dict[str, str]:
+    """The net win over prompts and pairs of models (`judge.net_win`)."""
+    verdict = HOLDS if net.low > 0 else FAILS if net.high < 0 else UNDECIDED
+    return {
+        "ours": f"net win {net.net:+.2f} [{net.low:+.2f}, {net.high:+.2f}]",
+        "detectable": f"a net win of {net.detectable:.2f}",
+        "verdict": verdict,
+    }
