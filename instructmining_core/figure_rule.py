@@ -21,6 +21,7 @@ from .figure_style import (
     KINDS,
     MUTED,
     ORANGE,
+    OTHERS,
     PAPER,
     WIDTH,
     colours,
@@ -48,7 +49,8 @@ def regression_panels(
     runs : one row a run, `log_loss` (log nats/token), the indicator columns (set means), `arm`,
     and `share_<source>`. given_shares : both axes are freed of the source shares (added-variable
     plot), so the slope is that within sources; without share columns the raw values are drawn.
-    fit : optional, columns name, estimate, low, high: printed in the panel's title.
+    fit : optional, index or column name, estimate, low, high (per sd of a row): printed in the
+    panel's title. For the line to be that of a table, give the runs that the table was fitted to.
     """
     columns = known_columns(runs, columns)
     require(runs, ["log_loss", *columns], "regression_panels")
@@ -104,7 +106,7 @@ def _slope_title(fit: pd.DataFrame | None, column: str) -> str:
     if fit is None:
         return ""
     row = fit.set_index("name").loc[column] if "name" in fit else fit.loc[column]
-    return f"slope {row['estimate']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+    return f"{row['estimate']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}] per sd"
 
 
 @styled
@@ -141,7 +143,7 @@ def coefficients(ours: pd.DataFrame, paper: pd.DataFrame | None = None) -> Figur
 
 def kind_colours(kinds: Sequence[str]) -> dict[str, str]:
     """Orange for whatever the paper's procedure gives, the other kinds in the house order."""
-    ours = iter(c for c in KINDS if c != ORANGE)
+    ours = iter(dict.fromkeys(c for c in (*KINDS, *OTHERS) if c != ORANGE))
     return {k: ORANGE if "paper" in k.lower() else next(ours, GREY) for k in kinds}
 
 

@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from scipy import stats
 
 from .figure_style import (
     BLUE,
@@ -175,15 +174,16 @@ def search_trials(trials: pd.DataFrame) -> Figure:
 
 @styled
 def dose_response(
-    runs: pd.DataFrame, loss: str = "loss_eval_1", *, seen: Sequence[str] = ()
+    runs: pd.DataFrame, loss: str = "loss_eval_1", *, harms: Sequence[str] = (),
+    seen: Sequence[str] = (),
 ) -> Figure:
     """Loss against the share of rows replaced by defective twins, a panel a kind of defect.
 
     runs : columns kind, dose (share in [0, 1] or per cent), seed and `loss` (nats/token). Points
-    are runs, the line joins means, bars are 95 % intervals. Red where the loss rises with the dose
-    (the 95 % interval of a line's slope lies above 0), grey where that can't be said:
-    the negative controls. Runs of kind "clean" or "" (dose 0) are shared by all panels. seen :
-    kinds that the stand-in models were trained on, marked so.
+    are runs, the line joins means, bars are 95 % intervals. harms : the kinds that raise the loss,
+    by `embedded.truth.dose_effects`: red; the others are the negative controls: grey. Runs of kind
+    "clean" or "" (dose 0) are shared by all panels. seen : kinds that the stand-in models were
+    trained on, marked so.
     """
     require(runs, ["kind", "dose", "seed", loss], "dose_response")
     of = runs["kind"].fillna("").astype(str).replace("clean", "")
@@ -193,7 +193,7 @@ def dose_response(
     figure, axes = grid(len(kinds), columns, 2.1, sharex=True, sharey=True)
     for i, (ax, kind) in enumerate(zip(axes, kinds, strict=True)):
         part = runs[of.isin([kind, ""])].dropna(subset=[loss])
-        colour = RED if _rises(part["dose"].to_numpy(), part[loss].to_numpy()) else GREY
+        colour = RED if kind in set(harms) else GREY
         ax.scatter(percent * part["dose"], part[loss], s=11, color=colour, alpha=0.45, lw=0)
         rows = [(percent * d, *mean_interval(g)) for d, g in part.groupby("dose")[loss]]
         x, centre, low, high = np.array(rows, float).T
@@ -207,13 +207,6 @@ def dose_response(
         if i >= len(kinds) - columns:
             ax.set_xlabel("defective rows (%)")
     return figure
-
-
-def _rises(dose: np.ndarray, loss: np.ndarray) -> bool:
-    if len(dose) < 3 or np.ptp(dose) == 0:
-        return False
-    fit = stats.linregress(dose, loss)
-    return bool(fit.slope > stats.t.isf(0.025, len(dose) - 2) * fit.stderr)
 
 
 @styled

@@ -10,11 +10,9 @@ import pandas as pd
 from . import inference, regression
 from .card import RuleCard
 from .embedded.truth import permuted_within_source
-from .experiments import ladder_sweep, size_pool
-from .planner import plan_runs
+from .intervals import share_interval
 from .records import assistant_turns, row_hash
-from .runs import RunsError, Standardisation, share_matrix, standardised
-from .selection import choose
+from .runs import RunsError, Standardisation
 from .study import Study
 from .unigram import unigram_losses
 from .within import NEW_SOURCES, THESE_SOURCES, Fit
@@ -29,14 +27,18 @@ def jackknife(runs: pd.DataFrame, columns: Sequence[str], constants: Standardisa
 
 
 def coefficient_table(fit: Fit, jack) -> pd.DataFrame:
-    """Every slope (log loss per sd of a row) with both intervals, raw slope and VIF."""
+    """Every slope (log loss per sd of a row) with both intervals, raw slope with bounds, VIF."""
     table = fit.table()
-    frame = table[["label", "estimate", "low", "high", "raw", "vif"]].rename(
+    frame = table[["label", "estimate", "low", "high"]].rename(
         columns={"low": "low, these sources", "high": "high, these sources"}
     )
     low, high = (jack.table["low"], jack.table["high"]) if jack else (np.nan, np.nan)
-    frame.insert(4, "low, new sources", low)
-    frame.insert(5, "high, new sources", high)
+    frame["low, new sources"], frame["high, new sources"] = low, high
+    sd = fit.standardisation.sd[list(fit.columns)]
+    raw = table[["raw", "low", "high"]].copy()
+    raw[["low", "high"]] = raw[["low", "high"]].div(sd, axis=0)
+    frame[["raw", "raw low", "raw high"]] = raw  # bounds for these sources
+    frame["vif"] = table["vif"]
     return frame
 
 
@@ -61,7 +63,7 @@ def predictions(fit: Fit) -> pd.DataFrame:
 def mundlak(
     study: Study, runs: pd.DataFrame, columns: Sequence[str], constants: Standardisation
 ) -> tuple[pd.DataFrame, str]:
-    """Slopes between and within sources, and the test of their equality in one line.
+    """Slopes between and within sources, and the test of their equality in one sentence.
 
     An empty table, and why, where the sources are too few for it.
     """
@@ -70,7 +72,12 @@ def mundlak(
         split = regression.mundlak(runs, columns, means, constants)
     except (RunsError, regression.RankError) as error:
         return pd.DataFrame(), str(error)
-    return split.table, f"between = within: F = {split.f:.2f}, p = {split.p:.3f}"
+    found = ("they differ: a rule fitted to mixtures is not a rule for rows here"
+             if split.p < 0.05 else "no difference is seen, which does not prove them equal")
+    differ = split.table[split.table["low"] * split.table["high"] > 0].index
+    named = f"; one at a time the interval leaves out zero for {', '.join(differ)}"
+    return split.table, (f"Between and within: F({split.df1}, {split.df2}) = {split.f:.2f}, "
+                         f"p = {split.p:.2g}, {found}{named if len(differ) else ''}.")
 
 
 def baselines(
@@ -93,51 +100,13 @@ def baselines(
         return pd.DataFrame({"not to be had here": [str(error)]})
 
 
-def transfer(study: Study, rule: RuleCard) -> pd.DataFrame:
-    """The score of base A's rule against the loss of other bases, beside source shares.
-
-    One row a base of the profile's ladder: slope (1 where the rule carries over in full), low,
-    high, r2 beyond the shares. Empty where the profile has no ladder.
-    """
-    if not (study.profile.robustness.transfer and study.profile.models.ladder):
-        return pd.DataFrame()
-    rows = []
-    for ref in study.profile.models.ladder:
-        runs = study.joined(ladder_sweep(study, ref))
-        fit = regression.transfer_slope(rule.predict(runs), runs)
-        one = fit.table().iloc[0]
-        rows.append({"base": ref.id, "slope": one["estimate"], "low": one["low"],
-                     "high": one["high"], "r2": fit.r2_beyond_controls})  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def ablation(study: Study, rule: RuleCard) -> pd.DataFrame:
-    """Drop one indicator, refit on the same runs, select again from the largest pool.
-
-    One row an indicator: `jaccard` with the full rule's selection, `r2` of the smaller rule beyond
-    the shares. Losses are worth a finetune only where the Jaccard index is under 0.8 (Table 5).
-    """
-    runs, columns = study.sweep(), study.profile.rule_columns()
-    pool, size = study.pool_scores(size_pool(study)), study.profile.selection.size
-    whole = set(choose(pool, "selected", size, rule=rule)["row_hash"])
-    rows = []
-    for dropped in columns if len(columns) > 1 else []:
-        kept = [c for c in columns if c != dropped]
-        constants = Standardisation.fit(study.candidate_scores, kept)
-        fit = regression.fit_within(runs, kept, constants)
-        order = (constants.apply(pool) * fit.slopes).sum(axis=1, skipna=False)
-        part = set(pool.loc[order.nsmallest(size).index, "row_hash"])
-        rows.append({"without": dropped, "jaccard": len(part & whole) / len(part | whole),
-                     "r2": fit.r2_beyond_controls})  # fmt: skip
-    return pd.DataFrame(rows)
-
-
 def negative_control(study: Study) -> pd.DataFrame:
     """The whole procedure on indicators that mean nothing: rows shuffled within their source.
 
     The sets keep their rows and losses; which indicators belong to which row is shuffled, many
-    times. One row: how many shuffles are "significant" at 5 % by the permutation test, their
-    median and largest R², the study's own R², and its p against the shuffles. Sets of one source
+    times. One row: how many shuffles are "significant" at 5 % by the permutation test, their share
+    with Wilson bounds, their median and largest R², the study's own R², and its p against the
+    shuffles. The control stops at the test: no rows are selected by it. Sets of one source
     share rows, so both their losses and their shuffled means are alike and permuted runs are not
     quite exchangeable: where more than one shuffle in twenty is significant, the last p is the one
     to believe.
@@ -158,12 +127,31 @@ def negative_control(study: Study) -> pd.DataFrame:
     ]
     found = np.array([one.statistic for one in shuffled])
     rejected = sum(one.p < 0.05 for one in shuffled)
+    low, high = share_interval(rejected, len(found))
     return pd.DataFrame([{
         "shuffles": len(found), "significant at 5 %": rejected,
+        "share significant": rejected / len(found), "low": low, "high": high,
         "median R² of the shuffles": np.median(found), "largest": found.max(),
         "R² of the study": observed,
         "p against the shuffles": (1 + (found >= observed).sum()) / (1 + len(found)),
     }])  # fmt: skip
+
+
+def control_said(control: pd.DataFrame) -> str:
+    """The negative control in two sentences: may the permutation test be believed, and what p?"""
+    row = control.iloc[0]
+    rate = (f"{row['significant at 5 %']:.0f} of {row['shuffles']:.0f} shuffles are significant at "
+            f"5 %: {100 * row['share significant']:.0f} % [{100 * row['low']:.0f}, "
+            f"{100 * row['high']:.0f}]")
+    if row["low"] > 0.05:
+        verdict = ("more than one in twenty, so the permutation test is too easily pleased and "
+                   "its p is not to be believed")
+    else:
+        verdict = "which agrees with one in twenty, so the permutation test keeps its level here"
+    return (f"{rate}, {verdict}. Held against the shuffles themselves the study's R² of "
+            f"{row['R² of the study']:.2f} has p = {row['p against the shuffles']:.3f}; the "
+            f"smallest that {row['shuffles']:.0f} shuffles can give is "
+            f"{1 / (1 + row['shuffles']):.3f}.")
 
 
 def rule_card(study: Study, fit: Fit, jack, held: pd.DataFrame, test) -> RuleCard:
@@ -183,23 +171,3 @@ def rule_card(study: Study, fit: Fit, jack, held: pd.DataFrame, test) -> RuleCar
         new_sources=jack, held_out=held, permutation=test,
         base={"id": base["id"], "revision": base["revision"], "stand_in": stand_in},
     )  # fmt: skip
-
-
-def planned_half_widths(study: Study, frame: pd.DataFrame, sigma: float = 0.01) -> pd.DataFrame:
-    """Half-widths of the slopes that each arm would give, before any run.
-
-    frame : `Study.set_frame`; sigma : assumed noise, sd of the log loss. Columns arm, runs,
-    coefficient, half_width (95 %, log loss per sd of a row), low, high (80 % band).
-    """
-    columns = study.profile.rule_columns()
-    constants = Standardisation.fit(study.candidate_scores, columns)
-    assumed = inference.SeedVariance(sigma, 8, sigma, sigma)
-    parts = []
-    for arm, names in (("fusion", ["fusion"]), ("designed", ["within", "mixed"])):
-        rows = frame[frame["arm"].isin(names)]
-        order = rows.sample(frac=1.0, random_state=study.profile.design.seed)
-        shares = share_matrix(order)[0]
-        plan = plan_runs(shares, standardised(order, columns, constants), columns, assumed)
-        parts.append(plan.table.assign(arm=arm))
-    table = pd.concat(parts, ignore_index=True).replace(np.inf, np.nan)
-    return table[["arm", "runs", "coefficient", "half_width", "low", "high"]]

@@ -24,7 +24,8 @@ from .within import THESE_SOURCES, Fit, interval_table
 class Mundlak:
     """log L = β0 + W β_W + B β_B, B = Σ_s w_s μ_s, W = X̄ − B (Mundlak 1978).
 
-    table : by column: within, between, difference, se, t, p, low, high (of the difference)
+    table : by column: within, within_low, within_high, between, between_low, between_high,
+        difference, se, t, p, low, high (of the difference); all bounds HC3, these sources
     f, df1, df2, p : Wald test of β_B = β_W for all columns together, HC3, these sources
     """
 
@@ -67,8 +68,13 @@ def mundlak(runs: pd.DataFrame, columns: Sequence[str], source_means: pd.DataFra
     difference = pd.Series(contrast @ fit.beta, list(columns))
     table = interval_table(difference, np.sqrt(np.diag(cov)), fit.df, level)
     table = table.rename(columns={"estimate": "difference"})
-    table.insert(0, "within", fit.beta[1 : p + 1])
-    table.insert(1, "between", fit.beta[p + 1 :])
+    errors = np.sqrt(np.diag(fit.cov_hc3()))
+    sides = [("within", slice(1, p + 1)), ("between", slice(p + 1, None))]
+    for place, (name, part) in enumerate(sides):
+        own = interval_table(pd.Series(fit.beta[part], list(columns)), errors[part], fit.df, level)
+        for i, column in enumerate(("estimate", "low", "high")):
+            label = name if column == "estimate" else f"{name}_{column}"
+            table.insert(3 * place + i, label, own[column])
     table["interval"] = THESE_SOURCES
     f = float(difference @ np.linalg.solve(cov, difference) / p)
     between = Fit("between", tuple(columns), (), fit,

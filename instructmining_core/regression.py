@@ -16,6 +16,7 @@ from .runs import (
 )
 from .screens import (
     baseline_comparison,
+    baseline_slopes,
     holm,
     sign_flags,
     transfer_slope,
@@ -33,6 +34,7 @@ from .within import (
 __all__ = [
     "DESIGNED", "LENGTH_LABEL", "NEW_SOURCES", "NOT_VALID", "OLS", "THESE_SOURCES", "Fit",
     "Mundlak", "PaperFit", "RankError", "RunsError", "Standardisation", "assemble",
-    "baseline_comparison", "fit_paper", "fit_pooled", "fit_within", "holm", "mundlak", "ols",
-    "one_per_set", "share_matrix", "sign_flags", "transfer_slope", "univariate", "vif",
+    "baseline_comparison", "baseline_slopes", "fit_paper", "fit_pooled", "fit_within", "holm",
+    "mundlak", "ols", "one_per_set", "share_matrix", "sign_flags", "transfer_slope", "univariate",
+    "vif",
 ]

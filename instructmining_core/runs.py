@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 DESIGNED = ("within", "mixed")
+EQUAL_TOKENS = "tokens"  # the arm at equal tokens instead of rows
 
 
 class RunsError(ValueError):
@@ -88,10 +89,16 @@ def one_per_set(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def pick_arms(runs: pd.DataFrame, arms: Sequence[str] | None) -> pd.DataFrame:
-    """One run a set, of the given arms (None, or no `arm` column: all)."""
+    """One run a set, of the given arms (no `arm` column: all).
+
+    None takes every arm at equal rows: the equal-token arm answers another question, and enters a
+    fit only where it is named.
+    """
     runs = one_per_set(runs)
-    if arms is None or "arm" not in runs:
+    if "arm" not in runs:
         return runs
+    if arms is None:
+        return runs[runs["arm"] != EQUAL_TOKENS]
     picked = runs[runs["arm"].isin(arms)]
     if picked.empty:
         raise RunsError(f"no run of arm {tuple(arms)}; there are {sorted(set(runs['arm']))}")

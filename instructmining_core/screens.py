@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from .intervals import r2_of
 from .ols import residualise
 from .runs import DESIGNED, RunsError, Standardisation
 from .within import Fit, fit_pooled, fit_within
@@ -27,8 +28,8 @@ def univariate(runs: pd.DataFrame, columns: Sequence[str],
                arms: Sequence[str] | None = DESIGNED, outcome: str = "log_loss") -> pd.DataFrame:
     """Each indicator alone, beside the source shares (shares=False: beside a constant).
 
-    Columns of Fit.table, r2 (beyond the controls), p_holm; `.attrs["multiplicity"]` is the line
-    to print under the table.
+    Columns of Fit.table, r2 (beyond the controls) with r2_low and r2_high (these sources), p_holm;
+    `.attrs["multiplicity"]` is the line to print under the table.
     """
     rows = []
     for column in columns:
@@ -36,7 +37,8 @@ def univariate(runs: pd.DataFrame, columns: Sequence[str],
                                                   standardisation.sd[[column]])
         fit = (fit_within if shares else fit_pooled)(runs, [column], one, arms=arms,
                                                      outcome=outcome)
-        rows.append(fit.table().assign(r2=fit.r2_beyond_controls))
+        r2, low, high = r2_of(fit)
+        rows.append(fit.table().assign(r2=r2, r2_low=low, r2_high=high))
     frame = pd.concat(rows)
     frame["p_holm"] = holm(frame["p"])
     frame.attrs["multiplicity"] = (
@@ -54,8 +56,8 @@ def baseline_comparison(runs: pd.DataFrame, columns: Sequence[str], baselines: S
 
     baselines : columns of `runs` such as `unigram` (unigram.unigram_losses) and `log_tokens`.
     One row a model (shares, + each baseline, + all baselines, + indicators, + both): terms, r2
-    beyond the shares, and adjusted r2 on the residual degrees of freedom. `.attrs["slopes"]`
-    has the indicators' slopes without and with the baselines beside them.
+    beyond the shares with r2_low and r2_high (these sources), and adjusted r2 on the residual
+    degrees of freedom. `baseline_slopes` of it has the slopes.
     """
     both = [*baselines, *columns]
     constants = Standardisation.fit(runs, list(baselines))
@@ -70,18 +72,29 @@ def baseline_comparison(runs: pd.DataFrame, columns: Sequence[str], baselines: S
     any_fit = fits["+ indicators"]
     left = residualise(any_fit.ols.y[:, None], any_fit.controls)[:, 0]
     free = len(left) - any_fit.controls.shape[1]
-    rows = [{"model": "source shares", "terms": 0, "r2": 0.0, "r2_adjusted": 0.0}]
+    rows = []
     for name, fit in fits.items():
         adjusted = 1 - fit.ols.sigma**2 / (left @ left / free)
-        rows.append({"model": name, "terms": len(fit.columns), "r2": fit.r2_beyond_controls,
-                     "r2_adjusted": adjusted})
+        r2, low, high = r2_of(fit)
+        rows.append({"model": name, "terms": len(fit.columns), "r2": r2, "r2_low": low,
+                     "r2_high": high, "r2_adjusted": adjusted})
     frame = pd.DataFrame(rows).set_index("model")
-    with_both = fits["+ baselines and indicators"].table()
-    frame.attrs["slopes"] = pd.DataFrame(
-        {"without": fits["+ indicators"].slopes, "with": with_both["estimate"][list(columns)],
-         "with_low": with_both["low"][list(columns)],
-         "with_high": with_both["high"][list(columns)]}).to_dict()
+    slopes = {}
+    for word, name in (("without", "+ indicators"), ("with", "+ baselines and indicators")):
+        table = fits[name].table().loc[list(columns)]
+        slopes |= {word: table["estimate"], f"{word}_low": table["low"],
+                   f"{word}_high": table["high"]}
+    frame.attrs["slopes"] = pd.DataFrame(slopes).to_dict()
     return frame
+
+
+def baseline_slopes(compared: pd.DataFrame) -> pd.DataFrame:
+    """The indicators' slopes without and with the baselines beside them, each with its interval.
+
+    compared : from `baseline_comparison`. By column: without, without_low, without_high, with,
+    with_low, with_high (log loss per sd; these sources).
+    """
+    return pd.DataFrame(compared.attrs.get("slopes", {}))
 
 
 def sign_flags(first: Fit, second: Fit) -> pd.DataFrame:

@@ -10,6 +10,7 @@ import pandas as pd
 from scipy.stats import chi2
 from scipy.stats import f as fisher
 
+from .intervals import sd_ratio_interval
 from .ols import residualise
 from .runs import DESIGNED, RunsError, Standardisation, pick_arms, share_matrix, standardised
 from .subset_search import NEAR_BEST, SubsetSearch
@@ -48,11 +49,14 @@ def seed_variance(runs: pd.DataFrame, *, level: float = 0.95,
 def lack_of_fit(fit: Fit, seeds: SeedVariance) -> dict[str, float]:
     """F test of the fit's residual variance over the seed variance: is a line enough?
 
-    ratio : residual sd / seed sd; f, df1, df2, p : one-sided.
+    ratio : residual sd / seed sd, with ratio_low and ratio_high (95 %, from F); f, df1, df2,
+    p : one-sided.
     """
-    f = (fit.ols.sigma / seeds.sd) ** 2
-    return {"ratio": float(np.sqrt(f)), "f": f, "df1": fit.ols.df, "df2": seeds.df,
-            "p": float(fisher.sf(f, fit.ols.df, seeds.df))}
+    ratio = float(fit.ols.sigma / seeds.sd)
+    low, high = sd_ratio_interval(ratio, fit.ols.df, seeds.df)
+    return {"ratio": ratio, "ratio_low": low, "ratio_high": high, "f": ratio**2,
+            "df1": fit.ols.df, "df2": seeds.df,
+            "p": float(fisher.sf(ratio**2, fit.ols.df, seeds.df))}
 
 
 def bootstrap_choice(runs: pd.DataFrame, columns: Sequence[str],

@@ -118,8 +118,8 @@ def fit_within(runs: pd.DataFrame, columns: Sequence[str],
 
     runs : `log_loss`, `share_<source>` and the columns, from `runs.assemble`; arms : which runs
     enter (default: the designed ones; fusion runs hold every source, so that they could be in no
-    delete-one-source fit; None takes all). Without `standardisation` the columns are taken as
-    standardised. Errors: RunsError, RankError (set means that can't be told apart).
+    delete-one-source fit; None takes all at equal rows). Without `standardisation` the columns are
+    taken as standardised. Errors: RunsError, RankError (set means that can't be told apart).
     """
     runs = pick_arms(runs, arms)
     shares, sources = share_matrix(runs)

@@ -244,8 +244,8 @@ def test_mean_interval_by_hand():
     assert np.isnan(figure_style.mean_interval([1.0])[1])
 
 
-def test_dose_response_colours_only_what_rises_and_shares_the_clean_runs():
-    figure = figures.dose_response(doses(), seen=["cut_short"])
+def test_dose_response_colours_what_harms_and_shares_the_clean_runs():
+    figure = figures.dose_response(doses(), harms=["repetitive"], seen=["cut_short"])
     found = {ax.get_title(loc="left"): ax for ax in figure.axes}
     rising = to_hex(found["repetitive"].get_lines()[0].get_color())
     assert rising == figure_style.RED

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import statsmodels.api as sm
 from scipy.stats import chi2
+from scipy.stats import f as fisher
 
 from instructmining_core.inference import (
     SeedVariance,
@@ -183,7 +184,11 @@ def test_pilot_band_is_the_plans():
 
 def test_lack_of_fit_sees_a_curve(made, runs):
     seeds = SeedVariance(0.005, 16, 0.004, 0.008)
-    assert lack_of_fit(fit_within(runs, COLUMNS), seeds)["p"] > 0.01
+    plain = lack_of_fit(fit_within(runs, COLUMNS), seeds)
+    assert plain["p"] > 0.01
+    # the lower bound is 1 where the two-sided test is on its edge
+    edge = plain["ratio"] / plain["ratio_low"]
+    assert fisher.sf(edge**2, plain["df1"], plain["df2"]) == pytest.approx(0.025)
     bent = runs.assign(log_loss=runs["log_loss"] + 0.05 * runs["reward"] ** 2)
     assert lack_of_fit(fit_within(bent, COLUMNS), seeds)["p"] < 0.001
 

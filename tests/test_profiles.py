@@ -15,7 +15,7 @@ def test_every_preset_loads_and_names_itself():
 
 def test_laptop_is_the_papers_number_of_runs():
     profile = load_profile("laptop")
-    assert profile.design.runs() == 129
+    assert (profile.design.runs(), profile.design.tokens) == (129 + 24, 24)
     assert profile.finetune.steps(profile.design.size) == 24
 
 

@@ -14,6 +14,7 @@ from instructmining_core.regression import (
     Standardisation,
     assemble,
     baseline_comparison,
+    baseline_slopes,
     fit_paper,
     fit_within,
     holm,
@@ -209,7 +210,9 @@ def test_mundlak_tells_equal_slopes_from_unequal(made):
     other = mundlak(made.runs(W @ [0.1, 0, 0] + B @ [-0.1, 0, 0] + noise), columns, means)
     assert same.p > 0.01 and other.p < 1e-6
     assert other.table.at["len_in", "difference"] == pytest.approx(-0.2, abs=0.03)
-    assert other.table.at["len_in", "within"] == pytest.approx(0.1, abs=0.02)
+    for side, true in (("within", 0.1), ("between", -0.1)):
+        low, middle, high = other.table.loc["len_in", [f"{side}_low", side, f"{side}_high"]]
+        assert low < middle < high and low < true < high
     with pytest.raises(RunsError, match="add sources"):
         mundlak(made.runs(noise), COLUMNS + ("reward", "ppl"), means)
 
@@ -232,7 +235,10 @@ def test_baselines_that_are_the_whole_story_leave_nothing(runs):
     y = 0.1 * vocabulary + rng.normal(0, 0.01, len(runs))
     told = baseline_comparison(runs.assign(log_loss=y, unigram=vocabulary), COLUMNS, ["unigram"])
     assert told.at["+ unigram", "r2"] > 0.95 > told.at["+ indicators", "r2"]
-    slopes = pd.DataFrame(told.attrs["slopes"])
+    slopes = baseline_slopes(told)
+    own = fit_within(runs.assign(log_loss=y), COLUMNS).table()
+    assert slopes["without_low"].tolist() == pytest.approx(own["low"].tolist())
+    assert (told["r2_low"] < told["r2"]).all() and (told["r2"] < told["r2_high"]).all()
     assert abs(slopes.at["reward", "with"]) < 0.01 < abs(slopes.at["reward", "without"])
 
 

@@ -9,6 +9,7 @@ import statsmodels.api as sm
 from scipy import stats
 from test_defects import table
 
+from instructmining_core import findings, truths
 from instructmining_core.embedded import truth
 from instructmining_core.embedded.defects import KINDS
 
@@ -99,15 +100,16 @@ def test_missing_scores_are_counted_not_guessed():
 
 
 def test_rivals_and_their_order():
-    effects = pd.DataFrame({"slope": {"cut_short": 0.3, "repetitive": -0.1}})
+    effects = pd.DataFrame({"slope": {"cut_short": 0.3, "repetitive": 0.1},
+                            "harms": {"cut_short": True, "repetitive": False}})
     scores = SCORES.assign(ppl=1.0, reward=[3, 3, 3, 1, 1, 1, 1.0], compression=1.0)
     rules = truth.rivals(scores, effects=effects, untrained=pd.Series(1.0, index=scores.index))
     assert list(rules) == ["random", "longest", "shortest", "lowest_ppl", "compression", "reward",
                            "untrained_reward", "oracle", "loss_oracle"]
     auc = truth.twin_auc(scores, rules).groupby(["scorer", "kind"])["auc"].mean().unstack()
     assert auc.loc["oracle"].tolist() == [1, 1] and auc.loc["reward"].tolist() == [1, 1]
-    # the loss oracle does not flee from a kind that lowers the loss
-    assert auc.loc["loss_oracle"].tolist() == [1, 0]
+    # the loss oracle does not flee from a kind that was not seen to harm, whatever its slope
+    assert auc.loc["loss_oracle"].tolist() == [1, 0.5]
     assert auc.loc["untrained_reward"].tolist() == [0.5, 0.5]
 
 
@@ -150,3 +152,72 @@ def test_errors():
     with pytest.raises(truth.TruthError, match="dose above 0"):
         truth.dose_effects(runs(0).query("kind == 'clean'"))
     assert set(truth.CLEAN) and truth.CLEAN not in KINDS
+
+
+def test_fitted_and_unseen_rows_stand_apart():
+    auc = truths.apart(SCORES, {"longest": -SCORES["len_out"]}, {"a", "a#x", "c", "c#x", "z#x"})
+    by = auc.set_index(["rows", "kind", "source"])["auc"].to_dict()
+    assert by == {(truths.FITTED, "cut_short", "s"): 1.0, (truths.FITTED, "cut_short", "t"): 0.5,
+                  (truths.UNSEEN, "repetitive", "s"): 0.0}
+
+
+def found_by_length() -> pd.DataFrame:
+    """AUCs on unseen rows: "shortest" is ahead in `repetitive`, behind in `wrong_identifier`."""
+    level = {("rule", "repetitive"): 0.6, ("shortest", "repetitive"): 0.9,
+             ("longest", "repetitive"): 0.1, ("rule", "wrong_identifier"): 0.6,
+             ("shortest", "wrong_identifier"): 0.5, ("longest", "wrong_identifier"): 0.5,
+             ("rule", "cut_short"): 0.9, ("shortest", "cut_short"): 0.0,
+             ("longest", "cut_short"): 1.0}  # fmt: skip
+    rows = [
+        {"scorer": scorer, "kind": kind, "source": source, "pairs": 10, "auc": auc + shift * 0.01,
+         "missing": 0, "seen": kind == "cut_short", "rows": rows}
+        for (scorer, kind), auc in level.items()
+        for rows in (truths.FITTED, truths.UNSEEN)
+        for source, shift in (("a", -1), ("b", 0), ("c", 1 if scorer == "rule" else 0))
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_the_better_end_of_length_is_the_one_to_beat_and_why():
+    effects = pd.DataFrame({"harms": [False, True]}, index=["repetitive", "wrong_identifier"])
+    found = truths.defects_found(found_by_length(), effects)
+    # on unseen kinds: rule 0.6, shortest (0.9 + 0.5) / 2, longest 0.3
+    assert (found["rival"], found["rows"]) == ("shortest", truths.UNSEEN)
+    difference = np.mean([0.6 - 0.7, 0.6 - 0.7, 0.61 - 0.7])
+    assert found["difference"] == pytest.approx(difference)
+    assert found["low"] < difference < found["high"]
+    assert found["why"].startswith("in repetitive the defective row is the longer one in 90 %")
+    # on wrong_identifier alone: 0.6 against 0.5
+    assert "not seen to harm the loss; on the kinds that harm alone the difference is +0.10" in (
+        found["why"])
+    against = truths.rule_against(found_by_length()).set_index("rows", append=True)
+    assert against.loc[("shortest", truths.FITTED), "difference"] == pytest.approx(difference)
+
+
+def test_kinds_that_do_not_harm_are_negative_controls():
+    effects = pd.DataFrame({
+        "slope": [0.2, 0.0], "low": [0.1, -0.1], "high": [0.3, 0.1], "harms": [True, False],
+        "seen": [True, False]}, index=pd.Index(["cut_short", "repetitive"], name="kind"))
+    table = truths.by_kind(found_by_length(), effects)
+    assert table["role"].tolist() == ["harms", "negative control"]
+    assert table.loc["repetitive", "rule"].startswith("0.60 [0.58")
+    said = truths.controls_said(found_by_length(), effects)
+    assert "repetitive (AUC 0.60 [0.58, 0.62]): finds it all the same" in said
+    assert "cut_short" not in said
+
+
+def test_a_win_in_the_clean_pool_is_said_to_be_no_work_of_the_defects():
+    pools = pd.DataFrame({"defects": [0.0], "difference": [-0.005], "low": [-0.007],
+                          "high": [-0.003], "verdict": ["better, and within ±1 %"]})
+    assert "still win (-0.5 % [-0.7, -0.3])" in truths.pools_said(pools)
+    assert "do not win" in truths.pools_said(pools.assign(verdict="within ±1 %"))
+    assert truths.pools_said(pools.assign(defects=0.2)) == "No pool is free of defects."
+
+
+def test_the_control_says_whether_to_believe_the_test():
+    row = {"shuffles": 40, "significant at 5 %": 8, "share significant": 0.2, "low": 0.1,
+           "high": 0.35, "R² of the study": 0.7, "p against the shuffles": 1 / 41}
+    said = findings.control_said(pd.DataFrame([row]))
+    assert said.startswith("8 of 40 shuffles") and "too easily pleased" in said
+    assert "p = 0.024; the smallest that 40 shuffles can give is 0.024" in said
+    assert "keeps its level" in findings.control_said(pd.DataFrame([row | {"low": 0.04}]))

@@ -108,7 +108,8 @@ def rivals(
     untrained : reward of a model that has not been trained, larger is better
     returns : "random", "longest", "shortest", "lowest_ppl", "compression", "reward",
         "untrained_reward", "oracle" (the true label) and "loss_oracle" (the kind's measured
-        slope, 0 for clean rows)
+        slope where that kind `harms`; 0 for clean rows and for kinds that were not seen to harm,
+        so that it knows the loss and not the label)
     """
     signs = {"longest": ("len_out", -1), "shortest": ("len_out", 1), "lowest_ppl": ("ppl", 1),
              "compression": ("compression", 1), "reward": ("reward", -1)}  # fmt: skip
@@ -121,7 +122,8 @@ def rivals(
         found["untrained_reward"] = -untrained
     found["oracle"] = (scores["kind"] != "").astype(float)
     if effects is not None:
-        found["loss_oracle"] = scores["kind"].map(effects["slope"]).fillna(0.0)
+        harm = effects["slope"].where(effects["harms"].astype(bool), 0.0)
+        found["loss_oracle"] = scores["kind"].map(harm).fillna(0.0)
     return found
 
 
