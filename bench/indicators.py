@@ -1,67 +1,68 @@
-"""Indicators against the peers that others use: UniEval, embeddings, neighbours, MTLD, `score`.
+"""Indicators against the peers that others use: UniEval, embeddings, MTLD.
 
 Peers and how each is called:
 - `unieval_vs_file_order`: transformers' T5, one pass over the rows for each of the three questions,
-  in file order, 8 rows a batch, one decoder step, softmax over the whole vocabulary. Same dtype.
-- `embed_vs_default`: `SentenceTransformer(folder).encode(texts)`, nothing else said (float32).
-- `knn_vs_faiss`: `faiss.IndexFlatL2`, `add` and one `search` of all rows for 7 neighbours (the row
-  itself among them) with as many threads; ours leaves the row itself out and finds 6.
+  in file order, 8 rows a batch (UniEval's own default), one decoder step, softmax over the whole
+  vocabulary. Same model object, dtype and prompts; both tokenise as they go.
+- `embed_vs_default`: `SentenceTransformer(folder).encode(texts)`, nothing else said: float32,
+  sorted by characters, 32 a batch. Ours computes in bfloat16 where the processor does.
 - `mtld_vs_lexicalrichness`: `LexicalRichness(text).mtld(threshold=0.72)` text by text.
-- `score_rss_1m`: `instructmining score` as its own process on a JSONL file written for it.
-Both sides run in turn, and the medians are compared.
+Both sides run in turn and the medians are compared; where their values differ the bench fails.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from . import data
+from .pairs import Disagreement, in_turn, largest_difference, row
 
-LIMIT_SCORE_GIB = 2.0  # peak memory of `score` on a million rows
-LIMIT_KNN_GIB = 24.0  # peak memory of neighbours among 1,000,000 x 384
+COSINE = 0.999  # smallest, between our embeddings and the default's
+EXACT, ROUNDED = 1e-5, 0.03  # differences of a UniEval score: float32, the dtype that is timed
+EMBED_GOAL = 2.0  # where the processor computes in bfloat16
 
 
-def unieval_vs_file_order(rows: int = 512, repeats: int = 3) -> list[dict]:
+def unieval_vs_file_order(rows: int = 512, repeats: int = 3, exact_rows: int = 48) -> list[dict]:
     """Three scores a row with a randomly initialised T5 of about 20 M parameters."""
     import torch
 
-    from instructmining_core.indicators import unieval
     from instructmining_core.indicators.text import read
 
     found, origin = data.conversations(rows)
-    model = _random_t5(data.texts(found))
-    conversations = [read(messages) for messages in found]
-    sides = {
-        "ours": lambda: unieval.compute(conversations, model),
-        "theirs": lambda: _unieval_in_file_order(model, conversations),
-    }
+    talks = [read(messages) for messages in found]
+    model, plain = (random_t5(data.texts(found), dtype) for dtype in ("auto", "float32"))
     with torch.inference_mode():
-        seconds, values = in_turn(sides, repeats)
-    names = list(unieval.QUESTIONS)
-    ours = np.stack([values["ours"][name].values for name in names])
-    worst = float(np.nanmax(np.abs(ours - values["theirs"])))
-    return [_row(
+        few = talks[:exact_rows]
+        exact = largest_difference(_unieval(plain, few), unieval_in_file_order(plain, few), EXACT,
+                                   "UniEval scores in float32")
+        sides = {"ours": lambda: _unieval(model, talks),
+                 "theirs": lambda: unieval_in_file_order(model, talks)}
+        seconds, values, repeats = in_turn(sides, repeats)
+    worst = largest_difference(values["ours"], values["theirs"], ROUNDED, "UniEval scores")
+    spread = float(np.nanstd(values["theirs"]))
+    return [row(
         "unieval_vs_file_order",
         "transformers T5, three passes in file order, batches of 8, softmax over the vocabulary",
-        rows / seconds["ours"], rows / seconds["theirs"], "rows/s",
-        data=f"{rows} contiguous rows of {origin}", dtype=str(model.dtype),
-        note=f"largest difference of a score {worst:.1e}",
+        rows / seconds["ours"], rows / seconds["theirs"], "rows/s", on="20m",
+        data=f"{rows} contiguous rows of {origin}", dtype=_both(model.dtype),
+        template="UniEval's three questions", note=f"medians of {repeats} in turn; scores "
+        f"(standard deviation {spread:.3f}) agree to {exact:.0e} in float32, {worst:.0e} as timed",
     )]  # fmt: skip
+
+
+def _unieval(model, talks) -> np.ndarray:
+    from instructmining_core.indicators import unieval
+
+    found = unieval.compute(talks, model)
+    return np.stack([found[name].values for name in unieval.QUESTIONS])
 
 
 def embed_vs_default(rows: int = 1024, repeats: int = 3) -> list[dict]:
     """Sentence embeddings with the real MiniLM."""
+    import torch
+
     from instructmining_core.indicators import encoder
     from instructmining_core.indicators.text import read
     from instructmining_core.profiles import ModelRef
@@ -73,24 +74,24 @@ def embed_vs_default(rows: int = 1024, repeats: int = 3) -> list[dict]:
         "ours": lambda: encoder.embed(model, texts),
         "theirs": lambda: model.model.encode(texts),
     }
-    seconds, values = in_turn(sides, repeats)
+    seconds, values, repeats = in_turn(sides, repeats)
     theirs = values["theirs"] / np.linalg.norm(values["theirs"], axis=1, keepdims=True)
-    cosine = (values["ours"] * theirs).sum(1)
-    return [_row(
-        "embed_vs_default", "SentenceTransformer.encode, called by default (float32)",
-        rows / seconds["ours"], rows / seconds["theirs"], "rows/s",
-        data=f"{rows} contiguous rows of {origin}", dtype=str(model.dtype),
-        note=f"smallest cosine {cosine.min():.5f}",
+    smallest = float((values["ours"] * theirs).sum(1).min())
+    if not smallest >= COSINE:
+        raise Disagreement(f"a cosine to the default's embedding is {smallest:.5f} < {COSINE}")
+    half = model.dtype == torch.bfloat16
+    return [row(
+        "embed_vs_default", "`SentenceTransformer(folder).encode(texts)`, nothing else said",
+        rows / seconds["ours"], rows / seconds["theirs"], "rows/s", on="MiniLM-L6",
+        data=f"{rows} contiguous rows of {origin}", dtype="bfloat16 autocast against float32"
+        if half else "float32, both", template="messages, one a line",
+        goal=EMBED_GOAL if half else None,
+        note=f"medians of {repeats} in turn; smallest cosine {smallest:.5f}"
+        + ("" if half else "; this processor has no bfloat16, so there is no goal"),
     )]  # fmt: skip
 
 
-def knn_vs_faiss(sizes: tuple[int, ...] = (20_000, 52_000), repeats: int = 3) -> list[dict]:
-    """All rows against all rows; then the memory of a million, on its first rows."""
-    rows = [_knn_once(size, repeats) for size in sizes]
-    return [*rows, _knn_once(100_000, 1), _knn_memory()]
-
-
-def mtld_vs_lexicalrichness(rows: int = 5000, repeats: int = 3) -> list[dict]:
+def mtld_vs_lexicalrichness(rows: int = 5000, repeats: int = 5) -> list[dict]:
     """MTLD of the responses of contiguous rows."""
     from lexicalrichness import LexicalRichness
 
@@ -103,51 +104,19 @@ def mtld_vs_lexicalrichness(rows: int = 5000, repeats: int = 3) -> list[dict]:
         "ours": lambda: [mtld(words(text)) for text in texts],
         "theirs": lambda: [LexicalRichness(text).mtld(threshold=0.72) for text in texts],
     }
-    seconds, values = in_turn(sides, repeats)
-    equal = sum(a == b for a, b in zip(values["ours"], values["theirs"], strict=True))
-    return [_row(
-        "mtld_vs_lexicalrichness", "LexicalRichness(text).mtld(threshold=0.72)",
+    seconds, values, repeats = in_turn(sides, repeats)
+    worst = largest_difference(values["ours"], values["theirs"], 1e-9, "MTLD values")
+    return [row(
+        "mtld_vs_lexicalrichness", "`LexicalRichness(text).mtld(threshold=0.72)`, text by text",
         len(texts) / seconds["ours"], len(texts) / seconds["theirs"], "texts/s",
-        data=f"responses of {rows} contiguous rows of {origin}",
-        note=f"{equal} of {len(texts)} values equal",
+        data=f"responses of {rows} contiguous rows of {origin}, {rows - len(texts)} without a word "
+        "left out (the peer raises)",
+        note=f"medians of {repeats} in turn; {len(texts)} values, largest difference {worst:.0e}",
     )]  # fmt: skip
 
 
-def score_rss_1m(sizes: tuple[int, ...] = (1000, 10_000, 100_000, 1_000_000)) -> list[dict]:
-    """Peak memory and time of the command on growing files, model-free indicators."""
-    found, origin = data.conversations(20_000)
-    taken = []
-    with tempfile.TemporaryDirectory() as folder:
-        for size in sizes:
-            source = Path(folder) / f"{size}.jsonl"
-            _write_rows(source, found, size)
-            taken.append(_measured_score(source, Path(folder) / "scores.parquet"))
-            source.unlink()
-    seconds = {str(n): round(t, 1) for n, (t, _) in zip(sizes, taken, strict=True)}
-    peak = max(gib for _, gib in taken)
-    slope = (taken[-1][0] / taken[-2][0]) / (sizes[-1] / sizes[-2])
-    about = {"data": f"{sizes[-1]:,} rows of {origin} in a circle", "seconds_by_rows": seconds}
-    return [
-        _limit("score_rss_1m", f"limit {LIMIT_SCORE_GIB} GiB", peak, LIMIT_SCORE_GIB, **about),
-        {"bench": "score_linear", "peer": "time in proportion to rows, last tenfold step",
-         "ours": round(slope, 3), "theirs": 1.0, "ratio": round(1 / slope, 2),
-         "unit": "time ratio / row ratio", **about},
-    ]  # fmt: skip
-
-
-def in_turn(sides: dict[str, Callable], repeats: int) -> tuple[dict[str, float], dict]:
-    """Median seconds of each side, run one after the other `repeats` times, and its last value."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    values = {}
-    for _ in range(repeats):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            values[name] = side()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}, values
-
-
-def _random_t5(texts: list[str]):
+def random_t5(texts: list[str], dtype: str = "auto", width: int = 384, layers: int = 6):
+    """An evaluator with random weights, of about 20 M parameters as it is called here."""
     import torch
     from tokenizers import processors
     from transformers import T5Config, T5ForConditionalGeneration
@@ -163,16 +132,17 @@ def _random_t5(texts: list[str]):
     )
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=384, d_kv=64, d_ff=1024, num_layers=6, num_heads=6,
-        decoder_start_token_id=0, pad_token_id=0, eos_token_id=closing[1],
+        vocab_size=len(tokenizer), d_model=width, d_kv=64, d_ff=1024, num_layers=layers,
+        num_heads=6, decoder_start_token_id=0, pad_token_id=0, eos_token_id=closing[1],
     )
-    dtype = hub.pick_dtype("auto", "cpu")
-    model = T5ForConditionalGeneration(config).to(dtype).eval()
+    chosen = hub.pick_dtype(dtype, "cpu")
+    model = T5ForConditionalGeneration(config).to(chosen).eval()
     resolved = hub.Resolved("random-t5", "seed 0", None, True, None)
-    return Opened(model, tokenizer, resolved, "cpu", dtype, MAX_TOKENS)
+    return Opened(model, tokenizer, resolved, "cpu", chosen, MAX_TOKENS)
 
 
-def _unieval_in_file_order(model, conversations) -> np.ndarray:
+def unieval_in_file_order(model, conversations) -> np.ndarray:
+    """The scores, shape (questions, rows), as the peer computes them."""
     import torch
 
     from instructmining_core.indicators import unieval
@@ -181,7 +151,7 @@ def _unieval_in_file_order(model, conversations) -> np.ndarray:
     yes, no = unieval.answer_ids(model.tokenizer)
     turns = [turn for turn in each_turn(conversations)]
     scores = np.full((len(unieval.QUESTIONS), len(turns)), np.nan)
-    for row, name in enumerate(unieval.QUESTIONS):
+    for number, name in enumerate(unieval.QUESTIONS):
         for start in range(0, len(turns), 8):
             part = turns[start : start + 8]
             texts = [unieval.prompt(name, turn) for turn in part]
@@ -195,103 +165,18 @@ def _unieval_in_file_order(model, conversations) -> np.ndarray:
             ).logits[:, 0]  # fmt: skip
             shares = logits.float().softmax(-1)
             share = shares[:, yes] / (shares[:, yes] + shares[:, no])
-            scores[row, start : start + len(part)] = share.numpy()
+            scores[number, start : start + len(part)] = share.numpy()
     empty = [i for i, turn in enumerate(turns) if not turn.response]
     scores[:, empty] = np.nan
     return scores
 
 
-def _unit_rows(count: int) -> np.ndarray:
-    rows = np.random.default_rng(0).standard_normal((count, 384), dtype=np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def _knn_once(size: int, repeats: int) -> dict:
-    import faiss
-    import torch
-
-    from instructmining_core.indicators.neighbours import nearest
-
-    rows, own = _unit_rows(size), np.arange(size)
-    faiss.omp_set_num_threads(torch.get_num_threads())
-
-    def flat() -> np.ndarray:
-        index = faiss.IndexFlatL2(rows.shape[1])
-        index.add(rows)
-        return index.search(rows, 7)[0]
-
-    seconds, values = in_turn(
-        {"ours": lambda: nearest(rows, rows, 6, own)[0], "theirs": flat}, repeats
-    )
-    theirs = np.sqrt(np.maximum(values["theirs"], 0))[:, 1:]
-    worst = float(np.abs(values["ours"] - theirs).max())
-    return _row(
-        "knn_vs_faiss", f"faiss {faiss.__version__} IndexFlatL2, {size:,} x 384",
-        size / seconds["ours"], size / seconds["theirs"], "rows/s",
-        data="random unit rows", note=f"largest difference of a distance {worst:.1e}",
-    )  # fmt: skip
-
-
-def _knn_memory() -> dict:
-    code = (
-        "import resource, numpy as np;"
-        "from bench.indicators import _unit_rows;"
-        "from instructmining_core.indicators.neighbours import nearest;"
-        "rows = _unit_rows(1_000_000);"
-        "nearest(rows[:4096], rows, 6, np.arange(4096));"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        cwd=Path(__file__).resolve().parent.parent,
-    )  # fmt: skip
-    peak = int(done.stdout) / 2**20
-    return _limit(
-        "knn_memory_1m", f"limit {LIMIT_KNN_GIB} GiB", peak, LIMIT_KNN_GIB,
-        data="first 4,096 rows of 1,000,000 x 384; later ones take the same memory",
-    )
-
-
-def _write_rows(path: Path, found: list[list[dict]], size: int) -> None:
-    with path.open("w", encoding="utf-8") as stream:
-        for messages in itertools.islice(itertools.cycle(found), size):
-            record = {"instruction": messages[0]["content"], "output": messages[-1]["content"]}
-            stream.write(json.dumps(record) + "\n")
-
-
-def _measured_score(source: Path, target: Path) -> tuple[float, float]:
-    """Seconds and peak GiB of `instructmining score` as a process."""
-    command = [sys.executable, "-m", "instructmining_core.cli", "score", str(source)]
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [*command, "-o", str(target)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    said = process.stderr.read().decode(errors="replace")
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"`instructmining score` ended with {process.returncode}: {said[-800:]}")
-    return time.perf_counter() - start, usage.ru_maxrss / 2**20
-
-
-def _row(bench: str, peer: str, ours: float, theirs: float, unit: str, **more) -> dict:
-    return {
-        "bench": bench, "peer": peer, "ours": round(ours, 1), "theirs": round(theirs, 1),
-        "ratio": round(ours / theirs, 2), "unit": unit, **more,
-    }  # fmt: skip
-
-
-def _limit(bench: str, peer: str, ours: float, limit: float, **more) -> dict:
-    return {
-        "bench": bench, "peer": peer, "ours": round(ours, 3), "theirs": limit,
-        "ratio": round(limit / ours, 2), "unit": "GiB", **more,
-    }  # fmt: skip
+def _both(dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}, both"
 
 
 BENCHES: dict[str, Callable[[], list[dict]]] = {
     "unieval_vs_file_order": unieval_vs_file_order,
     "embed_vs_default": embed_vs_default,
-    "knn_vs_faiss": knn_vs_faiss,
     "mtld_vs_lexicalrichness": mtld_vs_lexicalrichness,
-    "score_rss_1m": score_rss_1m,
 }

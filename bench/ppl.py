@@ -1,184 +1,173 @@
-"""Perplexity: `lm.response_nll` against the two ways it is done elsewhere, tokenising included.
+"""Perplexity: `perplexity.compute`, as it ships, against the two ways it is done elsewhere.
 
-Peers, both plain transformers in the same dtype and with the same template and token ids:
-- `file order, 32`: batches of 32 in file order, tokenised and right-padded batch by batch, one
-  forward with full logits, float32 cross-entropy over all positions with the prompt ignored.
+Peers, both plain transformers with the same model object, dtype, template and token ids, and both
+tokenising as they go, as ours does:
+- `file order, 32`: batches of 32 in file order, right-padded batch by batch, one forward with full
+  logits, float32 cross-entropy over all positions with the prompt (and the closing eos) ignored.
 - `one row per call`: the same with one row (no padding, no mask), as most public scorers do.
-Models are randomly initialised LLaMAs: the time does not depend on the weights' values.
+All three run in turn in each repetition. They must agree: in float32 on some rows to 1e-4 relative,
+where nothing but an error can part them, and on all rows in the dtype that is timed to 5 %, the
+rounding of two orders of sums in bfloat16. Models are randomly initialised LLaMAs: the time does
+not depend on the weights' values.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import numpy as np
 
 from . import data
+from .models import build_lm, told
+from .pairs import in_turn, largest_difference, limit_row, row
 
 LIMIT_PADDING = 1.05  # padded tokens per real token
-MAX_TOKENS = 512  # of a row, as both sides cut it
-SHAPES = {  # name -> vocabulary, hidden size, MLP size, layers, heads
-    "1m": (4096, 96, 256, 5, 4),
-    "15m": (8192, 320, 864, 9, 5),
-    "60m": (16384, 576, 1536, 12, 9),
-}
-
-
-def build_lm(size: str, texts: list[str], dtype: str = "auto"):
-    """A randomly initialised LLaMA of about `size` parameters with a BPE tokenizer of `texts`."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from instructmining_core import hub
-    from instructmining_core.lm import LM
-
-    vocabulary, hidden, mlp, layers, heads = SHAPES[size]
-    tokenizer = data.train_tokenizer(texts, vocabulary)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=mlp,
-        num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=2048,
-        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )
-    chosen = hub.pick_dtype(dtype, "cpu")
-    model = LlamaForCausalLM(config).to(chosen).eval()
-    return LM(model, tokenizer, hub.Resolved(f"random-{size}", "seed 0", None, True, None), "cpu",
-              chosen)
+EXACT, ROUNDED = 1e-4, 0.05  # relative differences: float32, the dtype that is timed
+REPEATS = 3  # fewer where one takes long (`pairs.ENOUGH`)
+WAYS = {"ppl_vs_file_order": 32, "ppl_vs_row": 1}  # bench -> rows of a call
 
 
 def ours(lm, conversations) -> np.ndarray:
-    """Mean negative log-likelihood of each response, in nats per token."""
-    from instructmining_core.lm import response_nll
-    from instructmining_core.templates import encode_many
+    """Perplexity of each response."""
+    from instructmining_core.indicators import perplexity
 
-    frame = response_nll(lm, encode_many(lm.tokenizer, conversations, max_tokens=MAX_TOKENS))
-    return (frame["nll"] / frame["tokens"]).to_numpy()
+    return perplexity.compute(conversations, lm)["ppl"].values
 
 
 def theirs(lm, conversations, rows_a_call: int) -> np.ndarray:
-    """The same numbers, by batches in file order with full logits."""
+    """The same numbers, by batches in file order with full logits; NaN without a response."""
     import torch
 
-    from instructmining_core.templates import encode_many
+    from instructmining_core.indicators.perplexity import encode_turns
+    from instructmining_core.indicators.text import each_turn
 
-    found = []
+    turns, found = list(each_turn(conversations)), []
     with torch.inference_mode():
-        for start in range(0, len(conversations), rows_a_call):
-            part = conversations[start : start + rows_a_call]
-            encoded = encode_many(lm.tokenizer, part, max_tokens=MAX_TOKENS)
-            found += _full_logits(lm.model, encoded)
-    return np.array(found)
+        for start in range(0, len(turns), rows_a_call):
+            encoded = encode_turns(turns[start : start + rows_a_call], lm)
+            found += _full_logits(lm, encoded)
+    return np.exp(np.array(found))
 
 
-def _full_logits(model, encoded) -> list[float]:
+def _full_logits(lm, encoded) -> list[float]:
     import torch
 
     width = max(len(e.ids) for e in encoded)
     ids = torch.zeros(len(encoded), width, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for i, row in enumerate(encoded):
-        n = len(row.ids)
-        ids[i, :n], mask[i, :n] = torch.tensor(row.ids), 1
-        labels[i, :n] = torch.where(torch.tensor(row.targets), ids[i, :n], -100)
+    for i, one in enumerate(encoded):
+        n, row_ids = len(one.ids), torch.tensor(one.ids)
+        ids[i, :n], mask[i, :n] = row_ids, 1
+        wanted = torch.tensor(one.targets) & (row_ids != lm.tokenizer.eos_token_id)
+        labels[i, :n] = torch.where(wanted, row_ids, -100)
     padded = {"attention_mask": mask} if len(encoded) > 1 else {}
-    logits = model(input_ids=ids, use_cache=False, **padded).logits[:, :-1].float()
+    logits = lm.model(input_ids=ids, use_cache=False, **padded).logits[:, :-1].float()
     nll = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="none"
     ).view(len(encoded), -1)
     return (nll.sum(1) / (labels[:, 1:] != -100).sum(1)).tolist()
 
 
-def versus(lm, conversations, rows_a_call: int, repeats: int) -> dict[str, float]:
-    """Rows a second of both, medians of alternating repetitions, and their largest difference."""
-    sides: dict[str, Callable] = {
-        "ours": lambda: ours(lm, conversations),
-        "theirs": lambda: theirs(lm, conversations, rows_a_call),
-    }
-    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-    values = {}
-    ours(lm, conversations[:64])
-    for _ in range(repeats):
-        for side, run_side in sides.items():
-            start = time.perf_counter()
-            values[side] = run_side()
-            seconds[side].append(time.perf_counter() - start)
-    worst = float(np.nanmax(np.abs(values["ours"] - values["theirs"])))
-    if not worst < 0.05:
-        raise RuntimeError(f"The two sides differ by {worst} nats per token: not the same thing.")
-    rate = {side: len(conversations) / statistics.median(s) for side, s in seconds.items()}
-    return {**rate, "difference": worst}
+def compared(size: str, rows: int, repeats: int, exact_rows: int = 64) -> dict:
+    """Seconds of the three ways, and the largest relative differences of their perplexities.
+
+    Raises Disagreement where they differ by more than rounding.
+    """
+    from instructmining_core.indicators.text import read
+
+    found, origin = data.conversations(rows)
+    talks = [read(messages) for messages in found]
+    lm = build_lm(size, data.texts(found))
+    plain, few = build_lm(size, data.texts(found), dtype="float32"), talks[:exact_rows]
+    exact = max(_apart(ours(plain, few), theirs(plain, few, n), EXACT) for n in WAYS.values())
+    sides: dict[str, Callable] = {"ours": lambda: ours(lm, talks)}
+    for bench, rows_a_call in WAYS.items():
+        sides[bench] = lambda n=rows_a_call: theirs(lm, talks, n)
+    seconds, values, repeats = in_turn(sides, repeats)
+    apart = {bench: _apart(values["ours"], values[bench], ROUNDED) for bench in WAYS}
+    return {"lm": lm, "seconds": seconds, "apart": apart, "exact": exact, "rows": len(talks),
+            "origin": origin, "repeats": repeats}
 
 
-def _compare(bench: str, size: str, rows: int, rows_a_call: int, repeats: int) -> dict:
-    conversations, origin = data.conversations(rows)
-    lm = build_lm(size, data.texts(conversations))
-    found = versus(lm, conversations, rows_a_call, repeats)
-    count = sum(p.numel() for p in lm.model.parameters())
-    way = f"batches of {rows_a_call} in file order" if rows_a_call > 1 else "one row per call"
-    return {
-        "bench": bench,
-        "peer": f"transformers, {way}, full logits; LLaMA {count / 1e6:.1f} M, {lm.dtype}",
-        "ours": round(found["ours"], 1),
-        "theirs": round(found["theirs"], 1),
-        "ratio": round(found["ours"] / found["theirs"], 2),
-        "unit": "rows/s",
-        "data": f"{len(conversations)} contiguous rows of {origin}, template plain-1",
-        "note": f"largest difference {found['difference']:.1e} nats per token",
-    }
+def _apart(one: np.ndarray, other: np.ndarray, limit: float) -> float:
+    """The largest relative difference, by logarithms."""
+    return largest_difference(np.log(one), np.log(other), limit, "logarithms of perplexities")
 
 
-def file_order() -> list[dict]:
-    """`ppl_vs_file_order` at about 1 and 15 M parameters."""
-    return [_compare("ppl_vs_file_order", "1m", 2048, 32, 3),
-            _compare("ppl_vs_file_order", "15m", 2048, 32, 3)]
+def both_ways(size: str, rows: int, repeats: int, ending: str = "") -> list[dict]:
+    """The rows of `ppl_vs_file_order` and `ppl_vs_row` (with `ending`) of one model."""
+    from instructmining_core.templates import TEMPLATE_VERSION
+
+    found = compared(size, rows, repeats)
+    rate = {side: found["rows"] / seconds for side, seconds in found["seconds"].items()}
+    made = []
+    for bench, rows_a_call in WAYS.items():
+        way = f"batches of {rows_a_call} in file order" if rows_a_call > 1 else "one row per call"
+        made.append(row(
+            bench + ending, f"transformers `model(...)`, {way}, full logits, tokenised as it goes",
+            rate["ours"], rate[bench], "rows/s", on=size, dtype=_name(found["lm"].dtype),
+            data=f"{found['rows']} contiguous rows of {found['origin']}",
+            template=TEMPLATE_VERSION,
+            note=f"{told(found['lm'])}; medians of {found['repeats']} in turn; perplexities agree "
+                 f"to {found['exact']:.1e} relative in float32, {found['apart'][bench]:.1e} as timed",
+        ))  # fmt: skip
+    return made
 
 
-def one_row() -> list[dict]:
-    """`ppl_vs_row` at about 1 and 15 M parameters."""
-    return [_compare("ppl_vs_row", "1m", 2048, 1, 3), _compare("ppl_vs_row", "15m", 2048, 1, 3)]
+def small() -> list[dict]:
+    """`ppl_vs_file_order` and `ppl_vs_row` at about 1 and 15 M parameters."""
+    return [*both_ways("1m", 2048, REPEATS), *both_ways("15m", 2048, REPEATS)]
 
 
-def file_order_60m() -> list[dict]:
-    """`ppl_vs_file_order_60m`, on 256 rows."""
-    return [_compare("ppl_vs_file_order_60m", "60m", 256, 32, 3)]
+def medium() -> list[dict]:
+    """The same at about 60 M, on 256 rows."""
+    return both_ways("60m", 256, REPEATS, "_60m")
 
 
-def one_row_60m() -> list[dict]:
-    """`ppl_vs_row_60m`, on 256 rows."""
-    return [_compare("ppl_vs_row_60m", "60m", 256, 1, 3)]
+def padding(rows: int = 2048) -> list[dict]:
+    """`ppl_padding`: tokens that our batches put through the model, per real token."""
+    from instructmining_core.batching import padded_share
+    from instructmining_core.indicators.perplexity import encode_turns
+    from instructmining_core.indicators.text import each_turn, read
+    from instructmining_core.templates import TEMPLATE_VERSION
+
+    found, origin = data.conversations(rows)
+    talks = [read(messages) for messages in found]
+    lm = build_lm("1m", data.texts(found))
+    lengths = [len(e) for e in encode_turns(list(each_turn(talks)), lm)]
+    through = _tokens_through(lm, lambda: ours(lm, talks))
+    parts = np.array_split(np.arange(len(lengths)), max(1, len(lengths) // 32))
+    return [limit_row(
+        "ppl_padding", f"limit {LIMIT_PADDING}; batches of 32 in file order take "
+        f"{padded_share(lengths, parts):.2f}",
+        through / sum(lengths), LIMIT_PADDING, "padded tokens per real token", on="1m",
+        dtype=_name(lm.dtype), data=f"{len(talks)} contiguous rows of {origin}",
+        template=TEMPLATE_VERSION, note="counted at the model's embedding layer",
+    )]  # fmt: skip
 
 
-def padding() -> list[dict]:
-    """`ppl_padding`: padded tokens per real token of our batches, against the limit."""
-    from instructmining_core.batching import padded_share, token_budget_batches
-    from instructmining_core.lm import BATCH_TOKENS
-    from instructmining_core.templates import encode_many
+def _tokens_through(lm, call: Callable) -> int:
+    """Tokens, padding included, that reach the embedding layer during the call."""
+    assert lm.head  # asked before the count: finding it out runs the model too
+    counted: list[int] = []
+    hook = lm.model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, inputs: counted.append(inputs[0].numel())
+    )
+    try:
+        call()
+    finally:
+        hook.remove()
+    return sum(counted)
 
-    conversations, origin = data.conversations(2048)
-    tokenizer = data.train_tokenizer(data.texts(conversations), 8192)
-    encoded = encode_many(tokenizer, conversations, max_tokens=MAX_TOKENS)
-    lengths = [len(e.ids) for e in encoded]
-    share = padded_share(lengths, token_budget_batches(lengths, BATCH_TOKENS["cpu"]))
-    in_order = padded_share(lengths, np.array_split(np.arange(len(lengths)), len(lengths) // 32))
-    return [{
-        "bench": "ppl_padding", "peer": f"limit (file order, 32 rows: {in_order:.2f})",
-        "ours": round(share, 4), "theirs": LIMIT_PADDING,
-        "ratio": round(LIMIT_PADDING / share, 3), "unit": "padded tokens per real token",
-        "data": f"{len(conversations)} contiguous rows of {origin}, template plain-1",
-    }]
+
+def _name(dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}, both"
 
 
 BENCHES: dict[str, Callable[[], list[dict]]] = {
-    "ppl_vs_file_order": file_order,
-    "ppl_vs_row": one_row,
-    "ppl_vs_file_order_60m": file_order_60m,
-    "ppl_vs_row_60m": one_row_60m,
+    "ppl_vs_file_order": small,
+    "ppl_vs_row": small,
+    "ppl_vs_file_order_60m": medium,
+    "ppl_vs_row_60m": medium,
     "ppl_padding": padding,
 }
-
-
-def run() -> list[dict]:
-    """All rows of this file."""
-    return [row for bench in BENCHES.values() for row in bench()]

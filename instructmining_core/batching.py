@@ -12,6 +12,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+_OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "defaultcpuallo",
+    "cublas_status_alloc_failed", "cudnn_status_alloc_failed",  # a library found no workspace
+)  # fmt: skip
 _WASTE = 32  # a batch ends where its padding would pass this part of the budget
 
 
@@ -24,6 +28,21 @@ class Failed:
     """Stands in the results of `map_batches` for a row that does not fit into memory alone."""
 
     reason: str
+
+
+class TokenMeter:
+    """Counts the real tokens that models have read; given as `progress` it stands in for a bar.
+
+    told : called with the tokens of each finished batch
+
+    It is false, so that code which only knows on and off draws no bar of its own.
+    """
+
+    def __init__(self, told: Callable[[int], None]) -> None:
+        self.told = told
+
+    def __bool__(self) -> bool:
+        return False
 
 
 def token_budget_batches(
@@ -90,11 +109,12 @@ def map_batches(
     fn: Callable[[np.ndarray], Sequence[Any]],
     lengths: Sequence[int] | np.ndarray,
     max_tokens: int,
-    progress: bool = False,
+    progress: bool | TokenMeter = False,
     desc: str = "",
     *,
     max_rows: int | None = None,
     on_batch: Callable[[np.ndarray, Sequence[Any]], None] | None = None,
+    on_halved: Callable[[int], None] | None = None,
 ) -> list[Any]:
     """Call `fn` on batches of row numbers; the results in the rows' own order.
 
@@ -102,7 +122,9 @@ def map_batches(
     lengths, max_tokens, max_rows : as in `token_budget_batches`.
     on_batch : called with the row numbers and results of each finished batch, so that a score bank
         can store them; what it raises is raised here.
-    progress : a bar in tokens, with tokens a second and time left.
+    on_halved : called with the new budget whenever memory ran out, so that the next call can start
+        there.
+    progress : a bar in tokens, with tokens a second and time left; or a meter that is told of them.
 
     When memory runs out (GPU or CPU) the batch is cut in two and every later one keeps to the
     smaller size. A row that does not fit alone gives `Failed(reason)`; the others go on.
@@ -118,7 +140,10 @@ def map_batches(
             batch = waiting.pop()
             done, reason = _attempt(fn, batch)
             if reason and len(batch) > 1:
-                waiting = _halved(lengths, batch, waiting, max_rows)
+                budget = max(1, len(batch) * int(lengths[batch].max()) // 2)
+                waiting = _again(lengths, [batch, *waiting[::-1]], budget, max_rows)
+                if on_halved is not None:
+                    on_halved(budget)
                 continue
             if reason:
                 done = [Failed(f"out of memory on one row of {lengths[batch[0]]} tokens: {reason}")]
@@ -128,7 +153,10 @@ def map_batches(
                 results[row] = result
             if on_batch is not None:
                 on_batch(batch, done)
-            bar.update(int(lengths[batch].sum()))
+            tokens = int(lengths[batch].sum())
+            bar.update(tokens)
+            if isinstance(progress, TokenMeter):
+                progress.told(tokens)
     return results
 
 
@@ -136,8 +164,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out: on a GPU, or the CPU's allocator."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and ("out of memory" in text or "can't allocate memory" in text or "defaultcpuallo" in text)
+        isinstance(error, RuntimeError) and any(sign in text for sign in _OUT_OF_MEMORY)
     )
 
 
@@ -153,10 +180,9 @@ def _attempt(fn: Callable, batch: np.ndarray) -> tuple[Sequence[Any] | None, str
     return None, reason
 
 
-def _halved(lengths, batch, waiting, max_rows) -> list[np.ndarray]:
-    """The failed batch and those after it, again, at half the failed batch's padded size."""
-    rows = np.concatenate([batch, *waiting[::-1]])
-    budget = max(1, len(batch) * int(lengths[batch].max()) // 2)
+def _again(lengths, batches, budget: int, max_rows) -> list[np.ndarray]:
+    """The failed batch and those after it in smaller batches, the last one first."""
+    rows = np.concatenate(batches)
     return [rows[b] for b in token_budget_batches(lengths[rows], budget, max_rows)][::-1]
 
 

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import heapq
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from instructmining_core import paths
-from instructmining_core.cli_models import asked_models, opened_study, standin_folder
+from instructmining_core.cli_models import asked_models, standin_folder
+from instructmining_core.cli_reference import set_reference
 from instructmining_core.indicators import Indicator
 from instructmining_core.readers import count_records
-from instructmining_core.records import Problem, RecordError, iter_records, row_hash
+from instructmining_core.records import Problem, RecordError, iter_records
 from instructmining_core.score_files import ScoreWriter
 from instructmining_core.scoring import Scorer
+from instructmining_core.scoring_progress import Progress
 
 LONG_JOB = 60  # seconds above which the estimate is told before the start
 SHOWN = 20  # problems printed; the file beside the table lists all
-REFERENCE_SEED = 0
 
 
 def score(args: argparse.Namespace) -> None:
@@ -39,14 +39,17 @@ def score(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out}: a score table is Parquet; name it with .parquet")
     with tempfile.TemporaryDirectory() as folder:
         piped = _spooled(Path(folder)) if "-" in args.files else None
-        scorer = make_scorer(args)
+        scorer = make_scorer(args, piped)
         tables = _Tables(args, piped)
         tally = _run(args, scorer, tables)
     _report(args, tally, tables.problems)
 
 
-def make_scorer(args: argparse.Namespace) -> Scorer:
-    """The scorer that the options ask for, stand-ins built where they are allowed."""
+def make_scorer(args: argparse.Namespace, piped: Path | None = None) -> Scorer:
+    """The scorer that the options ask for, stand-ins built where they are allowed.
+
+    piped : standard input as a file, where it is among the scored files
+    """
     names = args.indicators.split(",") if args.indicators else None
     roles = asked_models(args.profile, args.models)
     wanted = Scorer(roles, indicators=names).indicators
@@ -55,69 +58,12 @@ def make_scorer(args: argparse.Namespace) -> Scorer:
     bank = args.bank or (paths.cache() / "bank" if _with_models(wanted) else None)
     scorer = Scorer(roles, indicators=names, bank=bank, standins=standins)
     if any(i.pool_relative for i in scorer.indicators):
-        _set_reference(args, scorer)
+        set_reference(args, scorer, piped)
     return scorer
 
 
 def _with_models(indicators: Sequence[Indicator]) -> bool:
     return any(one.role and not one.role_optional for one in indicators)
-
-
-def _set_reference(args: argparse.Namespace, scorer: Scorer) -> None:
-    from instructmining_core.indicators.reference import REFERENCE_ROWS, Reference
-
-    if args.reference:
-        scorer.reference = Reference.read(Path(args.reference))
-        return
-    show = not args.quiet
-    if args.profile:
-        study = opened_study(args.profile)
-        rows, seed = study.data.candidates, study.profile.data.seed
-        size = min(study.profile.models.reference_rows, len(rows))
-        reference = scorer.make_reference(rows, size=size, seed=seed, progress=show)
-    else:
-        if "-" in args.files:
-            raise RecordError(
-                "knn_6 of standard input needs --reference or --profile: the pool "
-                "is read once to draw its reference, and a pipe can't be read twice"
-            )
-        rows = _bottom_rows(args, REFERENCE_ROWS)
-        reference = scorer.make_reference(rows, seed=REFERENCE_SEED, progress=show)
-    kept = Path(f"{args.out}.reference.npz")
-    reference.save(kept)
-    _say(
-        f"knn_6 is measured against {len(reference.row_hashes)} rows, kept in {kept}; score other "
-        f"data with --reference {kept}"
-    )
-
-
-def _bottom_rows(args: argparse.Namespace, size: int) -> pd.DataFrame:
-    """A sample of distinct rows in one pass: those of the lowest hashes, whatever their order."""
-    heap: list[tuple[int, str, list]] = []
-    inside: set[str] = set()
-    for name in args.files:
-        for table, _ in iter_records(
-            name,
-            on_error="collect",
-            paths=args.paths,
-            revision=args.revision,
-            chunk_rows=args.chunk_rows,
-        ):
-            for messages in table["messages"]:
-                own = row_hash(messages)
-                if own in inside:
-                    continue
-                salted = hashlib.sha256(f"{REFERENCE_SEED} {own}".encode()).digest()
-                entry = (-int.from_bytes(salted[:8]), own, messages)
-                inside.add(own)
-                gone = (
-                    heapq.heappushpop(heap, entry)
-                    if len(heap) == size
-                    else heapq.heappush(heap, entry)
-                )
-                if gone:
-                    inside.discard(gone[1])
-    return pd.DataFrame({"messages": [messages for *_, messages in heap]})
 
 
 class _Tables:
@@ -155,14 +101,16 @@ def _spooled(folder: Path) -> Path:
 
 def _run(args: argparse.Namespace, scorer: Scorer, tables: _Tables) -> dict[str, list]:
     tally: dict[str, list] = {}
-    with_models = _with_models(scorer.indicators)
-    bar = tqdm(total=tables.total, unit="row", desc="score", disable=args.quiet, unit_scale=True)
-    with ScoreWriter(args.out) as writer, bar:
-        start = time.perf_counter()
+    start = time.perf_counter()
+    with ScoreWriter(args.out) as writer, ExitStack() as shown:
         for number, table in enumerate(tables):
             if number == 0:
-                _estimate(scorer, table, tables.total, time.perf_counter() - start, bar)
-            frame = scorer.score(table, progress=with_models and not args.quiet)
+                reading = time.perf_counter() - start
+                seconds = _estimate(scorer, table, tables.total, reading)
+                bar = shown.enter_context(Progress(
+                    scorer.indicators, tables.total, seconds=seconds, show=not args.quiet
+                ))  # fmt: skip
+            frame = scorer.score(table, progress=bar)
             if tables.piped_sha256:
                 piped = frame["file"] == "-"
                 frame["file_sha256"] = frame["file_sha256"].mask(piped, tables.piped_sha256)
@@ -170,30 +118,30 @@ def _run(args: argparse.Namespace, scorer: Scorer, tables: _Tables) -> dict[str,
             writer.write(frame)
             for column in scorer.describe():
                 tally.setdefault(column, []).append(frame[column].to_numpy(np.float32))
-            bar.update(len(table))
         if not tally:
             raise RecordError(f"no records in {', '.join(args.files)}: nothing to score")
     return tally
 
 
 def _estimate(
-    scorer: Scorer, table: pd.DataFrame, total: int | None, reading: float, bar: tqdm
-) -> None:
-    """Tell the time of each indicator, from a timed sample, where the job is a long one.
+    scorer: Scorer, table: pd.DataFrame, total: int | None, reading: float
+) -> Mapping[str, float]:
+    """Seconds of each indicator on `table`, from a timed sample; told where the job is a long one.
 
     reading : seconds that reading `table` took
     """
     rows = total or len(table)
     sample = int(np.clip(rows // 100, 4, 64))
     share = rows / max(len(table), 1)
-    found = {"(reading)": reading, **scorer.estimate_seconds(table, sample=sample)}
-    seconds = {name: part * share for name, part in found.items()}
-    if sum(seconds.values()) < LONG_JOB:
-        return
-    of = f"{rows:,} rows" if total else f"the first {rows:,} rows (the total is not known)"
-    lines = [f"estimated time for {of}, from {sample} of them; what is in the bank is not redone:"]
-    lines += [f"  {name:<12} {_duration(s)}" for name, s in seconds.items()]
-    bar.write("\n".join([*lines, f"  {'all':<12} {_duration(sum(seconds.values()))}"]), sys.stderr)
+    found = scorer.estimate_seconds(table, sample=sample)
+    seconds = {name: part * share for name, part in {"(reading)": reading, **found}.items()}
+    if sum(seconds.values()) >= LONG_JOB:
+        of = f"{rows:,} rows" if total else f"the first {rows:,} rows (the total is not known)"
+        lines = [f"estimated time for {of}, from {sample} of them; "
+                 "what is in the bank is not redone:"]  # fmt: skip
+        lines += [f"  {name:<12} {_duration(s)}" for name, s in seconds.items()]
+        _say("\n".join([*lines, f"  {'all':<12} {_duration(sum(seconds.values()))}"]))
+    return found
 
 
 def _report(args: argparse.Namespace, tally: dict[str, list], problems: list[Problem]) -> None:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from . import hub
-from .batching import Failed, map_batches, pad
+from .batching import Failed, TokenMeter, map_batches, pad
+from .distributed import own_device, sharding
+from .fitting import SHARE, fitting_tokens, free_bytes
 from .heads import Head, decoder, find_head, unwrapped
 from .templates import Encoded
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from .profiles import ModelRef
 
 FIRST = 64  # target tokens of the `nll_first64` column
-BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # padded tokens of a batch, where none are asked for
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # padded tokens of a batch at most, if none are asked
 _CHUNK = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits made at once, tokens x vocabulary
 COLUMNS = ("nll", "tokens", "nll_first64", "tokens_first64", "nll_eos", "tokens_eos", "reason")
 
@@ -36,6 +38,7 @@ class LM:
     """A causal LM with all that a loss needs.
 
     model : Hugging Face causal LM, or a PeftModel around one. dtype : of its weights.
+    batch_limit : padded tokens of a batch, once memory ran out; later calls do not try more.
     """
 
     model: nn.Module
@@ -43,6 +46,7 @@ class LM:
     resolved: hub.Resolved
     device: str
     dtype: torch.dtype
+    batch_limit: int | None = None
     _found: tuple[nn.Module, Head] | None = field(default=None, repr=False)
 
     @property
@@ -63,14 +67,16 @@ def load_lm(ref: ModelRef, device: str | None = None, *, standins=None) -> LM:
     """Load tokenizer and weights, pinned, without remote code; sdpa attention where it has it.
 
     ref, standins : as in `hub.resolve`; `ref.dtype` as in `hub.pick_dtype`.
-    device : "cpu", "cuda", "cuda:1"; None takes a GPU where there is one.
+    device : "cpu", "cuda", "cuda:1"; None takes a GPU where there is one. Of several processes
+        (`accelerate launch`) each takes its own GPU for "cuda"; where the base is to be cut up
+        among them the weights stay on the CPU until `sharded.cut`.
     """
-    device = device or hub.pick_device()
+    device = own_device(device or hub.pick_device())
     dtype = hub.pick_dtype(ref.dtype, device)
     resolved = hub.fetch(hub.resolve(ref, standins=standins))
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolved.folder, trust_remote_code=False)
-        model = _load_model(resolved.folder, dtype).to(device).eval()
+        model = _load_model(resolved.folder, dtype).to("cpu" if sharding() else device).eval()
     except ValueError as error:
         if "trust_remote_code" not in str(error) and "model type" not in str(error):
             raise
@@ -96,7 +102,7 @@ def response_nll(
     rows: Sequence[Encoded],
     *,
     batch_tokens: int | None = None,
-    progress: bool = False,
+    progress: bool | TokenMeter = False,
     padding_side: str = "right",
     on_batch: Callable[[np.ndarray, Sequence[tuple]], None] | None = None,
 ) -> pd.DataFrame:
@@ -104,7 +110,9 @@ def response_nll(
 
     rows : token ids with target marks; `templates.encode` makes them.
     batch_tokens : padded tokens of a batch, halved when memory runs out; None takes `BATCH_TOKENS`
-        (on a CPU small ones, whose activations stay in its caches: twice as fast as 16,384).
+        (on a CPU small ones, whose activations stay in its caches: twice as fast as 16,384), or
+        fewer where the free memory holds fewer.
+    progress : a bar of tokens; or a meter that is told of them.
     padding_side : "right"; "left" is there to show that it does not matter.
     on_batch : called with row numbers and their tuples (in the order of `COLUMNS`) of each batch.
 
@@ -135,9 +143,33 @@ def response_nll(
         if on_batch is not None:
             on_batch(chosen[numbers], results)
 
-    budget = batch_tokens or BATCH_TOKENS[lm.device.partition(":")[0]]
-    map_batches(batch, lengths, budget, progress, f"loss of {len(rows)} rows", on_batch=keep)
+    def halved(tokens: int) -> None:
+        lm.batch_limit = tokens
+
+    if lengths:
+        map_batches(
+            batch, lengths, _budget(lm, batch_tokens), progress, f"loss of {len(rows)} rows",
+            on_batch=keep, on_halved=halved,
+        )  # fmt: skip
     return pd.DataFrame(found, columns=list(COLUMNS))
+
+
+def _budget(lm: LM, asked: int | None) -> int:
+    """Padded tokens of the first batch: what was asked for, else what memory holds up to a cap."""
+    most = asked
+    if most is None:
+        kind = torch.device(lm.device).type
+        config = unwrapped(lm.model).config.get_text_config()
+        at_once = float("inf") if lm.head.way == "forward" else _logit_rows(lm, kind)
+        free = SHARE[kind] * free_bytes(lm.device)
+        most = min(BATCH_TOKENS[kind], fitting_tokens(config, lm.dtype.itemsize, free, at_once))
+    return min(most, lm.batch_limit or most)
+
+
+def _logit_rows(lm: LM, kind: str) -> int:
+    """Tokens whose logits are made at once."""
+    vocabulary = int(unwrapped(lm.model).config.get_text_config().vocab_size)
+    return max(1, _CHUNK[kind] // vocabulary)
 
 
 def max_positions(lm: LM) -> float:
@@ -195,8 +227,7 @@ def token_nll(lm: LM, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> 
     if lm.head.way == "forward":
         return _forward_nll(lm, inputs, before, goal)
     hidden = decoder(lm.model)(**inputs).last_hidden_state[before]
-    vocabulary = int(unwrapped(lm.model).config.get_text_config().vocab_size)
-    step = max(1, _CHUNK[device.type] // vocabulary)
+    step = _logit_rows(lm, device.type)
     parts = [
         nn.functional.cross_entropy(lm.head.project(h).float(), g, reduction="none")
         for h, g in zip(hidden.split(step), goal.split(step), strict=True)

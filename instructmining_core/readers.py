@@ -116,14 +116,14 @@ def _records(name: str, stream: BinaryIO) -> Iterator[Raw]:
     if stream.peek(4)[:4] == b"PAR1" or plain.endswith(".parquet"):
         return _parquet(name, stream)
     if plain.endswith((".csv", ".tsv")):
-        return _csv(stream, "\t" if plain.endswith(".tsv") else ",")
+        return _csv(name, stream, "\t" if plain.endswith(".tsv") else ",")
     if head[:1] == b"[":
         return _array(name, stream.read())
     if head[:1] == b"{" or plain.endswith((".json", ".jsonl", ".ndjson")):
         return _objects(name, stream, lines_only=plain.endswith((".jsonl", ".ndjson")))
     if not head:
         return iter(())
-    return _csv(stream, ",")
+    return _csv(name, stream, ",")
 
 
 def loads(text: bytes) -> object:
@@ -199,35 +199,58 @@ def _array(name: str, text: bytes) -> Iterator[Raw]:
     return _elements(values)
 
 
-def _csv(stream: BinaryIO, delimiter: str) -> Iterator[Raw]:
+def _csv(name: str, stream: BinaryIO, delimiter: str) -> Iterator[Raw]:
     csv.field_size_limit(MAX_FIELD)
-    bad: list[int] = []
-
-    def decoded() -> Iterator[str]:
-        for number, line in enumerate(stream, 1):
-            line = line.removeprefix(BOM) if number == 1 else line
-            try:
-                yield line.decode("utf-8", "surrogatepass")
-            except UnicodeDecodeError:
-                bad.append(number)
-                yield line.decode("utf-8", "replace")
-
-    reader = csv.reader(decoded(), delimiter=delimiter)
-    header = next(reader, None)
+    source = _CsvLines(stream)
+    reader = csv.reader(source, delimiter=delimiter)
+    header = _csv_cells(reader, source)
+    if isinstance(header, FormatError):
+        raise RecordError(f"{name}, line 1: expected {header.expected}, got {header.got}")
     row, start = 0, reader.line_num + 1
-    for cells in reader:
+    while (cells := _csv_cells(reader, source)) is not None:
         line, start = start, reader.line_num + 1
         if not cells:
             continue
-        error = None
-        if any(number >= line for number in bad):
+        error = cells if isinstance(cells, FormatError) else None
+        if error is None and any(number >= line for number in source.bad):
             error = FormatError("UTF-8 text", ",".join(cells))
-        elif len(cells) != len(header):
+        elif error is None and len(cells) != len(header):
             error = FormatError(f"{len(header)} columns, as in the header", cells)
         value = None if error else dict(zip(header, cells, strict=True))
         yield Raw(row, line, "line", value, error)
-        bad.clear()
+        source.bad.clear()
         row += 1
+
+
+class _CsvLines:
+    """Lines of a CSV file as text. last : the latest; bad : numbers of those that were not UTF-8"""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.lines, self.last, self.bad = enumerate(stream, 1), "", []
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        number, line = next(self.lines)
+        line = line.removeprefix(BOM) if number == 1 else line
+        try:
+            self.last = line.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            self.bad.append(number)
+            self.last = line.decode("utf-8", "replace")
+        return self.last
+
+
+def _csv_cells(reader, source: _CsvLines) -> list[str] | FormatError | None:
+    """The next record's cells; None at the end; what is wrong where the reader refuses a line.
+
+    It then starts anew at the next line: a stray carriage return costs its own record only.
+    """
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        return FormatError(f"CSV ({str(error).partition(' - ')[0]})", source.last[:200])
 
 
 def _parquet(name: str, stream: BinaryIO) -> Iterator[Raw]:

@@ -7,7 +7,6 @@ this module imports no model library: an indicator is imported when it is first 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +16,20 @@ import pandas as pd
 
 from instructmining_core.bank import Memory, Shelf, open_shelf
 from instructmining_core.indicators import INDICATORS, Indicator, choose
-from instructmining_core.indicators.reference import REFERENCE_ROWS, Reference, make_reference
+from instructmining_core.indicators.reference import REFERENCE_ROWS, Reference
 from instructmining_core.records import file_sha256
 from instructmining_core.score_files import ScoreWriter, read_scores, write_scores
-from instructmining_core.scoring_blocks import characters, fill, read_rows, stacked
+from instructmining_core.scoring_blocks import (
+    characters,
+    fill,
+    read_rows,
+    stacked,
+    timed,
+    unknown,
+)
 from instructmining_core.scoring_models import Models
+from instructmining_core.scoring_progress import Progress
+from instructmining_core.scoring_reference import kept_reference
 from instructmining_core.templates import clean_text
 
 if TYPE_CHECKING:
@@ -32,7 +40,7 @@ __all__ = [
     "write_scores",
 ]  # fmt: skip
 
-BLOCK_ROWS = 512  # rows between two writes to the bank
+BLOCK_ROWS = 4096  # rows between two writes to the bank at most; fewer where they take long
 
 
 class ScoringError(ValueError):
@@ -69,9 +77,12 @@ class Scorer:
         self._shelves: dict[str, Shelf] = {}
         self._file_hashes: dict[str, str] = {}
 
-    def score(self, table: pd.DataFrame, *, progress: bool = False) -> pd.DataFrame:
+    def score(
+        self, table: pd.DataFrame, *, progress: bool | Progress = False
+    ) -> pd.DataFrame:
         """Score every row of a record table, in its order.
 
+        progress : whether to show a bar; or the one of the whole job, of which this table is a part
         returns : id, source, file, file_sha256, row (part, where the table has it), row_hash, one
             column an indicator column, and `reasons`: JSON, column -> why it is NaN or what was
             cut to get it ("row" for a row that could not be read), "" where all is fine.
@@ -85,32 +96,43 @@ class Scorer:
         reasons: list[dict[str, str]] = [
             {"row": c.problem} if c.problem else {} for c in conversations
         ]
-        fine = [i for i, c in enumerate(conversations) if not c.problem]
-        readable, names = [conversations[i] for i in fine], [hashes[i] for i in fine]
-        for indicator in self.indicators:
-            values, why = self._values(indicator, readable, names, progress)
-            for j, column in enumerate(indicator.columns):
-                whole = np.full(len(table), np.nan)
-                whole[fine] = values[:, j]
-                out[column] = whole
-                for i, row in zip(fine, why, strict=True):
-                    if row[j]:
-                        reasons[i][column] = row[j]
+        if isinstance(progress, Progress):
+            self._fill_columns(out, reasons, conversations, hashes, progress)
+        else:
+            with Progress(self.indicators, len(table), show=progress) as own:
+                self._fill_columns(out, reasons, conversations, hashes, own)
         out["reasons"] = [json.dumps(r, ensure_ascii=False) if r else "" for r in reasons]
         frame = pd.DataFrame(out)
         frame.attrs["indicators"] = self.describe()
         return frame
 
+    def _fill_columns(self, out, reasons, conversations, hashes, progress: Progress) -> None:
+        """Each indicator's columns into `out`, and what is said of its values into `reasons`."""
+        fine = [i for i, c in enumerate(conversations) if not c.problem]
+        readable, names = [conversations[i] for i in fine], [hashes[i] for i in fine]
+        for indicator in self.indicators:
+            progress.done(indicator.name, len(conversations) - len(fine), known=True)
+            values, why = self._values(indicator, readable, names, progress)
+            for j, column in enumerate(indicator.columns):
+                whole = np.full(len(conversations), np.nan)
+                whole[fine] = values[:, j]
+                out[column] = whole
+                for i, row in zip(fine, why, strict=True):
+                    if row[j]:
+                        reasons[i][column] = row[j]
+
     def make_reference(
         self, table: pd.DataFrame, *, size: int = REFERENCE_ROWS, seed: int = 0,
         progress: bool = False,
     ) -> Reference:  # fmt: skip
-        """Draw the reference of pool-relative indicators from a pool, and use it from now on."""
+        """Draw the reference of pool-relative indicators from a pool, and use it from now on.
+
+        With a bank its embeddings are kept there, and no encoder is opened the next time.
+        """
         conversations, hashes = read_rows(table)
-        self.reference = make_reference(
-            self.models.open("encoder"), conversations, hashes, size=size, seed=seed,
-            progress=progress,
-        )  # fmt: skip
+        self.reference = kept_reference(
+            self.models, conversations, hashes, self.bank, size=size, seed=seed, progress=progress
+        )
         return self.reference
 
     def estimate_seconds(
@@ -118,23 +140,23 @@ class Scorer:
     ) -> dict[str, float]:
         """Seconds that each indicator would take on `table`, from a timed sample of its rows.
 
-        Scaled by characters. Models are opened before the clock starts; the bank is not asked.
+        Scaled by characters. Rows that the bank has cost nothing, and where it has them all no
+        model is opened; else it is opened before the clock starts.
         """
-        conversations, _ = read_rows(table)
-        fine = [c for c in conversations if not c.problem]
-        if not fine:
-            return dict.fromkeys((i.name for i in self.indicators), 0.0)
-        draw = np.random.default_rng(seed).permutation(len(fine))[:sample]
-        some = [fine[i] for i in draw]
-        share = sum(map(characters, fine)) / max(1, sum(map(characters, some)))
-        seconds = {}
+        conversations, hashes = read_rows(table)
+        fine = [i for i, c in enumerate(conversations) if not c.problem]
+        rng = np.random.default_rng(seed)
+        seconds = dict.fromkeys((i.name for i in self.indicators), 0.0)
         for indicator in self.indicators:
-            options = self._options(indicator, [""] * len(some))
-            compute = indicator.load().compute
-            compute(some[:1], **{**options, **_first(options)})  # the first call warms up
-            start = time.perf_counter()
-            compute(some, **options)
-            seconds[indicator.name] = (time.perf_counter() - start) * share
+            todo = [conversations[i] for i in fine]
+            if indicator.role in self.models.roles:
+                lacking = unknown(self._shelf(indicator), [hashes[i] for i in fine])
+                todo = [todo[i] for i in lacking]
+            if todo:
+                some = [todo[i] for i in rng.permutation(len(todo))[:sample]]
+                share = sum(map(characters, todo)) / max(1, sum(map(characters, some)))
+                options = self._options(indicator, [""] * len(some))
+                seconds[indicator.name] = timed(indicator, some, options) * share
         return seconds
 
     def describe(self) -> dict[str, dict[str, Any]]:
@@ -208,13 +230,13 @@ class Scorer:
         return options
 
     def _values(self, indicator, conversations, names, progress) -> tuple[np.ndarray, list]:
-        if indicator.role is None or indicator.role_optional:
-            return stacked(indicator, conversations, self._options(indicator, names))
-        key = {"indicator": indicator.name, **self._key(indicator)}
-        shelf = self._shelf(indicator, key)
-        first = {name: i for i, name in reversed(list(enumerate(names)))}
-        order = list(first)
-        missing = [first[order[i]] for i in shelf.missing(order)]
+        if indicator.role not in self.models.roles:
+            found = stacked(indicator, conversations, self._options(indicator, names))
+            progress.done(indicator.name, len(names))
+            return found
+        shelf = self._shelf(indicator)
+        missing = unknown(shelf, names)
+        progress.done(indicator.name, len(names) - len(missing), known=True)
         fill(
             shelf, indicator, [conversations[i] for i in missing], [names[i] for i in missing],
             lambda block: self._options(indicator, block), self.block_rows, progress,
@@ -224,7 +246,8 @@ class Scorer:
             shelf.forget()
         return found
 
-    def _shelf(self, indicator: Indicator, key: dict) -> Shelf:
+    def _shelf(self, indicator: Indicator) -> Shelf:
+        key = {"indicator": indicator.name, **self._key(indicator)}
         where = json.dumps(key, sort_keys=True)
         if where not in self._shelves:
             self._shelves[where] = open_shelf(self.bank, key, indicator.columns)
@@ -266,7 +289,3 @@ def estimate_seconds(
     if scorer.reference is None and any(i.pool_relative for i in scorer.indicators):
         scorer.make_reference(table, size=min(len(table), 256))
     return scorer.estimate_seconds(table, sample=sample)
-
-
-def _first(options: dict[str, Any]) -> dict[str, Any]:
-    return {"row_hashes": options["row_hashes"][:1]} if "row_hashes" in options else {}

@@ -6,6 +6,7 @@ import pytest
 from instructmining_core.batching import (
     BatchError,
     Failed,
+    TokenMeter,
     is_out_of_memory,
     map_batches,
     pad,
@@ -65,9 +66,10 @@ def test_results_come_back_in_the_rows_order():
 @pytest.mark.parametrize("error", [
     MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ])
 def test_halves_on_out_of_memory_and_keeps_to_it(error):
-    sizes = []
+    sizes, budgets = [], []
 
     def fn(rows):
         sizes.append(len(rows))
@@ -75,7 +77,8 @@ def test_halves_on_out_of_memory_and_keeps_to_it(error):
             raise error
         return [int(r) for r in rows]
 
-    assert map_batches(fn, [10] * 40, 160) == list(range(40))
+    assert map_batches(fn, [10] * 40, 160, on_halved=budgets.append) == list(range(40))
+    assert budgets == [80, 40, 20], "what a later call may start with"
     assert sizes[:3] == [16, 8, 4] and max(sizes[3:]) == 2  # nothing large is tried again
 
 
@@ -120,3 +123,9 @@ def test_on_batch_sees_each_row_once_even_if_stopped():
 def test_progress_counts_tokens(capsys):
     map_batches(lambda rows: list(rows), [700, 300], 1000, True, "loss")
     assert "loss: 100%" in capsys.readouterr().err
+
+
+def test_a_meter_is_told_of_real_tokens_and_draws_nothing(capsys):
+    told = []
+    map_batches(lambda rows: list(rows), [7, 3, 3], 7, TokenMeter(told.append), "loss")
+    assert told == [7, 6] and capsys.readouterr().err == ""

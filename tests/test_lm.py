@@ -12,6 +12,7 @@ import torch
 import transformers as tf
 
 from instructmining_core import lm as lm_module
+from instructmining_core.fitting import fitting_tokens, free_bytes
 from instructmining_core.heads import HeadError, find_head
 from instructmining_core.hub import HubError, Resolved
 from instructmining_core.lm import LM, load_lm, response_nll, token_nll
@@ -242,6 +243,56 @@ def test_out_of_memory_halves_and_one_row_too_large_is_nan(monkeypatch):
     others = frame.index != largest
     np.testing.assert_allclose(frame["nll"][others], expected[others], rtol=1e-5)
     assert np.isnan(frame["nll"][largest]) and "out of memory" in frame["reason"][largest]
+
+
+def padded_sizes(monkeypatch, most=10**9) -> list[int]:
+    """Padded tokens of each batch that is tried; above `most` memory is out."""
+    sizes = []
+
+    def recorded(lm, ids, mask, wanted):
+        sizes.append(ids.size)
+        if ids.size > most:
+            raise RuntimeError("CUDA out of memory")
+        return token_nll(lm, ids, mask, wanted)
+
+    monkeypatch.setattr(lm_module, "token_nll", recorded)
+    return sizes
+
+
+def test_the_halved_batch_is_remembered_by_the_model(monkeypatch):
+    lm = wrapped(build(tf.LlamaConfig(**GROUPED, **IDS)))
+    rows = some_rows(60)
+    expected = response_nll(lm, rows)["nll"]
+    sizes = padded_sizes(monkeypatch, most=300)
+    np.testing.assert_allclose(response_nll(lm, rows)["nll"], expected, rtol=1e-5)
+    assert sizes[0] > 600 and 100 <= lm.batch_limit <= 300
+    sizes.clear()
+    np.testing.assert_allclose(response_nll(lm, rows)["nll"], expected, rtol=1e-5)
+    assert 0 < max(sizes) <= 300, "the second call did not try more than memory held"
+
+
+def test_the_first_batch_is_no_larger_than_free_memory(monkeypatch):
+    lm = wrapped(build(tf.LlamaConfig(**GROUPED, **IDS)))
+    rows = some_rows(60)
+    sizes = padded_sizes(monkeypatch)
+    expected = response_nll(lm, rows)["nll"]
+    assert 600 < max(sizes) <= lm_module.BATCH_TOKENS["cpu"]
+    # By hand: 4 bytes x (8 x 32 hidden + 3 x 64 MLP) + 4 x 32, and 12 bytes x 300 logits.
+    monkeypatch.setattr(lm_module, "free_bytes", lambda device: 2 * 200 * (1792 + 128 + 3600))
+    sizes.clear()
+    np.testing.assert_allclose(response_nll(lm, rows)["nll"], expected, rtol=1e-5)
+    assert 100 < max(sizes) <= 200 and lm.batch_limit is None
+    sizes.clear()
+    response_nll(lm, rows, batch_tokens=1000)
+    assert max(sizes) > 300, "what is asked for is tried"
+
+
+def test_tokens_that_fit():
+    config = tf.LlamaConfig(**GROUPED, **IDS)
+    assert fitting_tokens(config, 4, 1920 * 500 + 3600 * 100, 100) == 500  # 100 rows of logits
+    assert fitting_tokens(config, 4, (1920 + 3600) * 70, 100) == 70
+    assert fitting_tokens(config, 2, 0, 100) == 1
+    assert free_bytes("cpu") > 0
 
 
 def test_on_batch_gets_what_the_frame_holds():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import sample_rows, single
 
+from instructmining_core import lm as lm_module
 from instructmining_core.indicators import ifd, perplexity
 from instructmining_core.indicators.text import each_turn, read
 from instructmining_core.lm import load_lm
@@ -74,3 +75,16 @@ def test_ifd_is_the_ratio_of_two_slow_perplexities(lm):
     column = ifd.compute([row, read(single("q", ""))], lm)["ifd"]
     assert column.values[0] == pytest.approx(with_question / alone, rel=1e-4)
     assert math.isnan(column.values[1]) and column.reasons[1] == "empty response"
+
+
+@pytest.mark.parametrize("indicator", [perplexity, ifd])
+def test_by_default_batches_are_the_fast_ones(lm, monkeypatch, indicator):
+    sizes, real = [], lm_module.token_nll
+
+    def recorded(lm, ids, mask, wanted):
+        sizes.append(ids.size)
+        return real(lm, ids, mask, wanted)
+
+    monkeypatch.setattr(lm_module, "token_nll", recorded)
+    indicator.compute(sample_rows(60), lm)
+    assert max(sizes) <= lm_module.BATCH_TOKENS["cpu"] == 2048 < sum(sizes)

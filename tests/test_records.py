@@ -281,6 +281,22 @@ def test_csv_names_line_and_record(tmp_path):
     assert [m[0]["content"] for m in table["messages"]] == ["two\nlines", "e"]
 
 
+def test_a_stray_carriage_return_in_csv_costs_its_own_record_only(tmp_path):
+    path = tmp_path / "stray.csv"
+    path.write_bytes(b'prompt,completion\r\na,b\r\nc,d\re\r\n"two\nlines",f\rg\nh,"i\rj"\n')
+    table, problems = read_records(path, on_error="keep")
+    assert table["row"].tolist() == [0, 1, 2, 3] == list(range(count_records(path)))
+    assert [(p.line, p.row) for p in problems] == [(3, 1), (4, 2)]
+    assert str(problems[0]).startswith(f"{path}, line 3: expected CSV (new-line character seen")
+    assert problems[0].got == r"text 'c,d\re\r\n'"
+    assert [m[1]["content"] if m else "" for m in table["messages"]] == ["b", "", "", "i\rj"]
+    with pytest.raises(RecordError, match=r"stray\.csv, line 3: expected CSV"):
+        read_records(path)
+    path.write_bytes(b"prompt,completion\ra,b\r")
+    with pytest.raises(RecordError, match=r"stray\.csv, line 1: expected CSV"):
+        read_records(path)
+
+
 def test_json_array_names_the_record(tmp_path):
     path = written(tmp_path, "x.json", [*ROWS, {"instruction": "q"}])
     with pytest.raises(RecordError, match=r"x\.json, record 3: expected 'output'"):

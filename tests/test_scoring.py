@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -12,10 +13,14 @@ import pandas as pd
 import pytest
 from tiny_models import sample_messages, save_oasst_reward, save_t5, single
 
-from instructmining_core import scoring
+from instructmining_core import scoring, scoring_blocks
 from instructmining_core.indicators import INDICATORS, UnknownIndicator, choose, perplexity
+from instructmining_core.indicators.perplexity import encode_turns
+from instructmining_core.indicators.text import each_turn, read
 from instructmining_core.profiles import ModelRef
 from instructmining_core.records import row_hash
+from instructmining_core.scoring_blocks import rows_within, store
+from instructmining_core.scoring_progress import Progress
 
 FREE = ["len_in", "len_out", "mtld", "compression", "script", "turns"]
 NINE = ["len_in", "len_out", "reward", "ppl", "mtld", "knn_6", "naturalness", "coherence",
@@ -151,6 +156,64 @@ def test_interrupted_it_resumes_at_the_block(models, tmp_path, monkeypatch):
     np.testing.assert_allclose(scores["ppl"], scorer(models, None).score(table)["ppl"], rtol=1e-5)
 
 
+def test_blocks_are_as_large_as_the_time_allows(models, tmp_path, monkeypatch):
+    assert rows_within(np.array([50, 30, 30, 10]), 100, 8) == 2
+    assert rows_within(np.array([50, 30]), 0.0, 8) == 1, "a row too dear is a block"
+    assert rows_within(np.array([1] * 9), 1e9, 8) == 8 and rows_within(np.array([]), 5, 4) == 1
+    table, sizes = table_of(sample_messages(60)), []
+    monkeypatch.setattr(scoring_blocks, "store", lambda shelf, names, values, reasons: (
+        sizes.append(len(names)), store(shelf, names, values, reasons)))
+    scoring.Scorer(models, indicators=["ppl"], bank=tmp_path / "a").score(table)
+    assert sizes == [8, 32, 20], "fourfold at most, before the speed is known"
+    sizes.clear()
+    monkeypatch.setattr(scoring_blocks, "BLOCK_SECONDS", 0)
+    scoring.Scorer(models, indicators=["ppl"], bank=tmp_path / "b").score(table[:20])
+    assert sizes == [8] + [1] * 12
+
+
+def test_the_bar_is_of_rows_and_real_tokens(models, tmp_path, monkeypatch):
+    table = table_of(sample_messages(30) + [[]])
+    opened = scoring.Scorer(models, indicators=["ppl", "turns"], bank=tmp_path, block_rows=8)
+    steps = []
+    with Progress(opened.indicators, 62, seconds={"ppl": 3.0, "turns": 1.0}, show=True,
+                  stream=io.StringIO()) as bar:
+        monkeypatch.setattr(scoring_blocks, "store", lambda *a: (
+            steps.append(bar.bar.n), store(*a)))
+        opened.score(table, progress=bar)
+        turns = list(each_turn([read(m) for m in table["messages"]]))
+        lengths = [len(row.ids) for row in encode_turns(turns, opened.models.open("ppl"))]
+        assert bar.tokens == sum(lengths) and "tokens/s" in bar.bar.postfix
+        assert bar.bar.n == pytest.approx(31) and bar.bar.initial == pytest.approx(1)
+        opened.score(table, progress=bar)
+        assert bar.tokens == sum(lengths), "the bank had them"
+        assert bar.bar.n == pytest.approx(62) and bar.bar.initial == pytest.approx(1 + 1 + 22.5)
+    assert len(steps) == 4 and steps == sorted(set(steps)), "it moves with every block"
+
+
+def test_the_bar_of_a_job_without_models_and_a_silent_one(capsys):
+    free = scoring.Scorer()
+    free.score(table_of(sample_messages(3)))
+    assert capsys.readouterr().err == ""
+    free.score(table_of(sample_messages(3)), progress=True)
+    assert "100%" in (said := capsys.readouterr().err) and "3.00/3.00" in said and "row/s" in said
+
+
+def test_a_reference_is_embedded_once(models, tmp_path):
+    table = table_of(sample_messages(20))
+    first = scoring.Scorer(models, indicators=["knn"], bank=tmp_path)
+    made = first.make_reference(table, size=12)
+    assert "encoder" in first.models._open
+    again = scoring.Scorer(models, indicators=["knn"], bank=tmp_path)
+    kept = again.make_reference(table.sample(frac=1, random_state=0), size=12)
+    assert not again.models._open and kept.describe() == made.describe()
+    np.testing.assert_array_equal(kept.embeddings, made.embeddings)
+    assert len(again.make_reference(table, size=13).row_hashes) == 13, "other rows are embedded"
+    for file in (tmp_path / "references").iterdir():
+        file.write_bytes(b"broken")
+    anew = scoring.Scorer(models, indicators=["knn"], bank=tmp_path)
+    np.testing.assert_allclose(anew.make_reference(table, size=12).embeddings, made.embeddings)
+
+
 def test_passing_failures_are_not_kept(models, tmp_path, monkeypatch):
     from instructmining_core.indicators.text import Column
 
@@ -214,7 +277,7 @@ def test_estimates_grow_with_the_table(models):
     opened = scoring.Scorer(some, indicators=["ppl", "mtld", "knn"])
     opened.make_reference(table, size=16)
     small = opened.estimate_seconds(table[:20], sample=20)
-    large = opened.estimate_seconds(pd.concat([table] * 50), sample=20)
+    large = opened.estimate_seconds(table_of(sample_messages(1000, seed=1)), sample=20)
     assert set(small) == {"ppl", "mtld", "knn"} and min(small.values()) > 0
     assert large["ppl"] > 10 * small["ppl"]
     assert scoring.estimate_seconds(table_of([[]])) == dict.fromkeys(

@@ -29,7 +29,7 @@ def compute(
     model: LM,
     *,
     progress: bool = False,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
     padding_side: str = "right",
 ) -> dict[str, Column]:
     """ppl(response | what came before) / ppl(response alone); mean over the assistant's turns.

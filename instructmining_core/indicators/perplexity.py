@@ -31,13 +31,14 @@ def compute(
     model: LM,
     *,
     progress: bool = False,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
     padding_side: str = "right",
 ) -> dict[str, Column]:
     """Perplexity of each response; mean over the assistant's turns.
 
     model : a causal LM (`lm.load_lm`)
-    batch_tokens, padding_side : see `lm.response_nll`; they do not change the values.
+    batch_tokens, padding_side : see `lm.response_nll`, whose own batch size is the fast one; they
+        do not change the values.
     An empty response is NaN. What was cut to fit the model stands in the reasons.
     """
     turns = list(each_turn(conversations))
