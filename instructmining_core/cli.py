@@ -41,12 +41,17 @@ SELECT = """examples:
   instructmining select scores.parquet --rule rule.json --top auto -o best.parquet
   instructmining select scores.parquet --rule v3 --top 1000 -o best.json --allow-mismatch
       the published rule on other models: a ranking in its form, no conclusion
+  instructmining select scores.parquet --rule rule.json --top 1000 -o best.jsonl \\
+      --verify --profile laptop
+      then finetune on the selection and on its rivals, and compare
   instructmining select scores.parquet --rule rule.json --top 500 -o best.csv \\
       --data /moved/my_data.csv
 
 The files that were scored are read again, and refused where they have changed. OUT has their own
 columns and `score`, the predicted log loss (lower is better), best first. OUT.report.json tells
-why each row was kept or dropped, and the 95 % interval of its prediction.
+why each row was kept or dropped, and the 95 % interval of its prediction. With --verify,
+OUT.verdict.md says whether the rows are better than random ones, and than the longest and the
+shortest, at equal rows and at equal tokens, or that there is no evidence of it.
 """
 
 

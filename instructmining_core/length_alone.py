@@ -91,6 +91,8 @@ def beats_length(
         p, p_margin = (float(x) for x in p_values(mean, se, n - 1, margin))
         reach = stats.t.isf((1 - level) / 2, n - 1) * se
         low, high = (float(x) for x in np.expm1([mean - reach, mean + reach]))
+    elif n > 1 and not by_seed.any():  # the rule chose these very rows: the runs are the same
+        mean, p, p_margin, low, high = 0.0, 1.0, 0.0, 0.0, 0.0
     called = verdict(mean, p, p_margin, alpha=1 - level, margin=margin)
     prompts = _by_prompts(part, per_example, selected, length, sizes, level)
     return LengthAnswer(

@@ -196,10 +196,11 @@ with_refits[["pool", *numbers, "p_holm", "p_margin", "verdict"]].round(4)
 # %% [markdown]
 # ## The verdict
 #
-# The page that `instructmining select --verify` writes for a reader's own data, here for these pools.
+# The page that `instructmining select --verify` writes for a reader's own data, here for the primary contrasts of these pools.
 
 # %% tags=["hide-input"]
-Markdown(verdict_page.render(contrasts, kinds, rule))
+primary = contrasts.query("role == 'primary'")
+Markdown(verdict_page.render(primary, kinds, rule))
 
 # %%
 study.claim("selected_beats_random", **claims.contrasts_claim(contrasts))

@@ -152,7 +152,10 @@ def test_compare_refuses_what_it_cannot_answer(study):
 
 
 def paired(difference, seed_sd, pools=("p", "q"), n=5):
-    """Runs whose seeds move all pools and both methods alike, but for a small seed effect."""
+    """Runs whose seeds move all pools and both methods alike, but for a small seed effect.
+
+    The relative difference is that of the mean over seeds; a seed_sd of 0 makes equal runs equal.
+    """
     common, own = RNG.normal(0, 0.05, n), RNG.normal(0, seed_sd, n)
     own -= own.mean()
     return runs_of({
@@ -196,6 +199,12 @@ def test_beats_length_answers():
     single = beats_length(paired(-0.02, 0.0, n=1))
     assert single.answer == "undecided" and np.isnan([single.low, single.detectable]).all()
     assert single.difference == pytest.approx(-0.02), "one seed gives a number, and no interval"
+
+
+def test_a_rule_that_chooses_the_longest_rows_is_equal_to_length():
+    runs = paired(0.0, 0.0)
+    same = beats_length(runs)
+    assert same.answer == "no, they are equal within ±1 %" and (same.low, same.high) == (0, 0)
 
 
 def test_beats_length_takes_only_the_seeds_that_both_have():
