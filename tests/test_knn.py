@@ -63,6 +63,66 @@ def test_small_distances_do_not_drown():
     np.testing.assert_allclose(distances[:, 0], 1e-4, rtol=1e-2)
 
 
+def exact(queries, reference, k, own):
+    """Distances and positions in float64, ties by position, one query a time."""
+    found = [np.empty((len(queries), k)), np.empty((len(queries), k), dtype=np.int64)]
+    for i, query in enumerate(queries.astype(np.float64)):
+        squared = ((reference.astype(np.float64) - query) ** 2).sum(1)
+        squared[own[i]] = np.inf
+        order = np.lexsort((np.arange(len(reference)), squared))[:k]
+        found[0][i], found[1][i] = np.sqrt(squared[order]), order
+    return found
+
+
+def clusters() -> np.ndarray:
+    """300 rows: 50 that float32 products can't tell apart, 40 that are equal, and others between.
+
+    The near copies differ from each other by steps far below the error of a product (1e-5).
+    """
+    rows = unit(300, 64, seed=7)
+    random = np.random.default_rng(8)
+    near, equal = np.split(random.permutation(300)[:90], [50])
+    rows[near] = rows[near[0]] + 1e-5 * random.normal(size=(50, 64)).astype(np.float32)
+    rows[equal] = rows[equal[0]]
+    return rows
+
+
+@pytest.mark.parametrize("chunk", [1 << 28, 1 << 12])
+def test_more_near_copies_than_candidates_are_told_apart(chunk):
+    rows, own = clusters(), np.arange(300)
+    distances, positions = nearest(rows, rows, 6, own, chunk_bytes=chunk)
+    expected = exact(rows, rows, 6, own)
+    np.testing.assert_array_equal(positions, expected[1])
+    np.testing.assert_allclose(distances, expected[0], rtol=1e-12)
+    assert (distances == 0).all(axis=1).sum() == 40
+    assert ((0 < distances) & (distances < 3e-4)).all(axis=1).sum() == 50
+
+
+def test_all_equal_rows_come_in_order():
+    rows = np.repeat(unit(1, 384), 1400, axis=0)
+    distances, positions = nearest(rows[:30], rows, 6, np.arange(30))
+    assert (distances == 0).all()
+    assert positions.tolist() == [[j for j in range(7) if j != i][:6] for i in range(30)]
+
+
+def test_rows_of_different_lengths_among_near_copies():
+    rows = clusters() * np.random.default_rng(9).uniform(0.5, 2, (300, 1)).astype(np.float32)
+    rows[::4] = rows[0] * (1 + 1e-6 * np.arange(75)[:, None]).astype(np.float32)
+    own = np.arange(300)
+    distances, positions = nearest(rows, rows, 6, own)
+    expected = exact(rows, rows, 6, own)
+    np.testing.assert_array_equal(positions, expected[1])
+    np.testing.assert_allclose(distances, expected[0], rtol=1e-12)
+
+
+def test_a_query_that_is_not_a_number_has_no_neighbour():
+    queries = unit(3, 16)
+    queries[1, 4] = np.nan
+    distances, positions = nearest(queries, unit(50, 16, seed=1), 2)
+    assert np.isnan(distances[1]).all() and (positions[1] == -1).all()
+    assert np.isfinite(distances[[0, 2]]).all()
+
+
 def test_too_few_rows_is_nan():
     distances, positions = nearest(unit(3, 4), unit(2, 4), 6)
     assert np.isnan(distances[:, 2:]).all() and (positions[:, 2:] == -1).all()
@@ -114,6 +174,38 @@ def test_unreadable_rows_and_small_references_are_nan_with_a_reason(minilm):
     assert column.reasons == ["the reference has fewer than 6 other rows", "no messages"]
     with pytest.raises(ReferenceMismatch, match="no readable row"):
         make_reference(minilm, rows[1:], [""])
+
+
+def test_a_reference_of_an_earlier_version_is_refused(minilm, tmp_path):
+    rows = [read(m) for m in sample_messages(3)]
+    reference = make_reference(minilm, rows, ["a", "b", "c"])
+    reference.save(tmp_path / "new.npz")
+    with np.load(tmp_path / "new.npz") as found:
+        parts = dict(found)
+    parts["encoder"] = parts["encoder"][:3]  # as files were before long conversations were cut
+    np.savez(tmp_path / "old.npz", **parts)
+    with pytest.raises(ReferenceMismatch, match="make it again"):
+        Reference.read(tmp_path / "old.npz")
+
+
+def test_a_long_conversation_is_measured_by_its_last_turn_and_says_so(minilm):
+    pool = [read(m) for m in sample_messages(12)]
+    names = [f"{i:032x}" for i in range(12)]
+    reference = make_reference(minilm, pool, names)
+    chats = [read(single("sort " * 300, "list") + single("write a poem", "rain " * n))
+             for n in (3, 40)]
+    rests = [read(single("write a poem", "rain " * n)) for n in (3, 40)]
+    found, rest = (
+        knn.compute(rows, minilm, reference=reference, row_hashes=["x" * 32, "y" * 32])["knn_6"]
+        for rows in (chats, rests)
+    )
+    # "list" still fits before the last turn, and the long question does not
+    assert found.reasons == ["1 earlier messages cut to fit the model"] * 2
+    assert rest.reasons == ["", ""]
+    assert found.values[0] != found.values[1]
+    np.testing.assert_allclose(found.values, knn.compute(
+        [read([{"role": "assistant", "content": "list"}, *c.messages]) for c in rests], minilm,
+        reference=reference, row_hashes=["x" * 32, "y" * 32])["knn_6"].values, atol=1e-6)
 
 
 def test_a_row_that_did_not_fit_into_memory_is_nan_with_that_reason(minilm, monkeypatch):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny_models import (
+    sample_messages,
     sample_rows,
     save_deberta_reward,
     save_oasst_reward,
@@ -17,7 +20,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from instructmining_core.indicators import reward
 from instructmining_core.indicators.text import each_turn, read
-from instructmining_core.profiles import ModelRef
+from instructmining_core.profiles import ModelRef, ModelsConfig, ProfileError
+from instructmining_core.scoring import Scorer
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,39 @@ def test_batches_and_padding_side_do_not_matter(oasst, deberta, change):
         base = reward.compute(rows, model)["reward"].values
         np.testing.assert_allclose(
             reward.compute(rows, model, **change)["reward"].values, base, atol=2e-5)
+
+
+def test_pair_form_on_the_oasst_model_equals_one_row_a_call(oasst, tmp_path):
+    rows = sample_rows(9)
+    folder = Path(oasst.resolved.folder)
+    pair = reward.load(ModelRef(str(folder), dtype="float32"), device="cpu", form="pair")
+    assert pair.note == "input form pair, not the model's own, which is oasst"
+    fast = reward.compute(rows, pair)["reward"].values
+    np.testing.assert_allclose(fast, per_row(rows, slow_pair, pair), atol=2e-5)
+    assert np.abs(fast - reward.compute(rows, oasst)["reward"].values).max() > 1e-2
+    np.testing.assert_array_equal(fast, reward.compute(rows, oasst, form="pair")["reward"].values)
+    nothing = reward.compute([read(single("", "")), rows[1]], pair)["reward"]
+    assert math.isnan(nothing.values[0]) and nothing.reasons[0] == reward.NO_TOKEN
+    assert nothing.values[1] == pytest.approx(fast[1], abs=2e-5)
+
+
+def test_the_form_is_in_the_key_and_the_record(oasst, tmp_path):
+    table = pd.DataFrame({"messages": sample_messages(4)})
+    models = {"reward": ModelRef(str(oasst.resolved.folder), dtype="float32")}
+    found, keys = {}, {}
+    for form in ("", "oasst", "pair"):
+        scorer = Scorer(models, indicators=["reward"], bank=tmp_path / "bank", reward_form=form)
+        before = scorer.describe()["reward"]
+        found[form] = scorer.score(table)
+        known = found[form].attrs["indicators"]["reward"]
+        assert known == {**before, **known} and known["note"].startswith("input form ")
+        keys[form] = sorted(p.parent.name for p in tmp_path.rglob("key.json"))
+    assert found["pair"].attrs["indicators"]["reward"]["form"] == "pair"
+    assert len(keys["oasst"]) == 1 and len(keys["pair"]) == 2  # the model's own form has one key
+    assert found[""]["reward"].tolist() == found["oasst"]["reward"].tolist()
+    assert (found["pair"]["reward"] != found[""]["reward"]).all()
+    with pytest.raises(ProfileError, match="models.reward_form is 'chat'"):
+        ModelsConfig(reward_form="chat")
 
 
 def test_token_types_are_given_to_models_that_use_them(tmp_path, deberta):

@@ -90,11 +90,11 @@ INDICATORS: dict[str, Indicator] = {
                "arXiv 2304.07327", role="reward"),
         _entry("unieval", "1", _UNIEVAL_COLUMNS, "Zhong et al. 2022 (UniEval), arXiv 2210.07197",
                role="unieval"),
-        _entry("knn", "1", ("knn_6",), "InstructMining v3, Table 1; Reimers & Gurevych 2019, "
+        _entry("knn", "2", ("knn_6",), "InstructMining v3, Table 1; Reimers & Gurevych 2019, "
                "arXiv 1908.10084", role="encoder", pool_relative=True),
         _entry("ifd", f"1+{TEMPLATE_VERSION}", ("ifd",), "Li et al. 2023, arXiv 2308.12032; "
                "Superfiltering, arXiv 2402.00530", role="ppl", default=False),
-        _entry("diversity", "1", ("diversity",), "Friedman & Dieng 2022 (Vendi score), "
+        _entry("diversity", "2", ("diversity",), "Friedman & Dieng 2022 (Vendi score), "
                "arXiv 2210.02410", role="encoder", pool_relative=True, default=False),
     )
 }  # fmt: skip

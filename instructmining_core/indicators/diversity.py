@@ -9,12 +9,14 @@ nearest other row inside it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from instructmining_core.indicators import encoder
 from instructmining_core.indicators.knn import distance_column
 from instructmining_core.indicators.neighbours import nearest
-from instructmining_core.indicators.opened import Opened
+from instructmining_core.indicators.opened import Opened, identity
 from instructmining_core.indicators.reference import Reference
 from instructmining_core.indicators.text import Column, Conversation
 
@@ -33,6 +35,28 @@ def compute(
         conversations, model, 1, reference, row_hashes, progress, batch_tokens
     )
     return {"diversity": column}
+
+
+def of_set(
+    conversations: Sequence[Conversation], model: Opened, *, progress: bool = False
+) -> dict[str, Any]:
+    """How diverse a set of rows is, in plain types.
+
+    returns : rows (embedded ones), vendi_score, nearest_inside (mean, "1 %", median and "99 %" of
+        the distances to the nearest other row; None for fewer than two rows), encoder
+    """
+    texts, _ = encoder.texts_of(model, [c for c in conversations if not c.problem])
+    vectors = encoder.embed(model, texts, progress=progress)
+    vectors = vectors[~np.isnan(vectors).any(axis=1)]
+    spread = None
+    if len(vectors) > 1:
+        inside = nearest_inside(vectors)
+        low, middle, high = np.percentile(inside, (1, 50, 99)).tolist()
+        spread = {"mean": float(inside.mean()), "1 %": low, "median": middle, "99 %": high}
+    return {
+        "rows": len(vectors), "vendi_score": vendi_score(vectors) if len(vectors) else None,
+        "nearest_inside": spread, "encoder": identity(model),
+    }  # fmt: skip
 
 
 def nearest_inside(embeddings: np.ndarray) -> np.ndarray:

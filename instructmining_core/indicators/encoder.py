@@ -34,9 +34,48 @@ def load(ref, *, device: str | None = None, standins: Path | None = None) -> Ope
     return Opened(model.eval(), model.tokenizer, resolved, device, dtype, model.max_seq_length)
 
 
-def text_of(conversation: Conversation) -> str:
-    """What of a row is embedded: all messages, one a line (our choice; the paper's: unknown)."""
-    return "\n".join(m["content"] for m in conversation.messages)
+def text_of(conversation: Conversation, first: int = 0) -> str:
+    """What of a row is embedded: all messages from number `first` on, one a line (our choice; the
+    paper's: unknown).
+    """
+    return "\n".join(m["content"] for m in conversation.messages[first:])
+
+
+def texts_of(
+    model: Opened, conversations: Sequence[Conversation]
+) -> tuple[list[str], list[str]]:
+    """The text of each readable row that the encoder is given, and a note on what was cut of it.
+
+    A model reads its first `max_seq_length` tokens. Of a longer conversation whole messages go from
+    the left, the last question and answer never; what is still too long loses its end.
+    """
+    cuts = _first_messages(model, conversations)
+    texts = [text_of(c, cut) for c, cut in zip(conversations, cuts, strict=True)]
+    longest = 64 * model.max_tokens
+    counts = token_counts(model, [text[:longest] for text in texts], truncation=False)
+    notes = []
+    for text, cut, count in zip(texts, cuts, counts, strict=True):
+        over = count > model.max_tokens or len(text) > longest
+        found = [f"{cut} earlier messages cut to fit the model"] if cut else []
+        notes.append("; ".join([*found, "end of the text cut to fit the model"] if over else found))
+    return texts, notes
+
+
+def _first_messages(model: Opened, conversations: Sequence[Conversation]) -> list[int]:
+    """How many leading messages of each row are left out so that the rest fits."""
+    several = [i for i, c in enumerate(conversations) if len(c.messages) > 2]
+    longest = 64 * model.max_tokens  # characters: as good as all of them where a message has more
+    parts = [[m["content"][:longest] + "\n" for m in conversations[i].messages] for i in several]
+    counts = iter(token_counts(model, [p for row in parts for p in row], special=False,
+                               truncation=False))  # fmt: skip
+    room = model.max_tokens - model.tokenizer.num_special_tokens_to_add(pair=False)
+    cuts = [0] * len(conversations)
+    for i, row in zip(several, parts, strict=True):
+        lengths = [next(counts) for _ in row]
+        last = max(0, (conversations[i].ends or (0,))[-1] - 1)
+        while cuts[i] < last and sum(lengths[cuts[i] :]) > room:
+            cuts[i] += 1
+    return cuts
 
 
 @torch.inference_mode()
@@ -65,12 +104,18 @@ def embed(
     return out
 
 
-def token_counts(model: Opened, texts: Sequence[str]) -> np.ndarray:
-    """Tokens of each text as the encoder sees it, at most its `max_seq_length`."""
+def token_counts(
+    model: Opened, texts: Sequence[str], *, special: bool = True, truncation: bool = True
+) -> np.ndarray:
+    """Tokens of each text, int64, as the encoder sees it: at most its `max_seq_length`.
+
+    special : with the tokens that open and close a row; truncation : False counts all tokens
+    """
     counts: list[int] = []
     for start in range(0, len(texts), 4096):
         ids = model.tokenizer(
-            list(texts[start : start + 4096]), truncation=True, max_length=model.max_tokens,
+            list(texts[start : start + 4096]), add_special_tokens=special,
+            truncation=truncation, max_length=model.max_tokens if truncation else None,
             return_attention_mask=False, verbose=False,
         )["input_ids"]  # fmt: skip
         counts.extend(map(len, ids))

@@ -6,6 +6,9 @@ exact. The distance is taken against a `reference.Reference`.
 A reference holds distinct rows. A row is not its own neighbour: the reference row with its hash is
 left out, so an exact copy is no neighbour either. A nearly equal row is, with a distance near 0.
 Equal distances are ordered by position in the reference; the i-th distance does not depend on it.
+
+A conversation that is longer than the encoder reads loses whole messages from the left, and the
+reasons say so (`encoder.texts_of`).
 """
 
 from __future__ import annotations
@@ -48,23 +51,22 @@ def distance_column(
     Raises ReferenceMismatch if the reference was embedded by another model.
     """
     check_encoder(reference, model)
-    texts = [encoder.text_of(c) for c in conversations]
     readable = np.array([not c.problem for c in conversations], dtype=bool)
-    vectors = encoder.embed(
-        model, [text for text, fine in zip(texts, readable, strict=True) if fine],
-        batch_tokens=batch_tokens, progress=progress,
-    )  # fmt: skip
+    texts, cut = encoder.texts_of(model, [c for c in conversations if not c.problem])
+    vectors = encoder.embed(model, texts, batch_tokens=batch_tokens, progress=progress)
     where = {name: i for i, name in enumerate(reference.row_hashes)}
     own = np.array([where.get(name, -1) for name in row_hashes], dtype=np.int64)[readable]
     distances, _ = nearest(vectors, reference.embeddings, neighbour, own, progress=progress)
-    values = np.full(len(texts), np.nan)
+    values = np.full(len(conversations), np.nan)
     values[readable] = distances[:, -1]
-    lost = np.zeros(len(texts), dtype=bool)
+    lost = np.zeros(len(conversations), dtype=bool)
     lost[readable] = np.isnan(vectors).any(axis=1)
     values[lost] = np.nan
     few = f"the reference has fewer than {neighbour} other rows"
+    notes = np.full(len(conversations), "", dtype=object)
+    notes[readable] = cut
     reasons = [
-        c.problem or (OUT_OF_MEMORY if gone else few if np.isnan(value) else "")
-        for c, gone, value in zip(conversations, lost, values, strict=True)
+        c.problem or (OUT_OF_MEMORY if gone else few if np.isnan(value) else note)
+        for c, gone, value, note in zip(conversations, lost, values, notes, strict=True)
     ]
     return Column(values, reasons)

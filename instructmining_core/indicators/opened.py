@@ -24,6 +24,7 @@ class Opened:
     dtype : torch dtype of the computation, "" for a tokenizer alone
     max_tokens : longest row, in tokens
     note : what a reader of the scores must know, "" for nothing
+    form : input form of a reward model (`reward.FORMS`), "" for other models
     """
 
     model: Any
@@ -33,6 +34,7 @@ class Opened:
     dtype: Any = ""
     max_tokens: int = 0
     note: str = ""
+    form: str = ""
 
     @property
     def pad_id(self) -> int:

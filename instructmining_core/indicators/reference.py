@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from instructmining_core.indicators.opened import Opened
 
 REFERENCE_ROWS = 2048  # default size of the sample
+_TEXTS = "texts-2"  # which text of a row was embedded; raised with the version of `knn`
 
 
 class ReferenceMismatch(ValueError):
@@ -60,16 +61,22 @@ class Reference:
             np.savez(
                 stream, row_hashes=np.array(self.row_hashes, dtype="U32"),
                 embeddings=self.embeddings,
-                encoder=np.array([self.model, self.revision, self.dtype]),
+                encoder=np.array([self.model, self.revision, self.dtype, _TEXTS]),
             )  # fmt: skip
         os.replace(partial, path)
 
     @classmethod
     def read(cls, path: Path) -> Reference:
-        """Read what `save` wrote."""
+        """Read what `save` wrote. Raises ReferenceMismatch for a file of an earlier version."""
         with np.load(path, allow_pickle=False) as found:
             hashes = tuple(str(h) for h in found["row_hashes"])
-            return cls(hashes, found["embeddings"], *map(str, found["encoder"]))
+            *encoder, texts = map(str, found["encoder"])
+            if texts != _TEXTS:
+                raise ReferenceMismatch(
+                    f"{path} was made by a version that cut long conversations otherwise: make it "
+                    "again from the same pool"
+                )
+            return cls(hashes, found["embeddings"], *encoder)
 
 
 def reference_hash(row_hashes: Sequence[str]) -> str:
@@ -105,7 +112,7 @@ def make_reference(
     chosen = [readable[i] for i in sample_reference([row_hashes[i] for i in readable], size, seed)]
     from instructmining_core.indicators import encoder  # torch only when it is needed
 
-    texts = [encoder.text_of(conversations[i]) for i in chosen]
+    texts, _ = encoder.texts_of(model, [conversations[i] for i in chosen])
     vectors = encoder.embed(model, texts, progress=progress)
     if np.isnan(vectors).any():
         raise ReferenceMismatch("out of memory while embedding the reference; free some and retry")

@@ -1,7 +1,7 @@
 """Reward score of a response (InstructMining v3, Table 1: Rew).
 
 The paper's model is OpenAssistant/oasst-rm-pythia-1.4b (arXiv 2304.07327). Which input form the
-authors used is unknown; both are here, and the one used is recorded:
+authors used is unknown; both are here, `load(..., form=)` chooses, and the one used is recorded:
 
 oasst : `<|prompter|>I<|endoftext|><|assistant|>R<|endoftext|>`, the form that model was trained on
 pair : the tokenizer's own form for two texts, what came before and the response
@@ -32,6 +32,7 @@ from instructmining_core.indicators.text import (
 FORMS = ("oasst", "pair")
 _OASST_MARKS = {"system": "<|system|>", "user": "<|prompter|>", "assistant": "<|assistant|>"}
 _OASST_END = "<|endoftext|>"
+NO_TOKEN = "no token to read: nothing was asked and nothing answered"
 OTHER_SCALE = "another reward scale than the paper's: published coefficients do not carry over"
 
 
@@ -43,12 +44,16 @@ class CoefficientWarning(UserWarning):
     """Scores that must not meet published coefficients."""
 
 
-def load(ref, *, device: str | None = None, standins: Path | None = None) -> Opened:
+def load(
+    ref, *, device: str | None = None, standins: Path | None = None, form: str = ""
+) -> Opened:
     """Open a reward model: any sequence classifier with one output.
 
+    form : "oasst" or "pair"; "" takes the one that fits the model
     Warns (CoefficientWarning) for every model but a `gpt_neox_reward_model`, as the widely used
-    DeBERTa one has another scale.
+    DeBERTa one has another scale. Raises RewardModelError.
     """
+    _check_form(form)
     opened = open_model(
         ref, AutoModelForSequenceClassification, device=device, standins=standins
     )
@@ -59,7 +64,7 @@ def load(ref, *, device: str | None = None, standins: Path | None = None) -> Ope
         )
     if config.pad_token_id is None:
         config.pad_token_id = opened.pad_id
-    opened.note = note_of(config)
+    opened.form, opened.note = form or form_of(config), note_of(config, form)
     if form_of(config) != "oasst":
         warnings.warn(f"{ref.id}: {OTHER_SCALE}", CoefficientWarning, stacklevel=2)
     return opened
@@ -71,10 +76,17 @@ def form_of(config) -> str:
     return "oasst" if oasst else "pair"
 
 
-def note_of(config) -> str:
+def note_of(config, form: str = "") -> str:
     """What a reader of the scores must know: the input form, and whether the scale is another."""
-    form = form_of(config)
-    return f"input form {form}" if form == "oasst" else f"input form {form}; {OTHER_SCALE}"
+    note = f"input form {form or form_of(config)}"
+    if form and form != form_of(config):
+        note += f", not the model's own, which is {form_of(config)}"
+    return note if form_of(config) == "oasst" else f"{note}; {OTHER_SCALE}"
+
+
+def _check_form(form: str) -> None:
+    if form and form not in FORMS:
+        raise RewardModelError(f"input form {form!r}; known are {', '.join(FORMS)}")
 
 
 def compute(
@@ -88,24 +100,25 @@ def compute(
 ) -> dict[str, Column]:
     """Reward of each response given what was said before it; mean over the assistant's turns.
 
-    form : "oasst" or "pair"; None takes the one that fits the model
+    form : "oasst" or "pair"; None takes the one that the model was opened with
     batch_tokens : padded tokens of a batch
     padding_side : "right" or "left"; the pair form keeps to the right, because classifiers like
         DeBERTa read their first position
     An empty response is scored too: the model has an opinion on silence. Over-long conversations
     lose whole messages from the left, then the response's end, and the reasons say so.
     """
-    form = form or form_of(model.model.config)
-    if form not in FORMS:
-        raise RewardModelError(f"input form {form!r}; known are {', '.join(FORMS)}")
+    form = form or model.form or form_of(model.model.config)
+    _check_form(form)
     turns = list(each_turn(conversations))
     side = padding_side if form == "oasst" else "right"
     rows = (_oasst_rows if form == "oasst" else _pair_rows)(turns, model)
-    lengths = [len(row["input_ids"]) for row in rows]
-    scores = map_batches(
-        lambda numbers: _forward(model, [rows[i] for i in numbers], side),
+    filled = [row for row in rows if row["input_ids"]]
+    lengths = [len(row["input_ids"]) for row in filled]
+    scores = iter(map_batches(
+        lambda numbers: _forward(model, [filled[i] for i in numbers], side),
         lengths, batch_tokens, progress, "reward",
-    )  # fmt: skip
+    ))  # fmt: skip
+    scores = [next(scores) if row["input_ids"] else Failed(NO_TOKEN) for row in rows]
     values = [np.nan if isinstance(score, Failed) else score for score in scores]
     reasons = [
         score.reason if isinstance(score, Failed) else row["note"]
