@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from instructmining_core import paths
-from instructmining_core.cli_models import asked_models, standin_folder
+from instructmining_core.cli_models import asked_form, asked_models, standin_folder
 from instructmining_core.cli_reference import set_reference
 from instructmining_core.indicators import Indicator
 from instructmining_core.readers import count_records
@@ -56,7 +56,8 @@ def make_scorer(args: argparse.Namespace, piped: Path | None = None) -> Scorer:
     roles = {role: ref for role, ref in roles.items() if role in {i.role for i in wanted}}
     standins = standin_folder(args.profile, roles, args.allow_standins)
     bank = args.bank or (paths.cache() / "bank" if _with_models(wanted) else None)
-    scorer = Scorer(roles, indicators=names, bank=bank, standins=standins)
+    form = asked_form(args.profile, args.reward_form)
+    scorer = Scorer(roles, indicators=names, bank=bank, standins=standins, reward_form=form)
     if any(i.pool_relative for i in scorer.indicators):
         set_reference(args, scorer, piped)
     return scorer

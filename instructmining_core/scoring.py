@@ -56,6 +56,7 @@ class Scorer:
     bank : folder of the score bank, None to keep nothing
     reference : for pool-relative indicators; None until `make_reference`
     standins : folder of stand-in models, for "standin:" references
+    reward_form : input form of the reward model (`indicators.reward.FORMS`), "" for its own
     """
 
     def __init__(
@@ -68,8 +69,9 @@ class Scorer:
         standins: str | Path | None = None,
         device: str | None = None,
         block_rows: int = BLOCK_ROWS,
+        reward_form: str = "",
     ) -> None:
-        self.models = Models(models or {}, standins, device)
+        self.models = Models(models or {}, standins, device, reward_form)
         self.indicators = self._chosen(indicators)
         self.bank = bank
         self.reference = reference
@@ -210,6 +212,8 @@ class Scorer:
         if with_model:
             who = self.models.describe(indicator.role)
             key |= {name: who[name] for name in ("model", "revision", "dtype")}
+            if form := self.models.other_form(indicator.role):
+                key["form"] = form
         if indicator.pool_relative:
             key["reference"] = self._reference_of(indicator).describe()
         return key
