@@ -88,7 +88,7 @@ def dose_claim(effects: pd.DataFrame) -> dict[str, str]:
                for r in effects.sort_values("slope", ascending=False).itertuples()]  # fmt: skip
     return {
         "ours": f"change of the loss at a full dose: {'; '.join(changes)}",
-        "detectable": f"{100 * np.expm1(seen):.1f} % of the loss",
+        "detectable": f"{100 * np.expm1(seen):.1f} % of the loss" if seen > 0 else "nothing",
         "verdict": verdict,
     }
 
