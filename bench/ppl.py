@@ -109,7 +109,7 @@ def both_ways(size: str, rows: int, repeats: int, ending: str = "") -> list[dict
             data=f"{found['rows']} contiguous rows of {found['origin']}",
             template=TEMPLATE_VERSION,
             note=f"{told(found['lm'])}; medians of {found['repeats']} in turn; perplexities agree "
-                 f"to {found['exact']:.1e} relative in float32, {found['apart'][bench]:.1e} as timed",
+                 f"to {found['exact']:.1e} relative in float32, {found['apart'][bench]:.0e} timed",
         ))  # fmt: skip
     return made
 
