@@ -2,6 +2,7 @@
 PROFILE ?= laptop
 PYTHON ?= python3
 ONLY ?=
+BESIDE ?=
 TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.ready
@@ -14,7 +15,7 @@ study: $(READY)
 	$(BIN)/python -m instructmining_core.stages run --profile $(PROFILE)
 
 publish: $(READY)
-	$(BIN)/python -m instructmining_core.stages publish --profile $(PROFILE)
+	$(BIN)/python -m instructmining_core.stages publish --profile $(PROFILE) $(if $(BESIDE),--beside)
 
 test: lint unit smoke book
 

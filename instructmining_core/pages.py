@@ -13,6 +13,7 @@ from . import paths
 from .profiles import Profile
 
 FRONT_FIGURE = "08_selection.ipynb"  # whose first figure is on the front page: selected, random
+BESIDE = ("06_finetune_sweep.ipynb", "08_selection.ipynb")  # whose first figures a summary shows
 
 
 class PageError(RuntimeError):
@@ -54,6 +55,23 @@ def write_front_page(folder: Path, profile: Profile, book: Path) -> None:
     generated.mkdir(exist_ok=True)
     (generated / "front.md").write_text(page, encoding="utf-8")
     (generated / "front.png").write_bytes(_first_figure(folder / "notebooks" / FRONT_FIGURE))
+
+
+def write_summary(folder: Path, profile: Profile, book: Path) -> None:
+    """What a run beside the book's own found: `book/_generated/<profile>.md` and its figures.
+
+    No text of the data is in it, so a run on others' data may be shown.
+    """
+    import pandas as pd
+
+    from .claims import front_page
+
+    generated = book / "_generated"
+    page = front_page(pd.read_csv(folder / "verdict.csv"), profile.name, profile.description)
+    (generated / f"{profile.name}.md").write_text(page, encoding="utf-8")
+    for name in BESIDE:
+        figure = generated / f"{profile.name}_{name[:2]}.png"
+        figure.write_bytes(_first_figure(folder / "notebooks" / name))
 
 
 def write_page(executed: Path, target: Path) -> None:

@@ -1,13 +1,9 @@
 """Simulated studies: what the paper's design can't see, and whether our inference keeps its word.
 
-    python -m instructmining_core.simulate --full table.csv     # all acceptance figures, minutes
-    python -m instructmining_core.simulate table.json           # the quick version, under a minute
+The figures that must hold, and the command that makes their table, are in `acceptance`.
 """
 
 from __future__ import annotations
-
-import argparse
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -16,15 +12,16 @@ from scipy.stats import t as student
 
 from .held_out import deletion_maps
 from .ols import residualise, slope_map
-from .permutation import freedman_lane
+from .permutation import permutation
 from .planner import half_widths, sigma_band
 from .simulated_null import PAPER_R2, null_r2, pure_noise
 from .subset_search import SubsetSearch
 from .subsets import designed_sets, fusion_sets
 from .worlds import COLUMNS, NOISE_SD, Design, design, outcomes, synthetic_world
 
-__all__ = ["PAPER_R2", "acceptance", "coverage", "design_comparison", "null_r2",
+__all__ = ["PAPER_R2", "coverage", "design_comparison", "null_r2",
            "permutation_size", "planner_band", "pure_noise", "two_designs"]
+
 
 def two_designs(n_sources: int, seed: int, *, n_runs: int = 80, size: int = 400,
                 rows: int = 1000) -> tuple[Design, Design, np.ndarray]:
@@ -102,9 +99,12 @@ def _compared(name, d, rows, beta, slopes, half, covered) -> pd.DataFrame:
 
 def coverage(n_designs: int, n_studies: int, seed: int, *, n_sources: int = 12,
              n_runs: int = 80) -> pd.DataFrame:
-    """Shares of 95 % intervals that hold the truth, one row a design: hc3, hc3_uneven, jackknife.
+    """Shares of 95 % intervals that hold the truth, one row a design.
+
+    hc3 : even noise;
 
     hc3_uneven : the noise sd runs fourfold, from half to twice, with the first indicator;
+    hc3_rows : rows differ too, three times as much over sets as seeds do;
     jackknife : slopes vary over sources with sd 0.01, the target is their mean in new sources.
     """
     rows = []
@@ -113,8 +113,9 @@ def coverage(n_designs: int, n_studies: int, seed: int, *, n_sources: int = 12,
         rng = np.random.default_rng([seed, d, 1])
         uneven = NOISE_SD * 2 ** np.linspace(-1, 1, n_runs)[made.X[:, 0].argsort().argsort()]
         row = {"design": d}
-        for name, sd in (("hc3", NOISE_SD), ("hc3_uneven", uneven)):
-            drawn = outcomes(made, n_studies, rng, noise_sd=sd)
+        for name, noise in (("hc3", {"noise_sd": NOISE_SD}), ("hc3_uneven", {"noise_sd": uneven}),
+                            ("hc3_rows", {"noise_sd": NOISE_SD / 3, "rows_sd": NOISE_SD})):
+            drawn = outcomes(made, n_studies, rng, **noise)
             beta, half = hc3_studies(made.X, made.shares, drawn.Y)
             row[name] = float((np.abs(beta - drawn.slopes) <= half).mean())
         drawn = outcomes(made, n_studies, rng, slope_spread=0.01)
@@ -136,20 +137,28 @@ def jackknife_studies(made: Design, Y: np.ndarray,
 
 def permutation_size(n_designs: int, n_studies: int, seed: int, *, n_sources: int = 12,
                      n_runs: int = 80, n_permutations: int = 199) -> pd.DataFrame:
-    """Rejections at 5 % where only the sources differ: h0b and h0a, one row a study."""
-    rows = []
+    """Rejections at 5 % where no indicator matters: one row a study, one column a test.
+
+    h0b, h0a : only the sources differ; rows_plain, rows_counted : rows differ as well, three times
+    as much over sets as seeds do, and H0b is tested without and with the shared rows counted.
+    """
+    found = []
     for d in range(n_designs):
         made, _, _ = two_designs(n_sources, seed + d, n_runs=n_runs)
         rng = np.random.default_rng([seed, d, 2])
-        drawn = outcomes(made, n_studies, rng, slope_sd=0.0)
-        for name, controls in (("h0b", made.shares), ("h0a", np.ones((n_runs, 1)))):
-            search = SubsetSearch(made.X, controls)
-            for b in range(n_studies):
-                seen, null = freedman_lane(search, drawn.Y[:, b], n_permutations, rng)
-                p = (1 + (null >= seen - 1e-12).sum()) / (1 + n_permutations)
-                rows.append({"design": d, "study": b, "null": name, "reject": p <= 0.05})
-    return (pd.DataFrame(rows).pivot(index=["design", "study"], columns="null", values="reject")
-            .reset_index().rename_axis(columns=None))
+        sources = outcomes(made, n_studies, rng, slope_sd=0.0).Y
+        rows = outcomes(made, n_studies, rng, slope_sd=0.0, noise_sd=NOISE_SD / 3,
+                        rows_sd=NOISE_SD).Y
+        for b in range(n_studies):
+            tests = {"h0b": (sources, "H0b", None), "h0a": (sources, "H0a", None),
+                     "rows_plain": (rows, "H0b", None), "rows_counted": (rows, "H0b", made.rows)}
+            p = {
+                name: permutation(made.runs(Y[:, b]), COLUMNS, null=null, rows=held, arms=None,
+                                  n_permutations=n_permutations, seed=seed + b).p
+                for name, (Y, null, held) in tests.items()
+            }
+            found.append({"design": d, "study": b} | {name: p[name] <= 0.05 for name in p})
+    return pd.DataFrame(found)
 
 
 def planner_band(n_studies: int, seed: int, *, n_sources: int = 12,
@@ -177,82 +186,3 @@ def planner_band(n_studies: int, seed: int, *, n_sources: int = 12,
             rows.append({"design": d, "classical": low <= realised[b] <= high,
                          "hc3": inside.mean()})
     return pd.DataFrame(rows)
-
-
-def acceptance(full: bool = False, seed: int = 20261123) -> pd.DataFrame:
-    """Every acceptance figure of statistics.md, sections 1, 4 and 5, as one table.
-
-    Columns: figure, value, wanted (in words), low, high (bounds; NaN where only shown), passed.
-    full : 2,000 studies and the like; else about a tenth of them.
-    """
-    k = 1 if full else 0
-    rows: list[tuple] = []
-    for s in (4, 8, 12):
-        null = null_r2(s, (100, 1000)[k], seed)
-        rows += [(f"median R² without any effect, {s} sources", null["r2"].median(), "shown"),
-                 (f"every term 'significant', {s} sources", null["all_significant"].mean(),
-                  "shown"),
-                 (f"rank correlation of two repeats, {s} sources",
-                  null["repeat_rank_correlation"].median(), "shown"),
-                 (f"variance in three components, {s} sources", null["first_three"].median(),
-                  "shown"),
-                 (f"median VIF, {s} sources", null["vif"].median(), "shown")]
-    noise = pure_noise((300, 2000)[k], seed)
-    rows += [("median R² of the best four, no effect of anything", noise["r2"].median(), "shown"),
-             ("a 'significant' term, no effect of anything", noise["any_significant"].mean(),
-              "shown")]
-    covered = coverage((8, 20)[k], (50, 100)[k], seed).mean()
-    rows += [("HC3 coverage, even noise", covered["hc3"], (0.94, 0.98)),
-             ("HC3 coverage, noise fourfold", covered["hc3_uneven"], (0.90, 1.0)),
-             ("jackknife coverage, slopes vary over sources", covered["jackknife"], (0.93, 0.99))]
-    size = permutation_size((4, 20)[k], (25, 50)[k], seed,
-                            n_permutations=(99, 199)[k]).mean()
-    rows += [("H0b rejects, only sources differ", size["h0b"], (0.03, 0.07)),
-             ("H0a rejects, only sources differ", size["h0a"], (0.90, 1.0))]
-    both = design_comparison(n_designs=(6, 20)[k], n_studies=(10, 20)[k], seed=seed)
-    median = both.groupby("design")[["rank_correlation", "half_width"]].median()
-    tilted = median.loc["designed with shares"]
-    rows.append(("rank correlation with the true score, unseen source: designed with shares",
-                 tilted["rank_correlation"], (0.85, 1.0)))
-    for name in ("fusion, paper's procedure", "fusion, nine terms", "fusion with shares"):
-        rows.append((f"rank correlation with the true score, unseen source: {name}",
-                     median.loc[name, "rank_correlation"], "shown"))
-    rows += [("half-width, designed / fusion with shares",
-              tilted["half_width"] / median.loc["fusion with shares", "half_width"], (0, 0.25)),
-             ("half-width, designed / fusion, nine terms",
-              tilted["half_width"] / median.loc["fusion, nine terms", "half_width"], "shown")]
-    band = planner_band((200, 500)[k], seed).mean()
-    rows += [("planner's 80 % band holds the half-width", band["classical"], (0.75, 0.85)),
-             ("the same, half-width by HC3", band["hc3"], "shown")]
-    return _accepted(rows)
-
-
-def _accepted(rows: Sequence[tuple]) -> pd.DataFrame:
-    frame = []
-    for name, value, wanted in rows:
-        low, high = wanted if isinstance(wanted, tuple) else (np.nan, np.nan)
-        words = wanted if isinstance(wanted, str) else f"{low:g} to {high:g}"
-        passed = None if isinstance(wanted, str) else bool(low <= value <= high)
-        frame.append({"figure": name, "value": float(value), "wanted": words, "low": low,
-                      "high": high, "passed": passed})
-    return pd.DataFrame(frame)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the acceptance table to a CSV or JSON file; exit status 1 where a figure fails."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", help="file to write, .csv or .json")
-    parser.add_argument("--full", action="store_true", help="all studies (minutes)")
-    parser.add_argument("--seed", type=int, default=20261123)
-    options = parser.parse_args(argv)
-    table = acceptance(options.full, options.seed)
-    if options.out.endswith(".json"):
-        table.to_json(options.out, orient="records", indent=2, force_ascii=False)
-    else:
-        table.to_csv(options.out, index=False)
-    return int(table["passed"].eq(False).any())
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

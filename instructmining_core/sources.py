@@ -12,6 +12,7 @@ from .profiles import DataConfig, ProfileError, SourceConfig
 from .records import read_records
 
 FILES = (".json", ".jsonl", ".csv", ".parquet", ".gz")  # also where other sets are from the hub
+LISTED = 20  # malformed records of one file that are named; all are counted
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class StudyData:
 def read_source(source: SourceConfig, data: DataConfig, root: Path) -> pd.DataFrame:
     """Read one set and draw `take` of its usable rows by seed (all when 0).
 
-    Usable: at least one assistant turn with text in it. Raises ProfileError, with the way to get
-    the file, when a file is missing.
+    Usable: at least one assistant turn with text in it. What is not usable is counted in `.attrs`:
+    `malformed`, with the first places in `problems`, and `no_answer`. Raises ProfileError, with
+    the way to get the file, when a file is missing.
     """
     where: str | Path = source.where
     if data.kind == "files" or Path(source.where).suffix in FILES:
@@ -53,53 +55,92 @@ def read_source(source: SourceConfig, data: DataConfig, root: Path) -> pd.DataFr
         if not where.exists():
             hint = source.how_to_get or "Set data.folder to the folder that holds it."
             raise ProfileError(f"{source.name}: there is no file {where}. {hint}")
-    table, _ = read_records(where, source=source.name, on_error="collect")
-    usable = table[[_answered(messages) for messages in table["messages"]]]
+    table, problems = read_records(where, source=source.name, on_error="collect")
+    answered = table[[_answered(messages) for messages in table["messages"]]]
+    usable = answered
     if source.take and source.take < len(usable):
         usable = usable.sample(source.take, random_state=data.seed)
-    return usable.reset_index(drop=True)
+    usable = usable.reset_index(drop=True)
+    usable.attrs = {"malformed": len(problems), "no_answer": len(table) - len(answered),
+                    "problems": [str(problem) for problem in problems[:LISTED]]}  # fmt: skip
+    return usable
+
+
+def read_exams(data: DataConfig, root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The two evaluation sets of a profile of files or hub names.
+
+    A row of the second that shares a run of eight words with the first is left out, and counted in
+    `.attrs["near_copies"]` of the second.
+    """
+    first, second = (
+        _prompts(read_source(source, data, root), data) for source in (data.eval_1, data.eval_2)
+    )
+    apart = without_copies_of(second, first)
+    apart.attrs = {**second.attrs, "near_copies": len(second) - len(apart)}
+    return first, apart
 
 
 def read_study_data(data: DataConfig, root: Path) -> StudyData:
     """Sources, pools and evaluation sets of a profile of files or hub names.
 
-    Candidate and pool rows that share a run of eight words with an evaluation row are left out,
-    and counted (statistics, section 8).
+    Candidate and pool rows that share a run of eight words with an evaluation row, and pool rows
+    that share one with a candidate, are left out, and counted (statistics, section 8).
     """
-    eval_1, eval_2 = (
-        _prompts(read_source(source, data, root), data) for source in (data.eval_1, data.eval_2)
-    )
-    exam = pd.concat([eval_1, eval_2], ignore_index=True)
+    exams = dict(zip(("eval_1", "eval_2"), read_exams(data, root), strict=True))
+    both = pd.concat(exams.values(), ignore_index=True)
+    facts, candidates, pools, rest = [], [], {}, []
+    for source in data.sources:
+        rows, fact = _usable(source, data, root, both)
+        kept, spare = _split(rows, data.rows_per_source, data.seed)
+        candidates.append(kept)
+        rest.append(spare)
+        facts.append({**fact, "role": "candidates", "rows": len(kept)})
+    fitted = pd.concat(candidates, ignore_index=True)
+    for source in data.unseen:
+        rows, fact = _usable(source, data, root, both)
+        apart = without_copies_of(rows, fitted)
+        kept, _ = _split(apart, data.pool_rows, data.seed)
+        pools[f"{source.name} (unseen source)"] = kept
+        facts.append({**fact, "role": "pool", "rows": len(kept),
+                      "near copies of candidates": len(rows) - len(apart)})  # fmt: skip
+    spare = pd.concat(rest, ignore_index=True)
+    if len(spare):
+        apart = without_copies_of(spare, fitted)
+        name = "unseen rows of fitted sources"
+        pools[name], _ = _split(apart, data.pool_rows, data.seed)
+        facts.append({"source": name, "role": "pool", "read": len(spare), "rows": len(pools[name]),
+                      "near copies of candidates": len(spare) - len(apart)})  # fmt: skip
+    for name, exam in exams.items():
+        facts.append({"source": exam["source"].iloc[0], "role": name, "rows": len(exam),
+                      "malformed": exam.attrs["malformed"], "no answer": exam.attrs["no_answer"],
+                      "near copies of evaluation rows": exam.attrs.get("near_copies", 0)})
+    table = pd.DataFrame(facts)
+    counts = [column for column in table if column not in ("source", "role", "problems")]
+    table[counts] = table[counts].fillna(0).astype(int)
+    return StudyData(fitted, pools, exams["eval_1"], exams["eval_2"], table)
+
+
+def _usable(
+    source: SourceConfig, data: DataConfig, root: Path, exam: pd.DataFrame
+) -> tuple[pd.DataFrame, dict]:
+    """Rows that may be trained on, and how many were left out for which reason."""
+    read = read_source(source, data, root)
     limit = data.max_prompt_words or float("inf")
-    facts, kept = [], {}
-    for source, role in [(s, "candidates") for s in data.sources] + [
-        (s, "pool") for s in data.unseen
-    ]:
-        read = read_source(source, data, root)
-        short = read[[_prompt_words(m) <= limit for m in read["messages"]]]
-        clean = without_copies_of(short, exam)
-        wanted = data.rows_per_source if role == "candidates" else data.pool_rows
-        held_out = clean.iloc[:0]
-        if wanted and wanted < len(clean):
-            shuffled = clean.sample(frac=1.0, random_state=data.seed)
-            clean, held_out = shuffled.iloc[:wanted], shuffled.iloc[wanted:]
-        kept[source.name] = (role, clean.reset_index(drop=True), held_out.reset_index(drop=True))
-        facts.append(
-            {"source": source.name, "role": role, "read": len(read), "rows": len(clean),
-             "prompt too long": len(read) - len(short),
-             "near copies of evaluation rows": len(short) - len(held_out) - len(clean)}
-        )  # fmt: skip
-    candidates = [rows for role, rows, _ in kept.values() if role == "candidates"]
-    pools = {f"{name} (unseen source)": rows for name, (role, rows, _) in kept.items()
-             if role == "pool"}  # fmt: skip
-    rest = [held for role, _, held in kept.values() if role == "candidates" and len(held)]
-    if rest:
-        fresh = pd.concat(rest, ignore_index=True)
-        size = min(data.pool_rows, len(fresh))
-        pools["unseen rows of fitted sources"] = fresh.sample(size, random_state=data.seed)
-    return StudyData(
-        pd.concat(candidates, ignore_index=True), pools, eval_1, eval_2, pd.DataFrame(facts)
-    )
+    short = read[[_prompt_words(m) <= limit for m in read["messages"]]]
+    clean = without_copies_of(short, exam)
+    return clean, {
+        "source": source.name, "read": len(read), "malformed": read.attrs["malformed"],
+        "no answer": read.attrs["no_answer"], "prompt too long": len(read) - len(short),
+        "near copies of evaluation rows": len(short) - len(clean),
+    }  # fmt: skip
+
+
+def _split(rows: pd.DataFrame, wanted: int, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`wanted` rows drawn by seed (all, in their order, when 0 or too few), and the others."""
+    if not wanted or wanted >= len(rows):
+        return rows.reset_index(drop=True), rows.iloc[:0]
+    shuffled = rows.sample(frac=1.0, random_state=seed)
+    return shuffled.iloc[:wanted].reset_index(drop=True), shuffled.iloc[wanted:]
 
 
 def _prompts(table: pd.DataFrame, data: DataConfig) -> pd.DataFrame:

@@ -21,13 +21,15 @@ import time
 from pathlib import Path
 
 from . import paths
-from .pages import PageError, build_book, write_front_page, write_page
+from .pages import PageError, build_book, write_front_page, write_page, write_summary
 from .profiles import Profile, load_profile, profile_path
+from .progress import sweep_bar
 
 NUMBERS = (
     "scores.parquet", "roles.parquet", "sets.parquet", "rule.json", "verdict.csv",
     "comparison.parquet", "doses.parquet", "truth.parquet", "sizes.parquet", "search.parquet",
-    "robustness.parquet", "transfer.parquet", "ablation.parquet", "judge.parquet",
+    "robustness.parquet", "transfer.parquet", "ablation.parquet",
+    "ablation_runs.parquet", "judge.parquet",
 )  # fmt: skip
 MAX_CODE_CELLS = 20
 
@@ -86,9 +88,10 @@ def run(name_or_yaml: str, only: list[str] | None = None, with_book: bool = True
     return index
 
 
-def publish(name_or_yaml: str) -> None:
+def publish(name_or_yaml: str, beside: bool = False) -> None:
     """Copy a finished run's notebooks to `book/notebooks/` and its numbers to `evidence/`.
 
+    beside : leave the book's own pages; write this run's summary to `book/_generated/` instead
     No text of others' data travels: scores are numbers and hashes, the ledger has hashes.
     """
     profile = load_profile(name_or_yaml)
@@ -96,10 +99,13 @@ def publish(name_or_yaml: str) -> None:
     missing = [n.name for n in notebooks() if not (folder / "notebooks" / n.name).is_file()]
     if missing:
         raise StageError(f"{folder} lacks {missing[0]}; run `make study PROFILE={name_or_yaml}`.")
-    for notebook in notebooks():
-        name = notebook.name
-        write_page(folder / "notebooks" / name, paths.root() / "book" / "notebooks" / name)
-    write_front_page(folder, profile, paths.root() / "book")
+    if beside:
+        write_summary(folder, profile, paths.root() / "book")
+    else:
+        for notebook in notebooks():
+            name = notebook.name
+            write_page(folder / "notebooks" / name, paths.root() / "book" / "notebooks" / name)
+        write_front_page(folder, profile, paths.root() / "book")
     shutil.rmtree(evidence, ignore_errors=True)
     shutil.copytree(folder / "ledger", evidence / "ledger", ignore=_not_json)
     for part in ("claims", "runs"):
@@ -107,7 +113,7 @@ def publish(name_or_yaml: str) -> None:
     for name in NUMBERS:
         if (folder / name).is_file():
             shutil.copy2(folder / name, evidence / name)
-    _say(f"published {len(notebooks())} notebooks and {evidence}")
+    _say(f"published {'a summary' if beside else f'{len(notebooks())} notebooks'} and {evidence}")
 
 
 def check() -> None:
@@ -170,10 +176,11 @@ def _execute(notebook: Path, folder: Path, profile: str) -> None:
     part.parent.mkdir(parents=True, exist_ok=True)
     named = str(profile_path(profile).resolve()) if Path(profile).suffix else profile
     try:
-        papermill.execute_notebook(
-            notebook, part, parameters={"profile": named}, cwd=notebook.parent,
-            kernel_name="python3", progress_bar=sys.stderr.isatty(), log_output=False,
-        )  # fmt: skip
+        with sweep_bar(folder / "ledger"):
+            papermill.execute_notebook(
+                notebook, part, parameters={"profile": named}, cwd=notebook.parent,
+                kernel_name="python3", progress_bar=sys.stderr.isatty(), log_output=False,
+            )  # fmt: skip
     except papermill.PapermillExecutionError as error:
         raise StageError(f"{notebook.stem} failed; its copy lies at {part}\n{error}") from None
     os.replace(part, out)
@@ -214,13 +221,15 @@ def main(arguments: list[str] | None = None) -> int:
     for verb in ("run", "publish"):
         verbs.add_parser(verb).add_argument("--profile", default="laptop")
     verbs.choices["run"].add_argument("--only", nargs="*", help="two-digit stage numbers")
+    verbs.choices["publish"].add_argument(
+        "--beside", action="store_true", help="numbers and a summary; the book keeps its pages")
     verbs.add_parser("check")
     options = parser.parse_args(arguments)
     try:
         if options.verb == "run":
             run(options.profile, options.only)
         elif options.verb == "publish":
-            publish(options.profile)
+            publish(options.profile, options.beside)
         else:
             check()
     except (StageError, PageError, ValueError) as error:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .runs import Standardisation
+from .shared_rows import overlap
 from .subsets import TrainingSet
 
 COLUMNS = ("len_in", "len_out", "reward", "ppl", "mtld", "knn_6", "naturalness", "coherence",
@@ -23,7 +24,7 @@ class Design:
     """A study's design matrix, known before any training.
 
     shares : (n, S); X : (n, p) standardised set means; parts : (n, S, p), what each source adds
-    to X; source_names : S names; arms : (n,) str
+    to X; source_names : S names; arms : (n,) str; rows : set_id -> row hashes, in the runs' order
     """
 
     shares: np.ndarray
@@ -31,6 +32,7 @@ class Design:
     parts: np.ndarray
     source_names: tuple[str, ...]
     arms: np.ndarray
+    rows: dict[str, tuple[str, ...]]
 
     def runs(self, y: np.ndarray, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
         """The table of runs that the regressions read; y : (n,) log losses."""
@@ -40,7 +42,7 @@ class Design:
         pure = self.shares.max(axis=1) == 1
         names = np.array(self.source_names, object)[self.shares.argmax(axis=1)]
         return frame.assign(log_loss=y, arm=self.arms, source=np.where(pure, names, ""),
-                            set_id=[f"set{i}" for i in range(len(y))])
+                            set_id=list(self.rows))
 
 
 def synthetic_world(n_sources: int, rows: int = 1000, seed: int = 0, *,
@@ -83,7 +85,8 @@ def design(sets: Sequence[TrainingSet], scores: pd.DataFrame,
         np.add.at(parts[i], codes[at], values[at] / len(at))
         shares[i] = np.bincount(codes[at], minlength=len(names)) / len(at)
     return Design(shares, parts.sum(axis=1), parts, tuple(map(str, names)),
-                  np.array([s.arm for s in sets], object))
+                  np.array([s.arm for s in sets], object),
+                  {f"set{i}": s.row_hashes for i, s in enumerate(sets)})
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,12 @@ class Outcomes:
 
 def outcomes(made: Design, n: int, rng: np.random.Generator, *, slope_sd: float = SLOPE_SD,
              source_sd: float = SOURCE_SD, noise_sd: float | np.ndarray = NOISE_SD,
-             slope_spread: float = 0.0) -> Outcomes:
+             slope_spread: float = 0.0, rows_sd: float = 0.0) -> Outcomes:
     """`n` studies: source effects + slopes of set means + noise, all normal.
 
     slope_spread : sd of a source's own slopes about the mean slopes; noise_sd : one value, or
-    (n_runs,), a run's own.
+    (n_runs,), a run's own; rows_sd : sd over sets of what their rows do to the loss beyond sources
+    and indicators, which sets that share rows have in common.
     """
     S, p = made.shares.shape[1], made.X.shape[1]
     slopes = rng.normal(0, slope_sd, (p, n)) if slope_sd else np.zeros((p, n))
@@ -108,5 +112,9 @@ def outcomes(made: Design, n: int, rng: np.random.Generator, *, slope_sd: float 
     if slope_spread:
         own = rng.normal(0, slope_spread, (S * p, n))
         Y += made.parts.reshape(len(made.X), -1) @ own
+    if rows_sd:
+        values, vectors = np.linalg.eigh(overlap(list(made.rows.values())))
+        root = vectors * np.sqrt(np.maximum(values, 0.0))
+        Y += rows_sd * root @ rng.normal(size=Y.shape)
     noise = rng.normal(size=Y.shape) * np.broadcast_to(noise_sd, (len(Y),))[:, None]
     return Outcomes(Y + noise, slopes)

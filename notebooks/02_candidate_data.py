@@ -78,17 +78,25 @@ pd.DataFrame(
 # ## What a row looks like
 #
 # A row is a list of messages; a single question with its answer is a list of two.
-# Here are one row and, where the profile plants defects, its defective twin.
+# Where the profile plants defects, one defective row of each kind stands here below the clean row that it was made from.
 
 # %%
 from instructmining_core.paper import quote
 
-example = data.candidates.assign(kind=data.candidates.get("kind", ""))
-for kind, rows in example.groupby("kind"):
-    row = rows.iloc[0]
-    print(f"[{kind or 'as published'}, {row['source']}]")
-    print("  user:     ", quote(row["messages"][0]["content"]))
-    print("  assistant:", quote(row["messages"][-1]["content"]))
+rows = data.candidates.set_index("id")
+if "twin" in rows:
+    made = rows[rows["twin"].isin(rows.index)]
+    shown = made.groupby("kind").sample(1, random_state=0)
+    origins = data.facts.set_index("source")[["version", "licence"]]
+    for row in shown.itertuples():
+        clean = rows.loc[row.twin]
+        print(f"{row.source} {', '.join(origins.loc[row.source])}")
+        print("  asked:   ", quote(clean["messages"][0]["content"]))
+        print("  clean:   ", quote(clean["messages"][-1]["content"]))
+        print(f"  {row.kind}:", quote(row.messages[-1]["content"]))
+else:
+    for name, part in rows.groupby("source"):
+        print(f"{name}: {len(part)} rows of {part['messages'].map(len).max()} messages at most")
 
 # %% [markdown]
 # ## Planted defects: a truth that the rule is not told
@@ -100,7 +108,8 @@ for kind, rows in example.groupby("kind"):
 # %%
 if "twin" in data.candidates:
     shares = data.candidates.groupby("source")["kind"].agg(
-        defective=lambda k: (k != "").mean(), kinds="nunique"
+        defective=lambda k: (k != "").mean(),
+        kinds_of_defect=lambda k: k[k != ""].nunique(),
     )
     display(shares.round(2))
 else:
@@ -133,9 +142,11 @@ pd.Series(leaks, name="evaluation rows with a near copy").to_frame()
 # %%
 from instructmining_core.hub import resolve
 
+roles, ladder = study.profile.models.roles(), study.profile.models.ladder
+study.standins(*roles.values(), *ladder)  # those that are missing are built, side by side
 found = {
     role: resolve(ref, standins=study.standins(ref))
-    for role, ref in study.profile.models.roles().items()
+    for role, ref in roles.items()
 }
 pd.DataFrame(
     [

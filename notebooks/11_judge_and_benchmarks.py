@@ -96,7 +96,7 @@ pd.Series(vars(published), name="net win").to_frame()
 #
 # The paper also reports four tasks of the OpenLLM leaderboard.
 # They need the hub and a model that can do them; a base of a million parameters answers at chance.
-# With network, `lm-eval --model hf --model_args pretrained=FOLDER,peft=ADAPTER --tasks arc_challenge,hellaswag,mmlu,truthfulqa_mc2` runs them on any adapter that this study saves.
+# With network, `lm-eval --model hf --model_args pretrained=FOLDER,peft=ADAPTER --tasks arc_challenge,hellaswag,mmlu,truthfulqa_mc2` runs them on an adapter such as the one that notebook 05 saves in `results/<profile>/adapter`.
 
 # %%
 study.claim("judged_better", **claims.judge_claim(net))

@@ -1,6 +1,6 @@
 """Acceptance of statistics.md, sections 1, 4 and 5, with few studies and bounds to match.
 
-The full version: python -m instructmining_core.simulate --full table.csv
+The full version: python -m instructmining_core.acceptance --full table.csv
 """
 
 import numpy as np

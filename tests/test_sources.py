@@ -8,7 +8,7 @@ import pytest
 
 from instructmining_core.near_copies import count_shared
 from instructmining_core.profiles import DataConfig, ProfileError, SourceConfig
-from instructmining_core.sources import read_study_data
+from instructmining_core.sources import read_source, read_study_data
 
 EXAM = "name the nine planets in their order from the sun please"
 
@@ -49,6 +49,51 @@ def test_no_row_of_an_evaluation_set_is_a_candidate(data, tmp_path):
     fitted = {r["id"] for r in found.candidates.to_dict("records")}
     pool = found.pools["unseen rows of fitted sources"]
     assert not fitted & set(pool["id"]) and len(pool) == 8
+
+
+def test_malformed_records_are_counted_and_named(data, tmp_path):
+    with (tmp_path / "a.jsonl").open("a") as stream:
+        stream.write("\n{not json")
+    found = read_study_data(data, tmp_path)
+    row = found.facts.set_index("source").loc["a"]
+    assert (row["read"], row["malformed"], row["no answer"]) == (22, 1, 1)
+    read = read_source(data.sources[0], data, tmp_path)
+    assert "a.jsonl, line 24" in read.attrs["problems"][0]
+
+
+def test_no_pool_row_is_a_near_copy_of_a_candidate(data, tmp_path):
+    copied = [(f"question number {i} of many more", f"the very same answer as number {i} has")
+              for i in range(12)]  # fmt: skip
+    write(tmp_path, "a.jsonl", copied)
+    write(tmp_path, "b.jsonl", [*copied[:3], ("something else", "entirely")])
+    found = read_study_data(data, tmp_path)
+    pool = found.pools["b (unseen source)"]
+    assert len(pool) == 1 and count_shared(pool, found.candidates) == 0
+    assert found.facts.set_index("source").loc["b", "near copies of candidates"] == 3
+
+
+def test_the_second_evaluation_set_has_no_near_copy_of_the_first(data, tmp_path):
+    write(tmp_path, "e2.jsonl", [("what is two and two", "four"), (EXAM, "Mercury")])
+    found = read_study_data(data, tmp_path)
+    assert len(found.eval_2) == 1
+    facts = found.facts.set_index("role")
+    assert facts.loc["eval_2", "near copies of evaluation rows"] == 1
+
+
+def test_text_of_the_base_model_holds_no_evaluation_row(data, tmp_path, monkeypatch):
+    import dataclasses
+
+    from instructmining_core.embedded.world import base_texts
+    from instructmining_core.profiles import ModelsConfig, Profile
+
+    monkeypatch.setenv("INSTRUCTMINING_HOME", str(tmp_path))
+    pieces = ["A text on other things.", f"As a teacher said: {EXAM}, and they did."]
+    lines = [json.dumps({"text": piece}) for piece in pieces]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    profile = Profile("p", data=data, models=ModelsConfig(standin_text=("text.jsonl",)))
+    assert base_texts(profile) == base_texts(profile) == pieces[:1]
+    shorter = dataclasses.replace(data, eval_1=data.eval_2)
+    assert base_texts(dataclasses.replace(profile, data=shorter)) == pieces
 
 
 def test_a_missing_file_says_how_to_get_it(data, tmp_path):

@@ -12,7 +12,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..templates import segments
-from .tiny_training import TrainingConfig, last, save, token_ids, train, train_tokenizer
+from .tiny_training import (
+    Progress,
+    TrainingConfig,
+    last,
+    save,
+    token_ids,
+    train,
+    train_tokenizer,
+)
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
@@ -52,7 +60,7 @@ def documents(rows: pd.DataFrame, asked_share: float = 0.3, seed: int = 0) -> li
 
 
 def build_base(
-    folder: Path, texts: Sequence[str], config: BaseConfig, *, progress: bool = False
+    folder: Path, texts: Sequence[str], config: BaseConfig, *, progress: Progress = False
 ) -> dict:
     """Train tokenizer and model on `texts` and save both in Hugging Face layout.
 

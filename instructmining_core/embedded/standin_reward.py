@@ -19,6 +19,7 @@ from ..batching import pad
 from ..gpt_neox_reward import GPTNeoXRewardConfig, GPTNeoXRewardModel
 from .defects import SEEN_KINDS, twins
 from .tiny_training import (
+    Progress,
     TrainingConfig,
     at_most,
     epochs_of,
@@ -76,7 +77,7 @@ def build_reward(
     check: pd.DataFrame,
     config: RewardConfig,
     *,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> dict:
     """Train on pairs of the rows `learn`, check on pairs of the rows `check`, save both.
 

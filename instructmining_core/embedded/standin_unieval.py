@@ -23,6 +23,7 @@ from ..indicators.text import Turn
 from ..indicators.unieval import QUESTIONS, prompt
 from .defects import twins
 from .tiny_training import (
+    Progress,
     TrainingConfig,
     at_most,
     epochs_of,
@@ -82,7 +83,7 @@ def build_unieval(
     check: pd.DataFrame,
     config: UniEvalConfig,
     *,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> dict:
     """Train on questions about the rows `learn`, check on the rows `check`, save both.
 

@@ -27,6 +27,7 @@ from .pydocs import Corpus
 from .standin_base import BaseConfig, build_base, documents
 from .standin_reward import RewardConfig, build_reward
 from .standin_unieval import UniEvalConfig, build_unieval
+from .tiny_training import Progress
 
 MAIN = ("base", "reward", "unieval")
 LADDER = ("base_small", "base", "base_large")
@@ -69,13 +70,19 @@ SIZES = {
 }
 
 
+def is_built(part: str, corpus: Corpus, size: str | StandinConfig = "laptop",
+             texts: Sequence[str] | None = None) -> bool:
+    """Whether a stand-in is in the cache."""
+    return (paths.standins(key(corpus, size, texts)) / part / MARKER).exists()
+
+
 def standin_folder(
     part: str,
     corpus: Corpus,
     size: str | StandinConfig = "laptop",
     *,
     texts: Sequence[str] | None = None,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> Path:
     """The folder of one cached stand-in, built first if it is not there.
 
@@ -100,7 +107,7 @@ def build(
     *,
     parts: Sequence[str] = MAIN,
     texts: Sequence[str] | None = None,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> dict[str, dict]:
     """Build stand-ins into `folder/<part>/`, each whole or not at all.
 
@@ -167,7 +174,7 @@ def _config(size: str | StandinConfig) -> StandinConfig:
 
 def _build_part(folder: Path, part: str, corpus: Corpus,
                 config: BaseConfig | RewardConfig | UniEvalConfig,
-                texts: Sequence[str] | None, progress: bool) -> dict:
+                texts: Sequence[str] | None, progress: Progress) -> dict:
     if part in LADDER:
         text = documents(corpus.split("base_text")) if texts is None else texts
         return build_base(folder, text, config, progress=progress)

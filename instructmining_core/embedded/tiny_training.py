@@ -18,6 +18,8 @@ from transformers.utils import logging
 
 from .. import hub
 
+Progress = bool | Callable[[int, int], None]
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -123,9 +125,11 @@ def train(
     config: TrainingConfig,
     *,
     desc: str,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> list[float]:
     """Train a model in place; the loss of every step.
+
+    progress : a bar (True), nothing (False), or a function that is told (steps done, all steps).
 
     loss_of : batch -> scalar loss. It runs under bfloat16 autocast where the processor computes in
         it; the weights stay float32.
@@ -141,7 +145,9 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, steps, config))
     half = hub.pick_dtype("auto", "cpu") is torch.bfloat16
     losses = []
-    with tqdm(total=steps, desc=desc, unit="step", disable=not progress) as bar:
+    told = progress if callable(progress) else None
+    shown = bool(progress) and told is None
+    with tqdm(total=steps, desc=desc, unit="step", disable=not shown) as bar:
         for batch in batches:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
                 loss = loss_of(batch)
@@ -153,6 +159,8 @@ def train(
             losses.append(loss.item())
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update()
+            if told:
+                told(len(losses), steps)
     model.eval()
     return losses
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .. import paths
+from ..near_copies import shared_runs, texts_of
 from ..profiles import DataConfig, Profile, ProfileError
-from ..sources import StudyData
-from . import pydocs, standins
+from ..sources import StudyData, read_exams
+from . import pydocs, side_by_side, standins
 from .defects import KINDS, plant
 from .libraries import CANDIDATES, UNSEEN
+from .tiny_training import Progress
 
 FITTED_POOL_DEFECTS = 0.2  # share of defective rows in the pool from fitted sources
 
@@ -61,9 +66,15 @@ def _pools(
 
 
 def _pool(rows: pd.DataFrame, share: float, data: DataConfig) -> pd.DataFrame:
-    """`pool_rows` rows, of which `share` are defective twins, each beside its clean row."""
+    """`pool_rows` rows, of which `share` are defective twins, each beside its clean row.
+
+    Words and answers are lent by the pool's own clean rows, so a row's twin may read otherwise in
+    another pool: the twin's id names the share.
+    """
     clean = min(round(data.pool_rows * (1 - share)), len(rows))
-    return plant(_some(rows, clean, data.seed), share, KINDS, data.seed)
+    pool = plant(_some(rows, clean, data.seed), share, KINDS, data.seed)
+    marked = pool["id"] + f"@{100 * share:.0f}%"
+    return pool.assign(id=pool["id"].where(pool["kind"] == "", marked))
 
 
 def _some(rows: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
@@ -92,14 +103,21 @@ def _facts(
     return facts.rename(columns={"rows": "read", "words": "mean words of a response"})
 
 
-def standin_folder(profile: Profile, parts: Sequence[str], *, progress: bool = True) -> Path:
+def standin_folder(
+    profile: Profile, parts: Sequence[str], *, progress: Progress = True
+) -> Path:
     """The folder that holds the named stand-ins (`standins.PARTS`), built if they are not there.
 
-    With `models.standin_text` the base learns from those files in place of the corpus.
+    With `models.standin_text` the base learns from those files in place of the corpus. Several that
+    are missing are built side by side.
     """
-    corpus = pydocs.build_corpus(profile.data.corpus, progress=progress)
-    texts = _texts(profile) if profile.models.standin_text else None
+    corpus = pydocs.build_corpus(profile.data.corpus, progress=progress is True)
+    texts = base_texts(profile) if profile.models.standin_text else None
     size = profile.models.standin_size
+    missing = [part for part in dict.fromkeys(parts)
+               if not standins.is_built(part, corpus, size, texts)]  # fmt: skip
+    if len(missing) > 1 and side_by_side.cores() > 1:
+        side_by_side.build_each(partial(_build_one, profile), missing, progress=bool(progress))
     folders = [
         standins.standin_folder(part, corpus, size, texts=texts, progress=progress)
         for part in parts
@@ -107,8 +125,40 @@ def standin_folder(profile: Profile, parts: Sequence[str], *, progress: bool = T
     return folders[0].parent
 
 
-def _texts(profile: Profile) -> list[str]:
-    """The documents of the profile's text files, JSONL with a field `text`."""
+def _build_one(profile: Profile, part: str, told: Callable[[int, int], None]) -> None:
+    standin_folder(profile, [part], progress=told)
+
+
+def base_texts(profile: Profile) -> list[str]:
+    """The documents of the profile's text files, JSONL with a field `text`.
+
+    Documents that share a run of eight words with an evaluation row are left out; which ones is
+    kept in the cache, since looking through millions of words takes longer than reading them.
+    """
+    texts, asked = _documents(profile), texts_of(_exam(profile.data))
+    digest = hashlib.sha256()
+    for text in (*texts, *asked):
+        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    kept = paths.cache() / "base_text" / f"{digest.hexdigest()[:16]}.json"
+    if not kept.is_file():
+        shared = shared_runs(texts, asked)["text_left"]
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(sorted({int(i) for i in shared})), encoding="utf-8")
+        part.replace(kept)
+    out = set(json.loads(kept.read_text(encoding="utf-8")))
+    return [text for i, text in enumerate(texts) if i not in out]
+
+
+def _exam(data: DataConfig) -> pd.DataFrame:
+    """Both evaluation sets."""
+    if data.kind == "embedded":
+        whole = study_data(data)
+        return pd.concat([whole.eval_1, whole.eval_2], ignore_index=True)
+    return pd.concat(read_exams(data, paths.root()), ignore_index=True)
+
+
+def _documents(profile: Profile) -> list[str]:
     folder = paths.root() / profile.data.folder
     rows = []
     for name in profile.models.standin_text:
