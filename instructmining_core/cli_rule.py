@@ -167,16 +167,23 @@ def plan(args: argparse.Namespace) -> None:
     if fit is None:
         sections.append("What a straight line misses comes on top of the noise between seeds: take "
                         "these as the least, and plan anew after 30 runs.")
+    sections += (_needed(study, frame, noise, args.target)
+                 if frame["arm"].isin(pilot.ARMS["designed"]).any()
+                 else ["no sets within sources: fusion alone gives no slope within them"])
+    sys.stdout.write("\n\n".join(sections) + "\n")
+
+
+def _needed(study, frame: pd.DataFrame, noise, target: float) -> list[str]:
+    from instructmining_core import pilot
+
     within = pilot.arm_plan(study, frame, noise, every=10)
     between = pilot.arm_plan(study, frame, noise, kind="between")
-    needed = pilot.runs_needed(within, args.target)
-    most = within.table["runs"].max()
-    sections += [
-        f"designed runs for a half-width of {args.target:g} (safe: with the upper end of the "
+    needed, most = pilot.runs_needed(within, target), within.table["runs"].max()
+    return [
+        f"designed runs for a half-width of {target:g} (safe: with the upper end of the "
         f"band; none: more than the {most} planned):\n{_table(needed, True)}",
         f"within sources: {within.advice}", f"between sources: {between.advice}",
     ]  # fmt: skip
-    sys.stdout.write("\n\n".join(sections) + "\n")
 
 
 def _noise(args: argparse.Namespace, study):

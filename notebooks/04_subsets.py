@@ -134,7 +134,10 @@ pilot.in_cells(plan)
 # A fusion arm sees the slopes mostly through differences between sources; "none" says that so few sets can't tell the indicators apart at all.
 
 # %%
-figures.design_half_widths(plan)
+if plan["half_width"].notna().any():
+    display(figures.design_half_widths(plan))
+else:
+    print("No number of runs of this design can be fitted: there is nothing to draw.")
 # %% [markdown]
 # How many designed runs bring a slope's half-width under a target?
 # "Safe" asks that even the upper end of the band reaches it; an empty cell says that all the planned runs do not.

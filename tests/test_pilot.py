@@ -62,7 +62,8 @@ class Invented(Study):
             noise = np.random.default_rng([seed, plan.init_seed]).normal(0, NOISE)
             loss = np.exp(1 + own + noise)
             rows.append({**plan.label, "init_seed": plan.init_seed, "loss_eval_1": loss,
-                         "status": "done", "loss_eval_1_token": loss, "loss_eval_2": loss})
+                         "status": "done", "loss_eval_1_token": loss, "loss_eval_2": loss,
+                         "tokens_trained": 1, "seconds": 1.0})
         return pd.DataFrame(rows)
 
 
@@ -221,5 +222,10 @@ def test_plan_without_a_pilot_or_with_two_noises_is_an_error(tmp_path, monkeypat
     assert main(["plan", "--profile", "x", "--pilot", "--sigma", "0.1"]) == 1
     assert main(["plan", "--profile", "x"]) == 0
     assert "0.01 assumed, for want of" in capsys.readouterr().out
+    fused = Invented(tmp_path, DesignConfig(size=100, fusion=35, within=0, mixed=0, anchors=0,
+                                            anchor_seeds=0), has_sweep=False)
+    monkeypatch.setattr(Study, "open", lambda name: fused)
+    assert main(["plan", "--profile", "x"]) == 0
+    assert "no sets within sources" in capsys.readouterr().out
 
 
