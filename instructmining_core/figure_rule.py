@@ -156,8 +156,8 @@ def predicted_measured(predictions: pd.DataFrame, *, title: str = "") -> Figure:
     """Measured log loss against the predicted one, a point a run, with the line of equality.
 
     predictions : columns predicted and measured (or `log_loss`), both log nats/token, and `arm`
-    if there. The title counts runs and gives R² about the line of equality; say by `title`
-    whether the runs were held out.
+    if there. The title counts runs; say by `title` whether they were held out. No R² is printed:
+    one number without an interval, and in sample, is what this study argues against.
     """
     measured = "measured" if "measured" in predictions else "log_loss"
     require(predictions, ["predicted", measured], "predicted_measured")
@@ -172,8 +172,7 @@ def predicted_measured(predictions: pd.DataFrame, *, title: str = "") -> Figure:
         ax.scatter(x[here], y[here], s=22, color=colour, alpha=0.75, ec=PAPER, lw=0.5, label=arm)
     if len(palette) > 1:
         ax.legend(title="arm", loc="upper left")
-    r2 = 1 - ((y - x) ** 2).sum() / ((y - y.mean()) ** 2).sum()
-    ax.set_title(f"{title + ': ' if title else ''}{len(x)} runs, R² {r2:.2f}")
+    ax.set_title(f"{title + ': ' if title else ''}{len(x)} runs")
     ax.set_xlabel("predicted log loss (log nats/token)")
     ax.set_ylabel("measured log loss (log nats/token)")
     ax.set_aspect("equal", adjustable="datalim")

@@ -72,11 +72,11 @@ def held_out(runs: pd.DataFrame, columns: Sequence[str],
              arms: Sequence[str] | None = DESIGNED, outcome: str = "log_loss") -> pd.DataFrame:
     """R² and calibration slope inside each source, by a rule that was fitted without it.
 
-    One row a source with at least `min_sets` within-source sets: n_sets, r2, slope. Both are
-    about the source's own mean, since its constant is unknown: r2 = 1 − Σ(dy − dŷ)²/Σdy², which
-    is negative where the rule does harm; slope of dy on dŷ, 1 where effects are of the right size.
-    `summary(frame)` gives the means with intervals. Sources with too few sets are in
-    `.attrs["too_few"]`.
+    One row a source with at least `min_sets` within-source sets: n_sets, r2, slope, slope_low,
+    slope_high. r2 and slope are about the source's own mean, since its constant is unknown: r2 =
+    1 − Σ(dy − dŷ)²/Σdy², which is negative where the rule does harm; slope of dy on dŷ, 1 where
+    effects are of the right size, with t(n_sets − 2) bounds for this source's sets. r2 has bounds
+    only over sources: `summary(frame)`. Sources with too few sets are in `.attrs["too_few"]`.
     """
     runs = pick_arms(runs, arms)
     shares, sources = share_matrix(runs)
@@ -95,10 +95,16 @@ def held_out(runs: pd.DataFrame, columns: Sequence[str],
             raise RunsError(f"without source {name!r}: {error}") from error
         guess = X[inside] @ beta
         guess, true = guess - guess.mean(), y[inside] - y[inside].mean()
+        slope = (true @ guess) / (guess @ guess)
+        df = max(len(inside) - 2, 0)
+        error = (np.sqrt(((true - slope * guess) ** 2).sum() / df / (guess @ guess))
+                 if df else np.nan)
+        half = student.ppf(0.975, df) * error if df else np.nan
         rows.append({"source": name, "n_sets": len(inside),
                      "r2": 1 - ((true - guess) ** 2).sum() / (true**2).sum(),
-                     "slope": (true @ guess) / (guess @ guess)})
-    frame = pd.DataFrame(rows, columns=["source", "n_sets", "r2", "slope"])
+                     "slope": slope, "slope_low": slope - half, "slope_high": slope + half})
+    frame = pd.DataFrame(rows, columns=["source", "n_sets", "r2", "slope", "slope_low",
+                                        "slope_high"])
     frame.attrs["too_few"] = too_few
     return frame
 

@@ -164,6 +164,7 @@ significant(certainty.tests_table(tests, fit, size))
 # ## Does it hold for a source that it has not seen?
 #
 # For each source, the rule is fitted without it and tested on the sets within it.
+# The calibration slope of a source has an interval over its few sets; the means below have theirs over sources, with $t(S-1)$.
 
 # %%
 held = inference.held_out(runs, columns, constants)
@@ -175,7 +176,7 @@ display(significant(held))
 significant(inference.summary(held))
 
 # %%
-figures.predicted_measured(findings.predictions(fit))
+figures.predicted_measured(findings.predictions(fit), title="in sample")
 # %% [markdown]
 # ## Between sources and within them
 #

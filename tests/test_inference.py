@@ -153,6 +153,12 @@ def test_held_out_does_not_look_at_the_source_it_tests(runs):
     spoiled.loc[own, "log_loss"] = -spoiled.loc[own, "log_loss"]
     a, b = (held_out(r, COLUMNS).set_index("source") for r in (runs, spoiled))
     assert b.at["s05", "slope"] == pytest.approx(-a.at["s05", "slope"])
+    rest = runs[runs["share_s05"] == 0]
+    inside = runs[runs["share_s05"] == 1]
+    guess = inside[list(COLUMNS)] @ fit_within(rest, COLUMNS).slopes
+    plain = sm.OLS(inside["log_loss"], sm.add_constant(guess)).fit()
+    assert a.loc["s05", ["slope_low", "slope_high"]].tolist() == pytest.approx(
+        plain.conf_int().iloc[1].tolist())
 
 
 def test_summary_by_hand():
