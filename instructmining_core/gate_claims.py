@@ -15,12 +15,16 @@ HOLDS, FAILS, UNDECIDED, NOT_ASKED = "holds", "does not hold", "undecided", "not
 
 
 def percent(value: float, low: float, high: float) -> str:
-    """A relative change with its interval, in per cent.
+    """A relative change with its interval, in per cent; a narrow one with a second decimal.
 
     >>> percent(-0.0123, -0.02, -0.004)
     '-1.2 % [-2.0, -0.4]'
+    >>> percent(-0.0029, -0.0033, -0.0026)
+    '-0.29 % [-0.33, -0.26]'
     """
-    return f"{100 * value:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
+    digits = 2 if high - low < 0.002 else 1
+    value, low, high = (f"{100 * x:+.{digits}f}" for x in (value, low, high))
+    return f"{value} % [{low}, {high}]"
 
 
 def overall(verdicts: Sequence[str]) -> str:
@@ -41,10 +45,18 @@ def contrasts_claim(contrasts: pd.DataFrame) -> dict[str, str]:
         return _two_budgets(primary)
     return {
         "ours": "; ".join(f"{r.pool}: {percent(r.difference, r.low, r.high)}"
-                          for r in primary.itertuples()),
+                          for r in primary.itertuples()) + _other_prompts(primary),
         "detectable": _of_loss(primary["detectable"].max()),
         "verdict": overall(primary["verdict"]),
     }  # fmt: skip
+
+
+def _other_prompts(primary: pd.DataFrame) -> str:
+    """How many of the intervals leave out 0 once the prompts too are taken as drawn at random."""
+    if "low_prompts" not in primary or primary["low_prompts"].isna().any():
+        return ""
+    clear = (primary["low_prompts"] * primary["high_prompts"] > 0).sum()
+    return f"; for other prompts too {clear} of {len(primary)} intervals leave out 0"
 
 
 def _two_budgets(primary: pd.DataFrame) -> dict[str, str]:
@@ -89,12 +101,18 @@ def _hardest(against: Mapping[str, LengthAnswer]) -> LengthAnswer:
 
 
 def _ends(against: Mapping[str, LengthAnswer]) -> str:
-    return "; ".join(f"{percent(a.difference, a.low, a.high)} against the {name} rows"
-                     for name, a in against.items())  # fmt: skip
+    return "; ".join(
+        f"{percent(a.difference, a.low, a.high)} against the {name} rows"
+        + (f" ([{100 * a.low_prompts:+.1f}, {100 * a.high_prompts:+.1f}] for other prompts)"
+           if np.isfinite(a.low_prompts) else "")
+        for name, a in against.items()
+    )  # fmt: skip
 
 
 def _of_loss(difference: float) -> str:
-    return f"{100 * difference:.1f} % of the loss" if np.isfinite(difference) else "nothing"
+    if not np.isfinite(difference):
+        return "nothing"
+    return f"{100 * difference:.{1 if difference >= 0.001 else 2}f} % of the loss"
 
 
 def size_claim(

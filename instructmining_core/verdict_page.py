@@ -112,7 +112,9 @@ def headline(table: pd.DataFrame) -> str:
     pools, numbers = primary["pool"].nunique(), "; ".join(found)
     whole = "the selected rows train a better model than random rows"
     if all(number == pools for number in better.values()):
-        return f"{whole[0].upper()}{whole[1:]}: {numbers}."
+        all_tiny = primary["verdict"].str.contains("within").all()
+        tiny = ", but by less than 1 %" if all_tiny else ""
+        return f"{whole[0].upper()}{whole[1:]}{tiny}: {numbers}."
     if not any(better.values()):
         return f"No evidence that {whole}: {numbers}."
     failing = " and at ".join(budget for budget, number in better.items() if number < pools)
@@ -210,4 +212,6 @@ def _signed(value: float) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %" if np.isfinite(value) else "nothing (one run a side)"
+    if not np.isfinite(value):
+        return "nothing (one run a side)"
+    return f"{100 * value:.{1 if value >= 0.001 else 2}f} %"

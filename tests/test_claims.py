@@ -15,6 +15,7 @@ from instructmining_core.intervals import r2_detectable, r2_interval
 
 def test_percent_shows_sign_and_interval():
     assert claims.percent(-0.0123, -0.02, 0.004) == "-1.2 % [-2.0, +0.4]"
+    assert claims.percent(-0.0029, -0.0033, -0.0026) == "-0.29 % [-0.33, -0.26]"
 
 
 def test_overall_counts_when_pools_disagree():
@@ -50,15 +51,18 @@ def test_transfer_claim_follows_the_intervals():
 
 def answer(difference, word, detectable=0.004):
     return SimpleNamespace(
-        difference=difference, low=-0.03, high=0.01, answer=word, detectable=detectable
-    )
+        difference=difference, low=-0.03, high=0.01, answer=word, detectable=detectable,
+        low_prompts=-0.05, high_prompts=0.02,
+    )  # fmt: skip
 
 
 def test_length_claim_takes_the_harder_end_of_length():
     rows = {"longest": answer(-0.02, "yes"), "shortest": answer(0.0, "undecided", 0.006)}
     found = claims.length_claim(rows)
     assert found["verdict"] == "undecided"
-    assert found["ours"].startswith("-2.0 % [-3.0, +1.0] against the longest rows; +0.0 %")
+    assert found["ours"].startswith(
+        "-2.0 % [-3.0, +1.0] against the longest rows ([-5.0, +2.0] for other prompts); +0.0 %"
+    )
     assert found["detectable"] == "0.6 % of the loss", "of the harder end, on the claim's own test"
 
 
@@ -79,6 +83,11 @@ def test_contrasts_claim_names_both_budgets_where_they_differ():
     found = claims.contrasts_claim(table)
     assert found["verdict"] == "at equal rows better; at equal tokens undecided"
     assert found["detectable"].endswith("at equal tokens 2.0 % of the loss")
+    assert "other prompts" not in found["ours"], "where nobody looked"
+    drawn = table.assign(low_prompts=[-0.04, -0.02], high_prompts=[-0.001, 0.02])
+    assert "; for other prompts too 1 of 1 intervals leave out 0; at equal tokens" in (
+        claims.contrasts_claim(drawn)["ours"]
+    )
     same = claims.contrasts_claim(table.assign(verdict="better"))
     assert same["verdict"] == "better"
 

@@ -205,6 +205,9 @@ def contrasts(*verdicts, budgets=("equal rows", "equal tokens"), **changes):
 def test_the_first_line_is_the_answer():
     head = verdict_page.headline
     assert head(contrasts("better", "better")).startswith("The selected rows train a better model")
+    assert "but by less than 1 %" not in head(contrasts("better", "better"))
+    tiny = contrasts("better, and within ±1 %", "better, and within ±1 %")
+    assert head(tiny).startswith("The selected rows train a better model than random rows, but by")
     part = head(contrasts("better", "undecided"))
     assert part.startswith("No evidence that") and "than random rows at equal tokens:" in part
     none = head(contrasts("undecided", "worse", "undecided", "undecided"))
