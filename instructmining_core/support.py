@@ -27,7 +27,8 @@ def support(card: RuleCard, scores: pd.DataFrame, *, strict: bool = False) -> pd
     row_distance_median, row_distance_95 : of the rows themselves, which lie further out than
     means do; largest_distance : of the fitted sets; verdict : "inside", "far" (mean further out
     than any fitted set, or outside_rows > 10 %) or "unknown" (a card without ranges, as the
-    published ones). strict : raise SupportError naming every source that is not inside.
+    published ones); a source of a few rows is easily "far", since the mean of few rows is.
+    strict : raise SupportError naming every source that is not inside.
     """
     values = card.standardise(scores)
     names = scores["source"].astype(str) if "source" in scores else pd.Series("all", scores.index)
