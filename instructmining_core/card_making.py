@@ -101,7 +101,12 @@ def _records(frame: pd.DataFrame | None) -> list[dict]:
     if frame is None:
         return []
     return [{"source": str(r.source), "n_sets": int(r.n_sets), "r2": _plain(r.r2),
-             "slope": _plain(r.slope)} for r in frame.itertuples()]
+             "slope": _plain(r.slope), "slope_interval": _pair(r.slope_low, r.slope_high)}
+            for r in frame.itertuples()]
+
+
+def _pair(low: float, high: float) -> list[float] | None:
+    return [float(low), float(high)] if np.isfinite([low, high]).all() else None
 
 
 def _plain(value: float) -> float | None:

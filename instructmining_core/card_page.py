@@ -68,11 +68,12 @@ def _held_out(card: RuleCard) -> list[str]:
         return ["## Held out", "", "No held-out fit is known for this rule."]
     lines = ["## Held out", "", "Fitted without the source, tested on the sets inside it. R² is 1 "
              "for a perfect prediction, 0 for one no better than the source's mean, below 0 where "
-             "the rule does harm; the calibration slope is 1 where effects are of the right size.",
-             ""]
-    return lines + _table(["source", "sets", "R²", "calibration slope"],
+             "the rule does harm; the calibration slope is 1 where effects are of the right size, "
+             "and its interval is for that source's own sets.", ""]
+    return lines + _table(["source", "sets", "R²", "calibration slope", "of it, 95 %"],
                           [[_text(h["source"]), _number(h.get("n_sets"), "d"),
-                            _number(h["r2"], ".2f"), _number(h["slope"], ".2f")]
+                            _number(h["r2"], ".2f"), _number(h["slope"], ".2f"),
+                            _bounds(h.get("slope_interval"))]
                            for h in card.data["held_out"]])
 
 

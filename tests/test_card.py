@@ -93,6 +93,8 @@ def test_the_card_holds_the_schema(card):
     assert all(set(m) == {"role", "id", "revision", "stand_in"} for m in data["models"])
     assert data["knn_reference"] == {"hash": "f00d", "size": 512}
     assert len(data["held_out"]) == 10 and {"source", "r2", "slope"} <= set(data["held_out"][0])
+    for one in data["held_out"]:
+        assert one["slope_interval"][0] < one["slope"] < one["slope_interval"][1]
     assert data["permutation_p"] == 0.001 and data["auto_size"] == 128
 
 
