@@ -35,11 +35,21 @@ def overall(verdicts: Sequence[str]) -> str:
     return "; ".join(f"{number} {verdict}" for verdict, number in counts.items())
 
 
-def contrasts_claim(contrasts: pd.DataFrame) -> dict[str, str]:
+def contrasts_claim(
+    contrasts: pd.DataFrame, with_refits: pd.DataFrame | None = None
+) -> dict[str, str]:
     """Selected against random, one primary contrast a pool (`verify.compare`).
 
     With both budgets of `verify.compare_budgets` the verdict names both where they differ.
+    with_refits : the same contrast of rules refitted on bootstrapped sweeps (`refits`), told
+    beside it, since the claim is about what the procedure selects and not about one rule.
     """
+    if with_refits is not None:
+        found, again = contrasts_claim(contrasts), with_refits[with_refits["role"] == "primary"]
+        least, most = again["low"].min(), again["high"].max()
+        found["ours"] += (f"; with the rule refitted {overall(again['verdict'])}, intervals from "
+                          f"{100 * least:+.1f} to {100 * most:+.1f} %")  # fmt: skip
+        return found
     primary = contrasts[contrasts["role"] == "primary"]
     if "budget" in primary and primary["budget"].nunique() > 1:
         return _two_budgets(primary)

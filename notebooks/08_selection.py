@@ -203,7 +203,7 @@ primary = contrasts.query("role == 'primary'")
 Markdown(verdict_page.render(primary, kinds, rule))
 
 # %%
-study.claim("selected_beats_random", **claims.contrasts_claim(contrasts))
+study.claim("selected_beats_random", **claims.contrasts_claim(contrasts, with_refits))
 study.claim("beats_length", **claims.length_claim(*against.values()))
 experiments.selected_means(study, at_equal_rows).round(2)
 

@@ -88,6 +88,10 @@ def test_contrasts_claim_names_both_budgets_where_they_differ():
     assert "; for other prompts too 1 of 1 intervals leave out 0; at equal tokens" in (
         claims.contrasts_claim(drawn)["ours"]
     )
+    refitted = table.iloc[:1].assign(method="refit", verdict="undecided").drop(columns="budget")
+    both = claims.contrasts_claim(table, refitted)
+    assert both["ours"].endswith("; with the rule refitted undecided, intervals from -3.0 to -1.0 %")
+    assert both["verdict"] == found["verdict"]
     same = claims.contrasts_claim(table.assign(verdict="better"))
     assert same["verdict"] == "better"
 
