@@ -90,7 +90,7 @@ def test_contrasts_claim_names_both_budgets_where_they_differ():
     )
     refitted = table.iloc[:1].assign(method="refit", verdict="undecided").drop(columns="budget")
     both = claims.contrasts_claim(table, refitted)
-    assert both["ours"].endswith("; with the rule refitted undecided, intervals from -3.0 to -1.0 %")
+    assert both["ours"].endswith("the rule refitted undecided, intervals from -3.0 to -1.0 %")
     assert both["verdict"] == found["verdict"]
     same = claims.contrasts_claim(table.assign(verdict="better"))
     assert same["verdict"] == "better"
