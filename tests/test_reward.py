@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from tiny_models import (
 )
 from transformers import BertConfig, BertForSequenceClassification
 
+from instructmining_core.cli import main
 from instructmining_core.indicators import reward
 from instructmining_core.indicators.text import each_turn, read
 from instructmining_core.profiles import ModelRef, ModelsConfig, ProfileError
+from instructmining_core.score_files import read_scores
 from instructmining_core.scoring import Scorer
 
 
@@ -112,6 +115,27 @@ def test_the_form_is_in_the_key_and_the_record(oasst, tmp_path):
     assert (found["pair"]["reward"] != found[""]["reward"]).all()
     with pytest.raises(ProfileError, match="models.reward_form is 'chat'"):
         ModelsConfig(reward_form="chat")
+
+
+def test_the_command_and_the_profile_choose_the_form(oasst, tmp_path, monkeypatch):
+    monkeypatch.setenv("INSTRUCTMINING_HOME", str(tmp_path))
+    line = {"instruction": "sort the list", "input": "", "output": "in order"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(line) + "\n")
+    profile = tmp_path / "pair.yaml"
+    profile.write_text(f"extends: smoke\nmodels: {{reward: {{id: {oasst.resolved.folder}, "
+                       "dtype: float32}, reward_form: pair}\n")  # fmt: skip
+    values = {}
+    for name, more in {"pair": [], "oasst": ["--reward-form", "oasst"]}.items():
+        out = tmp_path / f"{name}.parquet"
+        status = main(["score", str(tmp_path / "rows.jsonl"), "-o", str(out), "--quiet",
+                       "--profile", str(profile), "--indicators", "reward", *more])
+        table = read_scores(out)
+        assert status == 0 and table.attrs["indicators"]["reward"].get("form", "oasst") == name
+        values[name] = table["reward"].item()
+    row = [read(single("sort the list", "in order"))]
+    for name, value in values.items():
+        expected = reward.compute(row, oasst, form=name)["reward"].values[0]
+        assert value == pytest.approx(expected, abs=1e-5)
 
 
 def test_token_types_are_given_to_models_that_use_them(tmp_path, deberta):
