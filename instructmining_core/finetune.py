@@ -16,7 +16,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,17 +23,17 @@ import pandas as pd
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from tqdm.auto import tqdm
 
+from . import sharded
 from .adapters import peft_config, set_first_values
-from .distributed import Group, join
+from .distributed import join, sharding
 from .lm import LM
 from .packed import Body
 from .profiles import FinetuneConfig
 from .stacked import AdapterStack
 from .templates import Encoded
-from .training import Job, Trained, course, train
-from .training_plan import micro_batches
+from .torch_training import train_by_torch
+from .training import Job, train
 
 OnEpoch = Callable[[LM, int], bool | None]
 
@@ -62,7 +61,10 @@ class Finetuned:
     _close: Callable[[], None] = dataclasses.field(repr=False)
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapter as peft does; a fully trained model as transformers does."""
+        """Write the adapter as peft does; a fully trained model as transformers does.
+
+        Of several processes the first writes; all must call it.
+        """
         self._save(Path(folder))
 
     def close(self) -> None:
@@ -81,6 +83,7 @@ def finetune(
     progress: bool = False,
     engine: str = "auto",
     packed: bool | None = None,
+    shard: bool | None = None,
 ) -> Finetuned:
     """Finetune on rows.
 
@@ -90,22 +93,30 @@ def finetune(
     on_epoch : called with the model and the epoch (from 1) after each; a true answer ends training
     engine : "auto" (see the module), "stacked" or "peft"
     packed : rows end to end (True) or right-padded (False); None asks the model
+    shard : cut the weights of a copy of the base up among the processes (`sharded`), for one that
+        a GPU cannot hold; None asks the environment (`distributed.sharding`). No number hangs on
+        it but by rounding
 
     Under `accelerate launch` the rows of every step are shared among the processes.
-    Raises FinetuneError for an empty set.
+    Raises FinetuneError for an empty set, or where the stack or a single process shall `shard`.
     """
     check_rows(rows)
-    job = Job(rows, init_seed, order_seed)
+    job, shard = Job(rows, init_seed, order_seed), sharding() if shard is None else shard
+    if shard and (engine == "stacked" or join().size == 1):
+        raise FinetuneError("A base is cut up among several processes, and not by the stack.")
     if engine == "auto":
-        engine = "stacked" if stackable(config) else "peft"
+        engine = "stacked" if stackable(config) and not shard else "peft"
     if engine == "stacked":
         return _by_stack(lm, job, config, on_epoch, progress, packed)
-    return _by_torch(lm, job, config, on_epoch, progress, packed)
+    return _by_torch(lm, job, config, on_epoch, progress, packed, shard)
 
 
 def stackable(config: FinetuneConfig) -> bool:
-    """Whether runs with this configuration can share one pass: LoRA or rsLoRA without dropout."""
-    return config.method in ("lora", "rslora") and config.dropout == 0
+    """Whether runs with this configuration can share one pass: LoRA or rsLoRA without dropout.
+
+    Not over a base that is cut up among processes.
+    """
+    return config.method in ("lora", "rslora") and config.dropout == 0 and not sharding()
 
 
 def check_rows(rows: Sequence[Encoded]) -> None:
@@ -118,13 +129,13 @@ def check_rows(rows: Sequence[Encoded]) -> None:
 
 
 def _by_stack(lm, job, config, on_epoch, progress, packed) -> Finetuned:
-    stack = AdapterStack(lm.model, config, [job.init_seed])
+    group, stack = join(), AdapterStack(lm.model, config, [job.init_seed])
     stack.attach()
     tuned = dataclasses.replace(lm)
     hook = on_epoch and (lambda _, epoch: _evaluating(stack, tuned, on_epoch, epoch))
     meter = Meter(lm.device)
     try:
-        trained = train(stack, Body(lm, packed=packed), [job], group=join(), on_epoch=hook,
+        trained = train(stack, Body(lm, packed=packed), [job], group=group, on_epoch=hook,
                         progress=progress)
     except BaseException:
         stack.detach()
@@ -132,7 +143,7 @@ def _by_stack(lm, job, config, on_epoch, progress, packed) -> Finetuned:
     stack.use(0)
     return Finetuned(
         tuned, trained.curve(0), *meter.read(), trained.courses[0].diverged,
-        lambda folder: stack.save(0, folder, lm.resolved.id), stack.detach,
+        lambda folder: group.first and stack.save(0, folder, lm.resolved.id), stack.detach,
     )
 
 
@@ -141,26 +152,36 @@ def _evaluating(stack, tuned, on_epoch, epoch):
     return on_epoch(tuned, epoch)
 
 
-def _by_torch(lm, job, config, on_epoch, progress, packed) -> Finetuned:
-    model = _trainable(lm, config, job.init_seed)
+def _by_torch(lm, job, config, on_epoch, progress, packed, shard) -> Finetuned:
+    group = join()
+    model = _trainable(lm, config, job.init_seed, shard)
+    if shard:
+        sharded.cut(model, lm.device, group)
     tuned = dataclasses.replace(lm, model=model)
     meter = Meter(lm.device)
     try:
-        trained = _train_one(tuned, job, config, join(), on_epoch, progress, packed)
+        trained = train_by_torch(tuned, job, config, group, on_epoch=on_epoch, progress=progress,
+                                 packed=packed, cut=shard)
     except BaseException:
         _unwrap(model)
         raise
+
+    def save(folder: Path) -> None:
+        state = {"state_dict": sharded.gathered(model)} if shard else {}
+        if group.first:
+            model.save_pretrained(str(folder), **state)
+
     return Finetuned(
         tuned, trained.curve(0), *meter.read(), trained.courses[0].diverged,
-        lambda folder: model.save_pretrained(str(folder)), lambda: _unwrap(model),
+        save, lambda: _unwrap(model),
     )
 
 
-def _trainable(lm: LM, config: FinetuneConfig, init_seed: int) -> nn.Module:
-    """A PeftModel around the base, or for "full" a float32 copy of it."""
+def _trainable(lm: LM, config: FinetuneConfig, init_seed: int, shard: bool) -> nn.Module:
+    """A PeftModel around the base (around a copy, to be cut up), or a float32 copy of the base."""
     if config.method == "full":
         return copy.deepcopy(lm.model).float().requires_grad_(True)
-    model = get_peft_model(lm.model, peft_config(config))
+    model = get_peft_model(copy.deepcopy(lm.model) if shard else lm.model, peft_config(config))
     set_first_values(model, init_seed)
     return model
 
@@ -172,64 +193,13 @@ def _unwrap(model: nn.Module) -> None:
             del base.peft_config
 
 
-def _train_one(tuned, job, config, group: Group, on_epoch, progress, packed) -> Trained:
-    """The loop for parameters that torch optimises; the same steps and loss as `training.train`."""
-    body, plan = Body(tuned, packed=packed), course(job, config)
-    parameters = [p for p in tuned.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas,
-                                  weight_decay=config.weight_decay)
-    losses = torch.zeros(1, len(plan.steps), device=body.device)
-    _only_adapter_dropout(tuned.model)
-    for step in tqdm(range(len(plan.steps)), desc="steps", disable=not progress):
-        _accumulate(body, plan, step, losses[0], config, group)
-        group.add_up(*(p.grad for p in parameters), losses[:, step])
-        if config.clip > 0:
-            nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.param_groups[0]["lr"] = plan.rates[step]
-        optimizer.step()
-        optimizer.zero_grad()
-        if not torch.isfinite(losses[0, step]):
-            plan.ended, plan.diverged = step + 1, True
-        elif plan.epoch_ends(step) and on_epoch is not None:
-            if on_epoch(tuned, int(plan.epoch[step]) + 1):
-                plan.ended = step + 1
-            _only_adapter_dropout(tuned.model)
-        if plan.ended is not None:
-            break
-    tuned.model.eval()
-    return Trained([plan], losses.double().cpu().numpy())
-
-
-def _accumulate(body, plan, step, losses, config, group) -> None:
-    rows = [plan.job.rows[i] for i in plan.steps[step]]
-    rows = [rows[i] for i in group.share([len(row) for row in rows])]
-    share = 1 / max(1, plan.tokens[step])
-    mixed = body.lm.dtype != next(body.model.parameters()).dtype  # a float32 copy of a bf16 base
-    half = torch.autocast(body.device.type, body.lm.dtype) if mixed else nullcontext()
-    for part in micro_batches([len(r) for r in rows], config.micro_tokens, padded=not body.packed):
-        batch = body.batch([rows[i] for i in part])
-        weights = torch.full(batch.labels.shape, share, device=body.device)
-        with half:
-            loss, each = body.loss(batch, weights)
-        loss.backward()
-        losses[step] += (each * weights).sum()
-
-
-def _only_adapter_dropout(model: nn.Module) -> None:
-    """Training mode for the adapters' dropout alone: the base's would make the loss random."""
-    model.eval()
-    for name, module in model.named_modules():
-        if "lora_dropout" in name:
-            module.train()
-
-
 class Meter:
     """Seconds and peak memory from here on."""
 
     def __init__(self, device: str) -> None:
-        self.gpu = str(device).startswith("cuda")
+        self.device, self.gpu = device, str(device).startswith("cuda")
         if self.gpu:
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(device)
         else:
             _reset_peak()
         self.start = time.perf_counter()
@@ -237,7 +207,7 @@ class Meter:
     def read(self) -> tuple[float, int]:
         """Seconds since the start; peak bytes of the GPU, or of the process."""
         seconds = time.perf_counter() - self.start
-        return seconds, torch.cuda.max_memory_allocated() if self.gpu else _peak()
+        return seconds, torch.cuda.max_memory_allocated(self.device) if self.gpu else _peak()
 
 
 def _reset_peak() -> None:

@@ -103,7 +103,9 @@ def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> Batch:
         longest = lengths[members].max()
         slots = starts[members][:, None] + np.arange(longest)[None]
         real = np.arange(longest)[None] < lengths[members][:, None]
-        flat = np.where(real, slots, 0)  # padding repeats a real token; causality hides it
+        # padding repeats the row's own first token: causality hides it, but for a number that is
+        # none (0 x NaN), which must not come from another row
+        flat = np.where(real, slots, slots[:, :1])
         back[flat[real]] = len(take) + np.flatnonzero(real)
         take = np.concatenate([take, flat.ravel()])
         groups.append((len(members), int(longest)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .distributed import Group
+from .micro_tokens import MicroTokens
 from .packed import Body
 from .profiles import FinetuneConfig
 from .stacked import AdapterStack
@@ -105,13 +108,14 @@ def train(
     courses = [course(job, config) for job in jobs]
     total = max(len(c.steps) for c in courses)
     losses = torch.zeros(len(jobs), total, device=body.device)
+    micro = MicroTokens(config.micro_tokens, group)
     # a look at the loss waits for the GPU, so there it is taken once an epoch
     each_step = body.device.type == "cpu"
     for step in tqdm(range(total), desc="steps", disable=not progress):
         active = [k for k, c in enumerate(courses) if c.active(step)]
         if not active:
             break
-        _backward(stack, body, courses, active, step, losses, group)
+        _gradients(stack, body, courses, active, step, losses, micro)
         group.add_up(stack.gradients, losses[:, step])
         rates = np.full(len(courses), np.nan)
         for k in active:
@@ -127,23 +131,53 @@ def train(
     return Trained(courses, losses.double().cpu().numpy())
 
 
-def _backward(stack, body, courses, active, step, losses, group) -> None:
+def _gradients(stack, body, courses, active, step, losses, micro) -> None:
     """Add the step's gradients to the stack, and its loss to column `step` of `losses`."""
     owners = [k for k in active for _ in courses[k].steps[step]]
     rows = [courses[k].job.rows[i] for k in active for i in courses[k].steps[step]]
-    mine = group.share([len(row) for row in rows])
+    mine = micro.group.share([len(row) for row in rows])
+    if not body.packed:  # similar lengths together pad little; an adapter's rows stay together
+        mine = sorted(mine, key=lambda i: (owners[i], len(rows[i])))
     owners, rows = [owners[i] for i in mine], [rows[i] for i in mine]
-    share = torch.tensor([1 / max(1, c.tokens[step]) if c.active(step) else 0.0 for c in courses],
-                         dtype=torch.float32, device=body.device)
+    tokens = [c.tokens[step] if c.active(step) else 0 for c in courses]
+    new = partial(torch.tensor, dtype=torch.float32, device=body.device)
+    scales = new([loss_scale(n, body.lm.dtype) for n in tokens])
+    share = new([1 / n if n else 0.0 for n in tokens])
+
+    def clear() -> None:
+        stack.gradients.zero_()
+        losses[:, step] = 0
+
+    micro.step(
+        [len(row) for row in rows],
+        lambda size: _backward(stack, body, rows, owners, share, scales, losses[:, step], size),
+        clear,
+    )
+    if body.lm.dtype == torch.float16:
+        stack.gradients.div_(scales[:, None])
+
+
+def _backward(stack, body, rows, owners, share, scales, losses, size) -> None:
+    """Micro-batches of at most `size` tokens; share, scales : shape (K,), as for `loss_scale`."""
     lengths = [len(row) for row in rows]
-    for part in micro_batches(lengths, stack.config.micro_tokens, padded=not body.packed):
+    for part in micro_batches(lengths, size, padded=not body.packed):
         batch = body.batch([rows[i] for i in part])
         owner = torch.tensor([owners[i] for i in part], device=body.device)[batch.row_of]
         stack.send([owners[i] for i in part], batch.slots)
-        weights = share[owner]
-        loss, each = body.loss(batch, weights)
+        loss, each = body.loss(batch, (share * scales)[owner])
         loss.backward()
-        losses[:, step].index_add_(0, owner, each * weights)
+        losses.index_add_(0, owner, each * share[owner])
+
+
+def loss_scale(tokens: int, dtype: torch.dtype) -> float:
+    """What a step's loss is multiplied by before its gradients, which are divided by it after.
+
+    tokens : target tokens of the step, whose weight is 1 / tokens
+    dtype : of the base. float16 ends at 6e-8, under which most gradients of a mean over thousands
+        of tokens lie; a power of two that brings the weight into (0.5, 1] loses nothing and keeps
+        four decimal places free above. Other types have the range, and their scale is 1.
+    """
+    return 2.0 ** math.floor(math.log2(tokens)) if dtype == torch.float16 and tokens else 1.0
 
 
 def _stop_diverged(courses, active, losses, step) -> None:

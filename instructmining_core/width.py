@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .adapters import target_layers
+from .distributed import join
 from .heads import unwrapped
 from .lm import LM
 from .profiles import FinetuneConfig
@@ -21,12 +22,13 @@ def adapters_together(lm: LM, config: FinetuneConfig) -> int:
 
     On a CPU one. On a GPU as many as fit into a quarter of the free memory, at most 64: the tokens
     of a micro-batch are bounded by `config.micro_tokens`, so more adapters only cost their own
-    numbers.
+    numbers. Processes that share a run take the least of theirs.
     """
     if not str(lm.device).startswith("cuda"):
         return ON_CPU
     free, _ = torch.cuda.mem_get_info(torch.device(lm.device))
-    return max(1, min(ON_GPU, int(free * _SHARE / (_BYTES * adapter_size(lm, config)))))
+    fitting = int(free * _SHARE / (_BYTES * adapter_size(lm, config)))
+    return join().least(max(1, min(ON_GPU, fitting)))
 
 
 def adapter_size(lm: LM, config: FinetuneConfig) -> int:
