@@ -73,9 +73,10 @@ def dimensions(runs: pd.DataFrame, fit: Fit) -> pd.DataFrame:
 def tests_table(tests: Sequence[Permutation], fit: Fit, size: int) -> pd.DataFrame:
     """The permutation tests with what belongs to them.
 
-    One row a hypothesis: R² of the best `size` terms, its bounds (these sources; the choice is
-    taken as given, so the lower one is too high), the R² that 95 % of the permutations stay below,
-    p and what the number of permutations leaves open of it (Wilson).
+    One row a test: R² of the best `size` terms (where shared rows are counted, of the whitened
+    runs), its bounds (these sources; the choice is taken as given, so the lower one is too high),
+    the R² that 95 % of the permutations stay below, p and what the number of permutations leaves
+    open of it (Wilson), and the share of the errors that belongs to rows.
     """
     rows = []
     for test in tests:
@@ -88,6 +89,7 @@ def tests_table(tests: Sequence[Permutation], fit: Fit, size: int) -> pd.DataFra
             "hypothesis": test.meaning, "largest R²": test.statistic, "low": low, "high": high,
             "95 % of permutations below": np.quantile(test.null, 0.95), "p": test.p,
             "p low": p_low, "p high": p_high, "permutations": n,
+            "share of rows": "not counted" if test.row_share is None else f"{test.row_share:.2f}",
         })  # fmt: skip
     return pd.DataFrame(rows)
 

@@ -125,8 +125,8 @@ if planted:
 #
 # The indicators of the rows are shuffled within each source, so that they mean nothing, and the whole procedure runs again, many times.
 # About one shuffle in twenty should be "significant" at 5 %.
-# Sets drawn from one source share rows, so their losses and even their shuffled means are alike, and runs can't be exchanged freely: if more shuffles than that are significant, the permutation test is too easily pleased.
-# The study's own $R^2$ is therefore held against the shuffles as well, which share rows in just the same way.
+# Sets drawn from one source share rows, so their losses and even their shuffled means are alike, and runs can't be exchanged freely.
+# Both tests of notebook 07 are tried, the one that counts shared rows and the one that does not; and the study's own $R^2$ is held against the shuffles as well, which share rows in just the same way.
 # The control stops at the test: nothing is selected or finetuned by a shuffled rule.
 
 # %%

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -214,10 +216,17 @@ def test_a_win_in_the_clean_pool_is_said_to_be_no_work_of_the_defects():
     assert truths.pools_said(pools.assign(defects=0.2)) == "No pool is free of defects."
 
 
-def test_the_control_says_whether_to_believe_the_test():
-    row = {"shuffles": 40, "significant at 5 %": 8, "share significant": 0.2, "low": 0.1,
-           "high": 0.35, "R² of the study": 0.7, "p against the shuffles": 1 / 41}
-    said = findings.control_said(pd.DataFrame([row]))
-    assert said.startswith("8 of 40 shuffles") and "too easily pleased" in said
-    assert "p = 0.024; the smallest that 40 shuffles can give is 0.024" in said
-    assert "keeps its level" in findings.control_said(pd.DataFrame([row | {"low": 0.04}]))
+def test_the_control_says_which_test_to_believe():
+    def test(p, statistic):
+        return SimpleNamespace(p=p, statistic=statistic)
+
+    shuffled = [{findings.COUNTED: test(0.01 if i < 2 else 0.5, 0.0),
+                 findings.PLAIN: test(0.01 if i < 12 else 0.5, 0.01 * i)} for i in range(40)]
+    own = {findings.COUNTED: test(0.002, 0.0), findings.PLAIN: test(0.001, 0.35)}
+    table = findings.control_table(own, shuffled)
+    assert table.loc[findings.PLAIN, "p against the shuffles"] == (1 + 5) / 41  # 0.35 to 0.39
+    assert table["significant at 5 %"].tolist() == [2, 12]
+    said = findings.control_said(table)
+    assert "counted, 2 of 40 shuffles are significant at 5 %, 5 % [1, 17], which agrees" in said
+    assert "counted, 12 of 40" in said and "is more than one in twenty" in said
+    assert "study's p is 0.002" in said and "of 0.35 has p = 0.146" in said
