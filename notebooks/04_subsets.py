@@ -45,6 +45,7 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 #
 # *Fusion*, as in the paper: every set mixes all sources by random weights.
 # *Designed*: sets of one source, and of two or three, whose rows are drawn with a tilt along a direction of the indicator space.
+# Where the profile asks for it, a small third arm (*tokens*) holds the number of response tokens fixed instead of the number of rows; it answers one question of notebook 07, length or training tokens, and enters no other fit.
 
 # %%
 import json
@@ -69,7 +70,7 @@ study.save(
 pd.Series([s.arm for s in sets]).value_counts().rename("sets").to_frame()
 
 # %% [markdown]
-# A source gives at most 40 % of its rows to one set, rows are drawn without replacement, and every set has exactly the same number of rows.
+# A source gives at most 40 % of its rows to one set, rows are drawn without replacement, and every set has exactly the same number of rows, but for those of the arm *tokens*.
 
 # %%
 frame = study.set_frame()

@@ -77,6 +77,7 @@ else:
 # Each defective row has a clean twin.
 # The AUC within twins is how often the rule ranks the clean one better: 0.5 is chance, 1 is perfect.
 # The reward and evaluator models have seen some of the kinds during their own training and never the others, and the rule was fitted to sets of the candidates but not to the pools: all four groups stand apart.
+# The figure takes fitted and unseen rows together, kind by kind; the table below it sets them apart.
 # The loss oracle knows what each kind costs and nothing of kinds that cost nothing; the oracle knows the label.
 
 # %%
