@@ -48,7 +48,7 @@ def fit_paper(runs: pd.DataFrame, columns: Sequence[str],
 
     Our reading, since the paper gives no figures: all subsets of up to `size` terms (v3 has four)
     with a constant; of those within `near` of the best R², the one whose largest p is smallest.
-    arms=None takes every run, ("fusion",) the paper's own design.
+    arms=None takes every run at equal rows, ("fusion",) the paper's own design.
     """
     picked = pick_arms(runs, arms)
     X = standardised(picked, columns, standardisation)
