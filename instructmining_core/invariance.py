@@ -77,12 +77,12 @@ def invariance_table(
     for indicator in tqdm(chosen, desc="invariance", disable=not progress):
         runs = _runs(indicator, *rows, opened, np.random.default_rng(seed))
         values = {name: run() for name, run in runs.items()}
-        for run, against in COMPARED:
-            if run in values:
-                found += [
-                    _compared(column, run, against, values[against][column], values[run][column])
-                    for column in indicator.columns
-                ]
+        found += [
+            _compared(column, run, against, values[against][column], values[run][column])
+            for column in indicator.columns
+            for run, against in COMPARED
+            if run in values
+        ]
     return pd.DataFrame(found)
 
 
@@ -186,6 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     found = profile_table(options.profile, options.rows, progress=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    ranks = found["rank_correlation"]  # three digits would make 1 of what is not
+    found["rank_correlation"] = ["" if np.isnan(rank) else f"{rank:.5f}" for rank in ranks]
     found.to_csv(options.out, index=False, float_format="%.3g")
     return 0
 
