@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,6 +151,26 @@ def test_saved_adapter_is_peft_s(lm, tmp_path, tiny_lm_folder):
     assert response_nll(fresh, rows)["nll"].to_numpy() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["dora", "full"])
+def test_saved_by_the_libraries_and_loaded_by_them(lm, tmp_path, method):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    rows, rate = rows_of(6), 2e-3 if method == "full" else 1e-2
+    tuned = finetune(lm, rows, replace(CONFIG, method=method, learning_rate=rate),
+                     init_seed=0, order_seed=0)
+    expected = response_nll(tuned.lm, rows)["nll"].to_numpy()
+    tuned.save(tmp_path)
+    tuned.close()
+    source = tmp_path if method == "full" else lm.resolved.folder
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    if method == "dora":
+        model = PeftModel.from_pretrained(model, tmp_path)
+    found = response_nll(replace(lm, model=model.eval()), rows)["nll"].to_numpy()
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found != pytest.approx(response_nll(lm, rows)["nll"].to_numpy(), rel=1e-2)
+
+
 def test_seeds(lm):
     """The same seeds give the same run; each seed alone changes it."""
     def run(init, order):
@@ -213,42 +228,3 @@ def test_micro_batches_keep_the_order_and_the_budget():
 
 def test_body_asks_the_model(lm):
     assert Body(lm).packed
-
-
-SCRIPT = """
-import sys, torch
-torch.set_num_threads(1)
-sys.path[:0] = [{root!r}, {tests!r}]
-from test_finetune import CONFIG, rows_of
-from instructmining_core.finetune import finetune
-from instructmining_core.lm import load_lm
-from instructmining_core.profiles import ModelRef
-lm = load_lm(ModelRef({folder!r}, dtype="float32"), "cpu")
-tuned = finetune(lm, rows_of(13), CONFIG, init_seed=1, order_seed=2, engine={engine!r})
-import os
-if int(os.environ["RANK"]) == 0:
-    print("LOSSES", *tuned.curve["loss"])
-torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.parametrize("engine", ["stacked", "peft"])
-def test_two_processes_give_the_loss_of_one(lm, tiny_lm_folder, engine):
-    """The processes that `accelerate launch` starts, with the variables it sets (gloo)."""
-    tests = Path(__file__).resolve().parent
-    code = SCRIPT.format(root=str(tests.parent), tests=str(tests), folder=str(tiny_lm_folder),
-                         engine=engine)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                           "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-                         env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    output = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0]
-    found = [float(x) for x in output[0].split("LOSSES")[1].split()]
-    assert found == pytest.approx(losses(lm, engine=engine), rel=TOLERANCE)

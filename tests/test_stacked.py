@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from test_finetune import rows_of
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
     MistralConfig,
@@ -18,6 +20,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from instructmining_core import target_loss
 from instructmining_core.finetune import finetune
 from instructmining_core.hub import Resolved
 from instructmining_core.lm import LM, load_lm, response_nll
@@ -190,6 +193,72 @@ def test_each_is_exported_as_an_adapter_of_peft(name, lm, tiny_tokenizer, tmp_pa
         assert nll == pytest.approx(after[k], rel=1e-5)
 
 
+def test_an_export_of_some_layers_stays_on_those(lm, tmp_path):
+    """`down_proj` of one layer only: the last part of its name would reach the other's too."""
+    config = replace(CONFIG, target_modules=r".*layers\.1\.mlp\.down_proj")
+    _, after, stack = together(lm, jobs_of(1), config)
+    stack.save(0, tmp_path, "base")
+    model = PeftModel.from_pretrained(lm.model, tmp_path).eval()
+    names = [n for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)]
+    nll = response_nll(LM(model, lm.tokenizer, lm.resolved, "cpu", torch.float32),
+                       rows_of(5, seed=99))["nll"].to_numpy()
+    model.unload()
+    assert names == ["model.layers.1.mlp.down_proj"]
+    assert nll == pytest.approx(after[0], rel=1e-5)
+
+
+def test_an_export_of_all_layers_has_peft_s_short_names(lm):
+    assert AdapterStack(lm.model, CONFIG, [0]).targets == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_padded_rows_are_sorted_within_a_step_and_nothing_else_changes(lm, monkeypatch):
+    config, seen, real = replace(CONFIG, batch_size=12, micro_tokens=120), [], Body.batch
+
+    def spy(self, rows):
+        seen.append([len(row) for row in rows])
+        return real(self, rows)
+
+    jobs = jobs_of(2)
+    whole = together(lm, jobs, replace(config, micro_tokens=10_000), packed=True)[0]
+    monkeypatch.setattr(Body, "batch", spy)
+    for curve, expected in zip(together(lm, jobs, config, packed=False)[0], whole, strict=True):
+        assert curve == pytest.approx(expected, rel=TOLERANCE)
+    lengths = [n for batch in seen for n in batch]
+    falls = sum(a > b for a, b in zip(lengths, lengths[1:], strict=False))
+    # ascending within an adapter's rows of a step: it falls only where an adapter or step begins
+    steps = len(whole[0]) + len(whole[1])
+    assert len(seen) > steps and falls < steps
+
+
+def test_a_capped_head_in_chunks_is_the_model_s_own_loss(tiny_tokenizer, monkeypatch):
+    """Gemma 2 caps its logits, so autograd goes through the head; two rows are many chunks here."""
+    torch.manual_seed(3)
+    config = Gemma2Config(
+        **SMALL, intermediate_size=64, num_key_value_heads=2, head_dim=8, pad_token_id=0,
+        final_logit_softcapping=3.0, attn_logit_softcapping=None, initializer_range=0.5)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    lm = LM(model, tiny_tokenizer, Resolved("gemma2", "made", None, True, None), "cpu",
+            torch.float32)
+    assert lm.head.way == "softcap"
+    body, rows = Body(lm, packed=False), rows_of(6, seed=4)
+    batch = body.batch(rows)
+    weights = torch.rand(len(batch.labels), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(target_loss, "KEPT_LOGITS", 1)
+    assert len(batch.labels) > 3 * 16  # so four chunks at least
+    total, each = body.loss(batch, weights)
+    total.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits.flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits[batch.predict].float(), batch.labels,
+                                                 reduction="none")
+    (expected * weights).sum().backward()
+    assert torch.allclose(each, expected.detach(), rtol=1e-5, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(ours[name], parameter.grad, rtol=1e-4, atol=1e-5), name
+
+
 def test_only_the_named_layers_are_trained(lm):
     config = replace(CONFIG, target_modules=("q_proj", "down_proj"))
     jobs = jobs_of(1)
@@ -210,3 +279,38 @@ def test_generation_goes_through_the_adapter(lm):
                                      pad_token_id=0)
     tuned.close()
     assert ours.tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize(("lean", "lanes"), [(True, False), (False, False), (False, True)])
+def test_numbers_that_are_none_stay_with_their_adapter(lm, lean, lanes):
+    """The broken adapter has the first rows, which padding must not take to the others."""
+    jobs = jobs_of(3)
+    stack = AdapterStack(lm.model, CONFIG, [0, 1, 0], lanes=lanes)
+    stack.attach(lean=lean)
+    stack.values[0].fill_(float("nan"))
+    stack.work.copy_(stack.values)
+    try:
+        trained = train(stack, Body(lm, packed=True), jobs)
+    finally:
+        stack.detach()
+    assert [c.diverged for c in trained.courses] == [True, False, False]
+    assert trained.courses[0].ended == 1
+    for k in (1, 2):
+        expected = alone(lm, jobs[k])[0]
+        assert trained.curve(k)["loss"].to_numpy() == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_an_epoch_s_end_can_end_one_of_three(lm):
+    jobs, seen = jobs_of(3), []
+    stack = AdapterStack(lm.model, CONFIG, [job.init_seed for job in jobs])
+    stack.attach()
+    try:
+        trained = train(stack, Body(lm), jobs,
+                        on_epoch=lambda k, epoch: seen.append((k, epoch)) or k == 1)
+    finally:
+        stack.detach()
+    assert sorted(seen) == [(0, 1), (0, 2), (1, 1), (2, 1), (2, 2)]
+    assert [len(trained.curve(k)) for k in range(3)] == [4, 3, 8]
+    for k, job in enumerate(jobs):
+        expected = alone(lm, job)[0][: 3 if k == 1 else None]
+        assert trained.curve(k)["loss"].to_numpy() == pytest.approx(expected, rel=TOLERANCE)
