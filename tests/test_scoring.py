@@ -167,8 +167,8 @@ def test_blocks_are_as_large_as_the_time_allows(models, tmp_path, monkeypatch):
     assert sizes == [8, 32, 20], "fourfold at most, before the speed is known"
     sizes.clear()
     monkeypatch.setattr(scoring_blocks, "BLOCK_SECONDS", 0)
-    scoring.Scorer(models, indicators=["ppl"], bank=tmp_path / "b").score(table[:20])
-    assert sizes == [8] + [1] * 12
+    scoring.Scorer(models, indicators=["ppl"], bank=tmp_path / "b").score(table[:12])
+    assert sizes == [8] + [1] * 4
 
 
 def test_the_bar_is_of_rows_and_real_tokens(models, tmp_path, monkeypatch):
