@@ -38,8 +38,8 @@ def one_share(world: World, bench: str, processes: int, repeats: int = 3) -> dic
     rate = sum(flop / statistics.median(seconds) for *_, flop, seconds in found)
     parts, slower = where_time_goes(world)
     return {
-        "bench": bench, "peer": "nothing but the same bfloat16 products, as many processes of one "
-        "thread", "ours": four(achieved / 1e12), "theirs": four(rate / 1e12),
+        "bench": bench, "peer": "nothing but the same products, as many processes of one thread",
+        "ours": four(achieved / 1e12), "theirs": four(rate / 1e12),
         "ratio": four(achieved / rate / LIMIT_SHARE), "unit": "TFLOP/s", **world.told(),
         "dtype": str(world.load().dtype).removeprefix("torch."),
         "share": four(achieved / rate), "parts": parts,

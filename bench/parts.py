@@ -91,7 +91,8 @@ def shares(events) -> dict[str, float]:
         if "whole" in above:
             taken[_part(event.name, above)] += event.self_cpu_time_total
     whole = sum(taken.values())
-    return {part: t / whole for part, t in sorted(taken.items(), key=lambda item: -item[1])}
+    largest_first = sorted(taken.items(), key=lambda item: -item[1])
+    return {part: round(t / whole, 4) for part, t in largest_first}
 
 
 def _above(event) -> list[str]:

@@ -167,7 +167,9 @@ def test_losses_must_agree_in_every_pair_and_training_must_have_moved_them():
 
     assert disagreement(5.0, [4.0, 4.1], [4.01, 4.1]) == {}
     assert "0.74%" in disagreement(5.0, [4.0, 4.1], [4.0, 4.07])["failed"]
-    assert "nothing" in disagreement(4.1, [4.0, 4.0], [4.0, 4.0])["failed"]
+    assert disagreement(4.02, [4.01, 4.0], [4.005, 4.005]) == {}
+    assert "0.0200 (ours) and 0.0050" in disagreement(4.02, [4.0], [4.015])["failed"]
+    assert disagreement(4.0, [4.0], [4.0])["failed"]  # nothing was trained on either side
     assert disagreement(5.0, [float("nan")], [4.0])["failed"]
 
 
@@ -330,7 +332,7 @@ def test_profile_sees_every_part_of_a_training(small_world):
     parts, slower = where_time_goes(small_world)
     assert lean_block._mix is before and slower > 0
     assert set(parts) == {*LABELS.values(), "matrix products", OTHER, PYTHON}
-    assert sum(parts.values()) == pytest.approx(1) and min(parts.values()) > 0
+    assert sum(parts.values()) == pytest.approx(1, abs=1e-3) and max(parts.values()) < 1
 
 
 def test_sweep_benches_run_at_tiny_size(small_world):
@@ -341,7 +343,8 @@ def test_sweep_benches_run_at_tiny_size(small_world):
     assert [r["bench"] for r in rows] \
         == ["sweep_gpu", "sweep_gpu_width", "sweep_gpu_width", "sweep_gpu_matmul_share"]
     assert all(r["ratio"] > 0 and r["theirs"] > 0 for r in rows) and rows[1]["ratio"] == 1
-    assert "failed" not in rows[0] or "differ" in rows[0]["failed"] or "moved" in rows[0]["failed"]
+    why = rows[0].get("failed", "final losses")  # a tiny model's few steps may differ by more
+    assert why.startswith(("final losses", "training lowered"))
     assert set(BENCH) == {"defaults", "tuned"} and SWEEP_GOALS["1b"] == 4
     share = ppl_share("tiny", 30, "cpu", repeats=1)
     assert share["ours"] > 0 and share["share"] == pytest.approx(share["ratio"] * 0.45, rel=1e-2)
