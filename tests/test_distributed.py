@@ -36,6 +36,12 @@ def lm(tiny_lm_folder):
     return load_lm(ModelRef(str(tiny_lm_folder), dtype="float32"), "cpu")
 
 
+@pytest.fixture(scope="module")
+def alone(lm) -> dict:
+    """Each method's numbers in this one process."""
+    return {name: two_processes.run(lm, name) for name in METHODS}
+
+
 def specs_of(lm) -> list[RunSpec]:
     kinds = [SWEEP, SWEEP, SWEEP, replace(SWEEP, method="dora"), replace(SWEEP, method="full")]
     return [RunSpec.of("test", lm, config, [f"h{(3 * k + i) % 20}" for i in range(9)], EVALS,
@@ -70,11 +76,10 @@ def close(found, expected):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_processes_give_the_numbers_of_one(launch, lm, name):
-    expected = two_processes.run(lm, name)
-    assert len(expected["steps"]) == 6 and len(expected["epochs"]) == 2
+def test_two_processes_give_the_numbers_of_one(launch, alone, name):
+    assert len(alone[name]["steps"]) == 6 and len(alone[name]["epochs"]) == 2
     for found in launch[0]:
-        close(found[name], expected)
+        close(found[name], alone[name])
 
 
 def test_three_adapters_in_one_pass_over_two_processes(launch, lm):
@@ -83,25 +88,23 @@ def test_three_adapters_in_one_pass_over_two_processes(launch, lm):
 
 
 @pytest.mark.parametrize("name", ["peft", "dora", "full"])
-def test_layers_cut_up_among_processes_give_the_numbers_of_whole_ones(launch, lm, name):
+def test_layers_cut_up_among_processes_give_the_numbers_of_whole_ones(launch, lm, alone, name):
     """And what is saved loads as a whole model, by the libraries' own means."""
     both, out = launch
-    expected = two_processes.run(lm, name)
     for found in both:
-        close(found[f"{name} cut"], expected)
+        close(found[f"{name} cut"], alone[name])
     if name == "full":
         model = AutoModelForCausalLM.from_pretrained(out / name).eval()
     else:
         base = AutoModelForCausalLM.from_pretrained(lm.resolved.folder)
         model = PeftModel.from_pretrained(base, out / name).eval()
     loaded = response_nll(replace(lm, model=model), ROWS)["nll"].to_numpy()
-    assert loaded == pytest.approx(expected["after"], rel=TOLERANCE)
+    assert loaded == pytest.approx(alone[name]["after"], rel=TOLERANCE)
 
 
-def test_memory_that_runs_out_in_one_process_halves_its_micro_batches(launch, lm):
+def test_memory_that_runs_out_in_one_process_halves_its_micro_batches(launch, alone):
     for found in launch[0]:
-        assert found["memory"] == pytest.approx(two_processes.run(lm, "stack")["steps"],
-                                                rel=TOLERANCE)
+        assert found["memory"] == pytest.approx(alone["stack"]["steps"], rel=TOLERANCE)
 
 
 def test_an_error_in_one_process_ends_the_run_in_all(launch):
@@ -138,7 +141,7 @@ def test_rows_are_shared_out_whole_and_evenly():
     lengths = [5, 40, 7, 30, 20, 9, 11]
     parts = [Group(rank, 3).share(lengths) for rank in range(3)]
     assert sorted(i for part in parts for i in part) == list(range(7))
-    # longest first, there and back: 40 | 30 | 20 20's owner also gets 11, ...
+    # longest first, there and back: 40 30 20, 11 9 7, 5
     assert [sum(lengths[i] for i in part) for part in parts] == [40 + 7 + 5, 30 + 9, 20 + 11]
 
 
