@@ -51,7 +51,8 @@ def from_records(records: Sequence[dict], place: str) -> dict:
         on=f"{len(records)} runs", data=f"the laptop study's sets, evaluated on {len(evals)}",
         dtype=first["spec"]["base"]["dtype"], seconds=None, others=None, machine=made,
         note=f"not run for the benchmark: first start ({first_of(records)}) to last end of the "
-             f"records in {place}; what else the machine did then is not known",
+             f"records in {place}, of commit {str(first.get('commit'))[:7]}; what else the machine "
+             "did then is not known",
     )  # fmt: skip
 
 

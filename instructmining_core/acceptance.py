@@ -36,7 +36,12 @@ Row = tuple[str, float, tuple[float, float] | None, str]  # figure, value, bound
 
 def table(size: Size, seed: int = 20261123) -> pd.DataFrame:
     """One row a figure: figure, value, wanted (in words), passed (None where only shown), plan."""
-    rows = [*_blind(size, seed), *_levels(size, seed), *_designs(size, seed), *_gate(size, seed)]
+    return judged([*_blind(size, seed), *_levels(size, seed), *_designs(size, seed),
+                   *_gate(size, seed)])  # fmt: skip
+
+
+def judged(rows: Sequence[Row]) -> pd.DataFrame:
+    """The table of `table`, from (figure, value, bounds or None, the plan's value)."""
     frame = []
     for name, value, bounds, plan in rows:
         wanted = f"{bounds[0]:g} to {bounds[1]:g}" if bounds else "shown"

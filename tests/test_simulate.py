@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from instructmining_core import simulate
+from instructmining_core import acceptance
 from instructmining_core.simulate import (
     PAPER_R2,
     coverage,
@@ -77,12 +77,12 @@ def test_the_planners_band_holds():
 
 
 def test_the_command_writes_its_table_and_fails_where_a_figure_fails(tmp_path, monkeypatch):
-    table = simulate._accepted([("a", 0.5, (0.0, 1.0)), ("b", 2.0, "shown")])
-    assert table["passed"].tolist() == [True, None]
-    monkeypatch.setattr(simulate, "acceptance", lambda full, seed: table)
-    assert simulate.main([str(tmp_path / "t.csv"), "--full"]) == 0
+    good = acceptance.judged([("a", 0.5, (0.0, 1.0), "0.4"), ("b", 2.0, None, "")])
+    assert good["passed"].tolist() == [True, None]
+    monkeypatch.setattr(acceptance, "table", lambda size, seed: good)
+    assert acceptance.main([str(tmp_path / "t.csv"), "--full"]) == 0
     assert pd.read_csv(tmp_path / "t.csv")["value"].tolist() == [0.5, 2.0]
-    bad = simulate._accepted([("a", 1.5, (0.0, 1.0))])
-    monkeypatch.setattr(simulate, "acceptance", lambda full, seed: bad)
-    assert simulate.main([str(tmp_path / "t.json")]) == 1
+    bad = acceptance.judged([("a", 1.5, (0.0, 1.0), "")])
+    monkeypatch.setattr(acceptance, "table", lambda size, seed: bad)
+    assert acceptance.main([str(tmp_path / "t.json")]) == 1
     assert np.isfinite(pd.read_json(tmp_path / "t.json")["value"]).all()
