@@ -68,7 +68,7 @@ def _full_logits(lm, encoded) -> list[float]:
     return (nll.sum(1) / (labels[:, 1:] != -100).sum(1)).tolist()
 
 
-def compared(size: str, rows: int, repeats: int, exact_rows: int = 64) -> dict:
+def compared(size: str, rows: int, repeats: int, exact_rows: int = 16) -> dict:
     """Seconds of the three ways, and the largest relative differences of their perplexities.
 
     Raises Disagreement where they differ by more than rounding.

@@ -4,8 +4,9 @@ Ours is `run_sweep` with everything that belongs to it: ledger, records, per-exa
 start of its helper process. Both sides do the same steps from the same base and first adapter on
 the same token ids; `Trainer` shuffles by its own seed. Each side runs three times in turn, after a
 run of one step that is thrown away. The loss on the first evaluation set, by `response_nll`, must
-agree within 0.5 % in every pair. On small bases 24 steps move it by little more than that, so the
-fall since before training must agree too, which untrained adapters would not pass.
+agree within 0.5 % in every pair, and training must have lowered it on both sides. On these small
+bases 24 steps lower it by less than 1 %, so that agreement alone says little: the note tells both
+falls. That an adapter is trained exactly as peft would is held by the package's own tests.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from .trainer import WAYS, trainer_run
 from .world import World, sweep
 
 LIMIT_LOSS = 0.005  # relative difference of final losses, in every pair
-LIMIT_FALL = 0.5  # of the larger fall: how far the median falls of the two sides may be apart
 RUNS = {"1m": 20, "5m": 8}  # of ours in each repetition
 BENCH = {"defaults": "sweep_vs_trainer", "tuned": "sweep_vs_trainer_tuned"}
 
@@ -55,21 +55,28 @@ def against_trainer(world: World, runs: int, repeats: int = 3, **how) -> list[di
             BENCH[way], WAYS[way], rate["ours"], rate[way], "runs/h", **world.told(),
             dtype=f"{ours} against " + ("float32" if way == "defaults" else "bfloat16 autocast"),
             note=f"medians of {repeats} in turn, {runs} runs of ours each; loss before training "
-                 f"{before:.4f}, after {_listed(losses['ours'])} (ours), {_listed(losses[way])}",
+                 f"{before:.4f}, after {_listed(losses['ours'])} (ours), {_listed(losses[way])}: "
+                 f"median falls {fall(before, losses['ours']):.4f} (ours), "
+                 f"{fall(before, losses[way]):.4f}",
         ) | disagreement(before, losses["ours"], losses[way])
         for way in WAYS
     ]  # fmt: skip
 
 
 def disagreement(before: float, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, str]:
-    """{"failed": why} where a pair's final losses differ, or what training gained; else {}."""
+    """{"failed": why} where a pair's final losses differ, or training gained nothing; else {}."""
     worst = max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
     if not worst <= LIMIT_LOSS:
         return {"failed": f"final losses differ by up to {worst:.2%}, more than {LIMIT_LOSS:.1%}"}
-    one, other = (before - statistics.median(losses) for losses in (ours, theirs))
-    if not abs(one - other) <= LIMIT_FALL * max(abs(one), abs(other)) or one == 0:
+    one, other = (fall(before, losses) for losses in (ours, theirs))
+    if not min(one, other) > 0:
         return {"failed": f"training lowered the loss by {one:.4f} (ours) and {other:.4f}"}
     return {}
+
+
+def fall(before: float, losses: Sequence[float]) -> float:
+    """How much training lowered the loss, nats per token; the median of the runs."""
+    return before - statistics.median(losses)
 
 
 def _listed(losses: Sequence[float]) -> str:
