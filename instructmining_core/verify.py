@@ -122,8 +122,9 @@ def _by_prompts(
     matrices: PER_EXAMPLE | None, here: tuple, there: tuple, level: float
 ) -> dict[str, float]:
     low = high = float("nan")
-    if matrices is not None and here in matrices and there in matrices:
-        low, high = crossed_interval(matrices[here], matrices[there], level=level)
+    pair = [(matrices or {}).get(key) for key in (here, there)]
+    if all(part is not None and len(part) > 1 for part in pair):  # one run has no spread
+        low, high = crossed_interval(*pair, level=level)
     return {"low_prompts": low, "high_prompts": high}
 
 
