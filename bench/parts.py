@@ -39,7 +39,7 @@ def where_time_goes(world: World) -> tuple[dict[str, float], float]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from instructmining_core.helpers import one_thread
+    from instructmining_core.sweep_helpers import one_thread
 
     from .matmul import train_seconds
 

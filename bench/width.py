@@ -16,7 +16,7 @@ from .world import Extent, World
 
 def on_this_processor() -> list[dict]:
     """`sweep_width` at about 1 and 5 M parameters."""
-    from instructmining_core.helpers import one_thread
+    from instructmining_core.sweep_helpers import one_thread
 
     short = Extent(epochs=1, set_rows=64)
     with one_thread():

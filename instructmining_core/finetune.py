@@ -32,8 +32,8 @@ from .packed import Body
 from .profiles import FinetuneConfig
 from .stacked import AdapterStack
 from .templates import Encoded
-from .torch_training import train_by_torch
 from .training import Job, train
+from .training_torch import train_by_torch
 
 OnEpoch = Callable[[LM, int], bool | None]
 

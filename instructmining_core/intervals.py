@@ -106,5 +106,6 @@ def significant(frame: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     """
     out = frame.copy()
     for column in out.select_dtypes("floating"):
-        out[column] = [f"{value:.{digits}g}" if not np.isnan(value) else "" for value in out[column]]
+        shown = [f"{value:.{digits}g}" for value in out[column]]
+        out[column] = ["" if text == "nan" else text for text in shown]
     return out

@@ -19,7 +19,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from .atomic import clear_leftovers, write_json
-from .holders import Holders, read_holder, tell, this_process
+from .ledger_claims import Holders, read_holder, tell, this_process
 from .runspec import RunSpec, hash_encoded, hash_rows, plain, spec_from
 
 __all__ = ["FINISHED", "Ledger", "LedgerError", "RunSpec", "Taken", "hash_encoded", "hash_rows",
@@ -65,8 +65,8 @@ class Ledger:
         tried : attempts recorded when the sweep began; a run that failed since is not taken
 
         A claim whose process is gone is taken over: on this host at once, on another when nothing
-        has touched the claim for `holders.EXPIRES` seconds. Where the specification is given, the
-        attempt that died is recorded first, as failed.
+        has touched the claim for `ledger_claims.EXPIRES` seconds. Where the specification is given,
+        the attempt that died is recorded first, as failed.
         """
         run_id = run if isinstance(run, str) else run.run_id
         with self._holders.lock():

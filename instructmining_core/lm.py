@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from . import hub
+from .batch_size import SHARE, fitting_tokens, free_bytes
 from .batching import Failed, TokenMeter, map_batches, pad
 from .distributed import own_device, sharding
-from .fitting import SHARE, fitting_tokens, free_bytes
 from .heads import Head, decoder, find_head, unwrapped
 from .templates import Encoded
 

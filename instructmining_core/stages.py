@@ -23,7 +23,7 @@ from pathlib import Path
 from . import paths
 from .pages import PageError, build_book, write_front_page, write_page, write_summary
 from .profiles import Profile, load_profile, profile_path
-from .progress import sweep_bar
+from .sweep_progress import sweep_bar
 
 NUMBERS = (
     "scores.parquet", "roles.parquet", "sets.parquet", "rule.json", "verdict.csv",

@@ -15,13 +15,13 @@ from pathlib import Path
 import pandas as pd
 
 from .distributed import join, launched
-from .executor import do_group
 from .finetune import stackable
-from .helpers import WORTH, Helpers, describe, helpers_wanted, one_thread
 from .ledger import Ledger, RunSpec, tidy
+from .ledger_shared import for_all
 from .lm import LM
 from .run import Evals, Rows, check
-from .shared_ledger import for_all
+from .sweep_executor import do_group
+from .sweep_helpers import WORTH, Helpers, describe, helpers_wanted, one_thread
 from .sweep_watch import Watch
 from .width import adapters_together
 

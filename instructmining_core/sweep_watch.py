@@ -9,9 +9,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .holders import tell
 from .ledger import Ledger, RunSpec, settled
-from .progress import ProgressFile, best_and_worst
+from .ledger_claims import tell
+from .sweep_progress import ProgressFile, best_and_worst
 
 Record = dict[str, Any]
 

@@ -19,11 +19,11 @@ from two_processes import METHODS, ROWS
 
 from instructmining_core.distributed import Group, GroupError, own_device, sharding
 from instructmining_core.finetune import FinetuneError, finetune, stackable
-from instructmining_core.launched import write_job
 from instructmining_core.ledger import Ledger, RunSpec
 from instructmining_core.lm import load_lm, response_nll
 from instructmining_core.profiles import FinetuneConfig, ModelRef
 from instructmining_core.sweep import run_sweep
+from instructmining_core.sweep_launched import write_job
 
 TOLERANCE = 2e-5  # of a loss, float32: sums in another order, magnified by training
 SWEEP = FinetuneConfig(rank=2, alpha=4, learning_rate=1e-2, epochs=1, batch_size=4)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from instructmining_core import holders
+from instructmining_core import ledger_claims as holders
 from instructmining_core.ledger import Ledger, LedgerError, RunSpec, Taken, hash_rows, spec_from
 from instructmining_core.profiles import FinetuneConfig, ModelRef
 from instructmining_core.provenance import without_paths

@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 
 from instructmining_core import lm as lm_module
-from instructmining_core.fitting import fitting_tokens, free_bytes
+from instructmining_core.batch_size import fitting_tokens, free_bytes
 from instructmining_core.heads import HeadError, find_head
 from instructmining_core.hub import HubError, Resolved
 from instructmining_core.lm import LM, load_lm, response_nll, token_nll

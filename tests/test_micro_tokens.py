@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_finetune import CONFIG, TOLERANCE, losses, rows_of
 
-from instructmining_core import torch_training, training
+from instructmining_core import training, training_torch
 from instructmining_core.distributed import Group
 from instructmining_core.finetune import finetune
 from instructmining_core.lm import LM, load_lm
@@ -153,7 +153,7 @@ def test_float16_gradients_are_those_of_float32(pair, monkeypatch):
 @pytest.mark.parametrize("method", ["dora", "full"])
 def test_float16_gradients_of_torch_s_own_parameters(pair, monkeypatch, method):
     whole, half = (gradients_of_torch(lm, method, monkeypatch) for lm in pair)
-    monkeypatch.setattr(torch_training, "loss_scale", lambda tokens, dtype: 1.0)
+    monkeypatch.setattr(training_torch, "loss_scale", lambda tokens, dtype: 1.0)
     unscaled = gradients_of_torch(pair[1], method, monkeypatch)
     learned = [i for i, gradient in enumerate(whole) if gradient.any()]  # B is zero, so A rests
     assert len(learned) >= 14

@@ -19,16 +19,18 @@ import pytest
 from peft import PeftModel
 from test_finetune import rows_of
 
-from instructmining_core import executor, helpers, holders
+from instructmining_core import ledger_claims as holders
+from instructmining_core import sweep_executor as executor
+from instructmining_core import sweep_helpers as helpers
 from instructmining_core.evaluate import evaluate
-from instructmining_core.executor import do_group
 from instructmining_core.finetune import finetune
 from instructmining_core.ledger import Ledger, LedgerError, RunSpec
 from instructmining_core.lm import LM, load_lm
 from instructmining_core.profiles import FinetuneConfig, ModelRef
-from instructmining_core.progress import read_progress, sweep_bar
 from instructmining_core.run import RunError, run_one, run_together
 from instructmining_core.sweep import groups_of, run_sweep
+from instructmining_core.sweep_executor import do_group
+from instructmining_core.sweep_progress import read_progress, sweep_bar
 from instructmining_core.sweep_watch import Watch
 
 CONFIG = FinetuneConfig(rank=2, alpha=4, learning_rate=1e-2, epochs=1, batch_size=4)

@@ -87,7 +87,7 @@ def main(folder: str, out: str, job: str) -> None:
                         group.tell(group.rank), own_device("cuda"), own_device("cpu")]
     (out / f"found{group.rank}.json").write_text(json.dumps(found))
     sys.argv = ["launched", job]
-    runpy.run_module("instructmining_core.launched", run_name="__main__")
+    runpy.run_module("instructmining_core.sweep_launched", run_name="__main__")
 
 
 if __name__ == "__main__":

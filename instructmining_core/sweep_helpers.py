@@ -7,16 +7,16 @@ a run in the ledger, does it, writes its record. It ends when nothing is left or
 Another engine can drive the same executor, on any host that sees the model's and the ledger's
 folders. It starts
 
-    python -m instructmining_core.helpers JOB.json PID
+    python -m instructmining_core.sweep_helpers JOB.json PID
 
 JOB.json : what `describe` returns, as JSON. `groups` are lists of (`RunSpec.content()`, label);
     each group is one pass over the base: claim its runs, `run_one` or `run_together`, write their
-    records (`executor.do_group`)
+    records (`sweep_executor.do_group`)
 PID : the starting process; before each group the helper looks whether it still is its parent
 
 Groups are taken from the last to the first. Exit code 0: none is left that it could claim. Any
 number may work on one ledger, and one that is killed costs the runs it was at, which are free again
-at once (on another host: after `holders.EXPIRES` seconds).
+at once (on another host: after `ledger_claims.EXPIRES` seconds).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from typing import Any
 
 import torch
 
-from .executor import do_group
 from .ledger import Ledger, RunSpec, spec_from
 from .lm import LM, load_lm
 from .profiles import ModelRef
 from .provenance import without_paths
+from .sweep_executor import do_group
 from .templates import Encoded
 
 WORTH = 30.0  # seconds of work left that make a helper's start (5 to 8 s of imports) worth it
@@ -60,7 +60,7 @@ def helpers_wanted(lm: LM, wanted: int | None) -> int:
 class Helpers:
     """The helper processes of one sweep; their job and what they complain of lie in `folder`."""
 
-    command: tuple[str, ...] = (sys.executable, "-m", "instructmining_core.helpers")
+    command: tuple[str, ...] = (sys.executable, "-m", "instructmining_core.sweep_helpers")
 
     def __init__(self, count: int, job: Mapping[str, Any], folder: Path) -> None:
         self.count, self.job, self.folder = count, job, folder
@@ -120,7 +120,7 @@ def describe(
     keep: str | Path | None = None,
     tried: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """A sweep as JSON values, for helpers; by_epoch, keep, tried: see `executor.do_group`."""
+    """A sweep as JSON values, for helpers; by_epoch, keep, tried: see `sweep_executor.do_group`."""
     used = {h for group in groups for spec in group for h in spec.row_hashes}
     return {
         "groups": [[(s.content(), dict(s.label)) for s in group] for group in groups],

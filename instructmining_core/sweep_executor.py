@@ -19,9 +19,9 @@ from typing import Any
 from .batching import is_out_of_memory
 from .distributed import join
 from .ledger import Ledger, RunSpec, Taken
+from .ledger_shared import for_all
 from .lm import LM
 from .run import Evals, Rows, failure, run_one, run_together
-from .shared_ledger import for_all
 
 
 def do_group(

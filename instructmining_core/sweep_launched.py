@@ -1,6 +1,6 @@
 """A sweep under `accelerate launch`: several processes at each run, the first one keeps the ledger.
 
-    accelerate launch --num_processes 4 -m instructmining_core.launched job.json
+    accelerate launch --num_processes 4 -m instructmining_core.sweep_launched job.json
 
 where `write_job` wrote `job.json`. Started again after a kill it goes on where it was.
 """
@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .distributed import leave
-from .helpers import describe, work
 from .ledger import Ledger, RunSpec
 from .lm import LM, load_lm
 from .profiles import ModelRef
 from .run import Evals, Rows
 from .sweep import groups_of
+from .sweep_helpers import describe, work
 
 
 def write_job(
