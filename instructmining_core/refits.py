@@ -34,7 +34,7 @@ def refit_cards(study: Study, n: int, seed: int = 0) -> list[RuleCard]:
     columns, scores = study.profile.rule_columns(), study.candidate_scores
     constants = Standardisation.fit(scores, columns)
     sweep = study.sweep()
-    runs = pick_arms(sweep, DESIGNED if sweep["arm"].isin(DESIGNED).any() else None)
+    runs = pick_arms(sweep, DESIGNED)
     rng = np.random.default_rng(seed)
     cards = []
     for i in range(n):

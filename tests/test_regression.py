@@ -150,6 +150,13 @@ def test_shares_must_sum_to_one(runs):
         fit_within(runs, COLUMNS, arms=("fusion",))
 
 
+def test_a_study_of_fusion_alone_is_fitted_on_its_fusion_sets(runs):
+    alone = runs.assign(arm="fusion")
+    assert fit_within(alone, COLUMNS).slopes.equals(fit_within(alone, COLUMNS, arms=None).slopes)
+    some = runs.assign(arm=["fusion"] * 10 + list(runs["arm"].iloc[10:]))
+    assert len(fit_within(some, COLUMNS).runs) == len(runs) - 10
+
+
 def test_repeats_stay_out_of_the_fit(runs):
     repeats = runs.iloc[:5].assign(init_seed=1, log_loss=99.0)
     both = pd.concat([repeats, runs.assign(init_seed=0)], ignore_index=True)
