@@ -126,7 +126,7 @@ def loss_by_source(
 
     runs : one row a run, `source` ("" or missing for mixtures, which are left out of the rows and
     shown as one row "mixtures") and the losses in nats per token. Rows are in order of the first
-    loss.
+    loss. The axis holds every run; the interval of a source with two or three runs may leave it.
     """
     losses = [c for c in losses if c in runs] or list(losses)
     require(runs, ["source", *losses], "loss_by_source")
@@ -143,7 +143,8 @@ def loss_by_source(
             shift = rng.uniform(-0.22, 0.22, len(values))
             ax.scatter(values, y + shift, s=11, color=colour, alpha=0.4, lw=0)
             draw_interval(ax, y, *mean_interval(values), colour)
-        ax.set_xlabel(label_of(loss))
+        room = 0.08 * float(np.ptp(runs[loss].dropna())) or 0.1
+        ax.set(xlabel=label_of(loss), xlim=(runs[loss].min() - room, runs[loss].max() + room))
         rows_axis(ax, order)
     return figure
 

@@ -237,8 +237,8 @@ def design_failure(null: pd.DataFrame, *, paper_r2: float = 0.522) -> Figure:
     shares = groups["all_significant"].mean().reindex(counts)
     right.barh(range(len(counts)), shares, height=0.45, color=ORANGE, alpha=0.7)
     for y, share in enumerate(shares):
-        right.annotate(f"{100 * share:.0f} %", (share, y), (-4, 0), textcoords="offset points",
-                       va="center", ha="right", fontsize=8)
+        right.annotate(f"{100 * share:.0f} %", (0, y), (4, 0), textcoords="offset points",
+                       va="center", ha="left", fontsize=8)
     if "repeat_rank_correlation" in null:
         agree = groups["repeat_rank_correlation"].median().reindex(counts)
         right.plot(agree, range(len(counts)), "D", color=BLUE, ms=6, mec=PAPER,

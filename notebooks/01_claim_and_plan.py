@@ -71,7 +71,7 @@ figures.procedure_diagram()
 # %% [markdown]
 # ## What the paper claims, and what it offers for each claim
 #
-# We test nine claims, one after the other.
+# We test them, and two of our own, one after the other.
 # The last notebook sets a verdict beside each, with an interval and with the smallest effect that we could have seen.
 
 # %%
@@ -117,5 +117,5 @@ dataclasses.asdict(study.profile.finetune)
 # ## In this notebook we have seen
 #
 # - the rule, and the step from means of sets to single examples that it takes;
-# - nine claims to be tested, and what the paper offers for each;
+# - the claims to be tested, and what the paper offers for each;
 # - what we had to choose, and the size of this run.
