@@ -154,10 +154,10 @@ def front_page(verdict: pd.DataFrame, profile: str, description: str) -> str:
         if row["claim"] in QUESTIONS:
             lines += [f"**{QUESTIONS[row['claim']]}** "
                       f"{str(row['verdict']).capitalize()}: {row['ours']}.", ""]  # fmt: skip
-    lines += ["| claim | the paper | this run | could have seen | verdict |"]
-    lines += ["|---|---|---|---|---|"]
+    lines += ["| claim | this run | could have seen | verdict |", "|---|---|---|---|"]
     for row in rows:
-        cells = [row["statement"], row["paper_value"], row["ours"], row["detectable"],
-                 f"**{row['verdict']}**"]  # fmt: skip
+        cells = [f"**{row['statement']}**<br>the paper: {row['paper_value']}",
+                 str(row["ours"]).replace("; ", "<br>"),
+                 row["detectable"], f"**{row['verdict']}**"]  # fmt: skip
         lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

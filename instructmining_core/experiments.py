@@ -126,11 +126,12 @@ def repeated(
 
 
 def describe(plans: Sequence[Plan]) -> pd.DataFrame:
-    """How many finetunes each pool and method gets, and on how many rows (mean over draws)."""
+    """How many finetunes each method gets in a pool, and the mean rows of one, by pool."""
     labels = pd.DataFrame([{**plan.label, "rows": len(plan.row_hashes)} for plan in plans])
-    return labels.groupby(["pool", "method"], sort=False).agg(
-        rows=("rows", "mean"), finetunes=("seed", "size")
-    )
+    groups = labels.groupby(["method", "pool"], sort=False)
+    counts = groups.size().groupby("method", sort=False).max().rename("finetunes")
+    sizes = groups["rows"].mean().unstack("pool", sort=False)
+    return sizes.add_prefix("rows, ").join(counts)
 
 
 def overlap(plans: Sequence[Plan]) -> pd.DataFrame:
