@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from . import data
 from .models import build_lm, told
 from .pairs import Skipped, four, row
-from .world import World
+from .world import World, train_seconds
 
 SHARE_GOAL = 0.45  # of the products' rate, perplexity at 1 B
 SWEEP_GOALS = {"60m": 10.0, "160m": 10.0, "1b": 4.0}  # times Trainer + peft
@@ -115,7 +115,7 @@ def forward_rate(lm, tokens: int, repeats: int = 3) -> float:
 
 def sweep_rows(world: World, adapters: int, counts: Sequence[int], repeats: int = 3) -> list[dict]:
     """All rows of one base, on any device."""
-    from .matmul import products, train_seconds, training_flop
+    from .matmul import products, training_flop
     from .sweep import against_trainer
     from .width import widths
 

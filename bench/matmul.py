@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from .pairs import four
-from .world import World
+from .parts import told, where_time_goes
+from .world import World, train_seconds
 
 LIMIT_SHARE = 0.30  # of the products' rate, at 5 M parameters
 NAMES = {"5m": "sweep_matmul_share", "1m": "sweep_matmul_share_1m"}
@@ -31,7 +32,6 @@ def matmul_share() -> list[dict]:
 
 def one_share(world: World, bench: str, processes: int, repeats: int = 3) -> dict:
     """The row of one model, with what eats the rest."""
-    from .parts import told, where_time_goes
 
     found = together(world, processes, repeats)
     achieved = sum(flop / statistics.median(seconds) for flop, seconds, *_ in found)
@@ -90,23 +90,6 @@ def _work(folder: str, config, rows, repeats: int, barrier, results) -> None:
         flop, seconds = products(stack, lm, rows, config)
         multiplied.append(seconds)
     results.put((training_flop(stack, lm, rows, config), trained, flop, multiplied))
-
-
-def train_seconds(lm, config, rows) -> tuple[float, object]:
-    """Seconds of one training, and the stack it was done with."""
-    from instructmining_core.packed import Body
-    from instructmining_core.stacked import AdapterStack
-    from instructmining_core.training import Job, train
-
-    stack = AdapterStack(lm.model, config, [0])
-    stack.attach()
-    body = Body(lm)
-    start = time.perf_counter()
-    try:
-        train(stack, body, [Job(rows, 0, 0)])
-        return time.perf_counter() - start, stack
-    finally:
-        stack.detach()
 
 
 def training_flop(stack, lm, rows, config) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
-from .world import World
+from .world import World, train_seconds
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::matmul", "aten::linear"}
 OTHER, PYTHON = "activations, sums and embeddings", "Python and autograd between operations"
@@ -40,8 +40,6 @@ def where_time_goes(world: World) -> tuple[dict[str, float], float]:
     from torch.profiler import ProfilerActivity, profile
 
     from instructmining_core.sweep_helpers import one_thread
-
-    from .matmul import train_seconds
 
     lm, rows = world.load(), [world.rows[name] for name in world.set(0)]
     with one_thread():

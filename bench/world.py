@@ -8,6 +8,7 @@ finetuning, so that its losses are not those of noise.
 from __future__ import annotations
 
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,8 +101,6 @@ def sweep(world: World, count: int, **how) -> tuple[float, list[float]]:
 
     how : options of `run_sweep`
     """
-    import time
-
     from instructmining_core.ledger import Ledger
     from instructmining_core.sweep import run_sweep
 
@@ -114,3 +113,20 @@ def sweep(world: World, count: int, **how) -> tuple[float, list[float]]:
     if not (frame["status"] == "done").all():
         raise RuntimeError(f"runs failed: {frame['error'].dropna().unique()[:1]}")
     return seconds, frame["loss_eval_1"].tolist()
+
+
+def train_seconds(lm, config, rows) -> tuple[float, object]:
+    """Seconds of one training, and the stack it was done with."""
+    from instructmining_core.packed import Body
+    from instructmining_core.stacked import AdapterStack
+    from instructmining_core.training import Job, train
+
+    stack = AdapterStack(lm.model, config, [0])
+    stack.attach()
+    body = Body(lm)
+    start = time.perf_counter()
+    try:
+        train(stack, body, [Job(rows, 0, 0)])
+        return time.perf_counter() - start, stack
+    finally:
+        stack.detach()
