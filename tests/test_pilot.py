@@ -176,7 +176,7 @@ def test_no_candidates_is_the_plain_draw_of_before():
                            sets_per_source=6)
     assert designed_arm(world, DESIGN, COLUMNS) == before
     assert load_profile("laptop").design.candidates == 0
-    assert load_profile("thorough").design.candidates >= 1000
+    assert load_profile("colab").design.candidates >= 1000
 
 
 def test_chosen_sets_keep_every_sources_number_and_gain():
