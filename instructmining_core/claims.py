@@ -151,7 +151,7 @@ def front_page(verdict: pd.DataFrame, profile: str, description: str) -> str:
     rows = verdict.fillna("-").to_dict("records")
     lines = [f"This copy shows the profile `{profile}`: {description}", ""]
     for row in rows:
-        if row["claim"] in QUESTIONS:
+        if row["claim"] in QUESTIONS and row["verdict"] != NOT_ASKED:
             lines += [f"**{QUESTIONS[row['claim']]}** "
                       f"{str(row['verdict']).capitalize()}: {row['ours']}.", ""]  # fmt: skip
     lines += ["| claim | this run | could have seen | verdict |", "|---|---|---|---|"]

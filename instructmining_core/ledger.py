@@ -170,7 +170,7 @@ def _died(run: RunSpec, holder: Mapping[str, Any]) -> dict[str, Any]:
     return run.head() | {
         "status": "failed", "killed": True, "started": holder["since"],
         "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "error": f"process {holder['pid']} on {holder['host']} died",
+        "error": f"process {holder['pid']} died",
     }
 
 
