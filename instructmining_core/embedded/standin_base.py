@@ -36,7 +36,7 @@ class BaseConfig:
     vocab: int = 4096  # tokens
     context: int = 256  # tokens of one packed training row
     rows: int = 8  # packed rows of one step
-    steps: int = 1200
+    steps: int = 750
     max_positions: int = 1024  # tokens
     seed: int = 0
     training: TrainingConfig = TrainingConfig(learning_rate=4e-3)
@@ -85,7 +85,6 @@ def build_base(
             lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss,
             config.steps, config.training, desc="stand-in base", progress=progress,
         )  # fmt: skip
-    model.set_attn_implementation("sdpa")
     return {
         "parameters": save(folder, model, tokenizer),
         "text_tokens": int(packed.size),
@@ -125,5 +124,5 @@ def _llama(config: BaseConfig, tokenizer) -> LlamaConfig:
         num_key_value_heads=config.heads, max_position_embeddings=config.max_positions,
         tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="eager",  # short rows on a CPU: faster than sdpa in training
+        attn_implementation="sdpa",
     )  # fmt: skip

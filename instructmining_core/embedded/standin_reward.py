@@ -43,7 +43,7 @@ class RewardConfig:
     inner: int = 256
     vocab: int = 4096  # tokens
     pairs: int = 24  # of one step
-    steps: int = 700
+    steps: int = 500
     max_tokens: int = 160  # of one training row
     max_positions: int = 1024  # tokens
     seed: int = 1

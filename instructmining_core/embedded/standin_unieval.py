@@ -51,7 +51,7 @@ class UniEvalConfig:
     inner: int = 256
     vocab: int = 4096  # tokens
     pairs: int = 16  # of a good and a bad answer to one question, in one step
-    steps: int = 1200
+    steps: int = 900
     max_tokens: int = 192  # of one training row
     seed: int = 2
     training: TrainingConfig = TrainingConfig(learning_rate=1e-3)

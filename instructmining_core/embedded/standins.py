@@ -46,7 +46,7 @@ class StandinConfig:
 
     base: BaseConfig = BaseConfig()
     base_small: BaseConfig = BaseConfig(hidden=64, layers=3, heads=4, inner=176)
-    base_large: BaseConfig = BaseConfig(hidden=224, layers=6, heads=7, inner=608, steps=1800)
+    base_large: BaseConfig = BaseConfig(hidden=224, layers=6, heads=7, inner=608, steps=900)
     reward: RewardConfig = RewardConfig()
     unieval: UniEvalConfig = UniEvalConfig()
 
@@ -68,6 +68,12 @@ SIZES = {
         unieval=UniEvalConfig(**_TINY, steps=40),
     ),
 }
+
+
+def longest_first(part: str) -> int:
+    """Key to sort parts by the time it takes to build them: side by side they then end together."""
+    order = ("base_large", "base", "base_small", "reward", "unieval")
+    return order.index(part) if part in order else len(order)
 
 
 def is_built(part: str, corpus: Corpus, size: str | StandinConfig = "laptop",

@@ -114,8 +114,8 @@ def standin_folder(
     corpus = pydocs.build_corpus(profile.data.corpus, progress=progress is True)
     texts = base_texts(profile) if profile.models.standin_text else None
     size = profile.models.standin_size
-    missing = [part for part in dict.fromkeys(parts)
-               if not standins.is_built(part, corpus, size, texts)]  # fmt: skip
+    in_order = sorted(dict.fromkeys(parts), key=standins.longest_first)
+    missing = [part for part in in_order if not standins.is_built(part, corpus, size, texts)]
     if len(missing) > 1 and side_by_side.cores() > 1:
         side_by_side.build_each(partial(_build_one, profile), missing, progress=bool(progress))
     folders = [

@@ -28,7 +28,7 @@ def compute(
     reference: Reference,
     row_hashes: Sequence[str],
     progress: bool = False,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
 ) -> dict[str, Column]:
     """Euclidean distance of each row to the nearest other row of the reference."""
     column = distance_column(

@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from instructmining_core import hub
 from instructmining_core.batching import Failed, map_batches
-from instructmining_core.indicators.opened import Opened
+from instructmining_core.indicators.opened import UNLIMITED, Opened
 from instructmining_core.indicators.text import Conversation
 
 
@@ -31,7 +33,15 @@ def load(ref, *, device: str | None = None, standins: Path | None = None) -> Ope
         model_kwargs={"use_safetensors": True},
     )  # fmt: skip
     dtype = hub.pick_dtype(ref.dtype, device)
-    return Opened(model.eval(), model.tokenizer, resolved, device, dtype, model.max_seq_length)
+    most = int(min(model.max_seq_length or UNLIMITED, UNLIMITED))
+    return Opened(model.eval(), _tokenizer(model), resolved, device, dtype, most)
+
+
+def _tokenizer(model: SentenceTransformer):
+    """The model's tokenizer; that of a table of word vectors can't be called and is wrapped."""
+    if isinstance(model.tokenizer, Tokenizer):
+        return PreTrainedTokenizerFast(tokenizer_object=model.tokenizer)
+    return model.tokenizer
 
 
 def text_of(conversation: Conversation, first: int = 0) -> str:
@@ -80,11 +90,11 @@ def _first_messages(model: Opened, conversations: Sequence[Conversation]) -> lis
 
 @torch.inference_mode()
 def embed(
-    model: Opened, texts: Sequence[str], *, batch_tokens: int = 16384, progress: bool = False
+    model: Opened, texts: Sequence[str], *, batch_tokens: int | None = None, progress: bool = False
 ) -> np.ndarray:
     """Embeddings of texts.
 
-    batch_tokens : padded tokens of a batch
+    batch_tokens : padded tokens of a batch; None takes what memory holds (`Opened.first_batch`)
     returns : float32, shape (len(texts), dim), rows of length 1; NaN for a row that did not fit
         into memory
     """
@@ -95,7 +105,10 @@ def embed(
     def batch(rows: np.ndarray) -> list[np.ndarray]:
         return list(_forward(model, [texts[i] for i in rows]))
 
-    found = map_batches(batch, lengths, batch_tokens, progress, "embeddings")
+    budget = model.first_batch(batch_tokens, getattr(model.model[0], "config", None))
+    found = map_batches(
+        batch, lengths, budget, progress, "embeddings", on_halved=model.halved
+    )
     dim = model.model.get_embedding_dimension()
     out = np.full((len(texts), dim), np.nan, dtype=np.float32)
     for row, vector in enumerate(found):

@@ -34,7 +34,7 @@ def compute(
     reference: Reference,
     row_hashes: Sequence[str],
     progress: bool = False,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
 ) -> dict[str, Column]:
     """Distance of each row to its 6th nearest neighbour in the reference; a row is one point."""
     column = distance_column(
@@ -44,7 +44,7 @@ def compute(
 
 
 def distance_column(
-    conversations, model, neighbour, reference, row_hashes, progress, batch_tokens=16384
+    conversations, model, neighbour, reference, row_hashes, progress, batch_tokens=None
 ) -> Column:
     """Distance to the `neighbour`-th nearest reference row, NaN with a reason where there is none.
 

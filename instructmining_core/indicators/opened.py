@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from instructmining_core.hub import Resolved
     from instructmining_core.profiles import ModelRef
 
-_UNLIMITED = 1_000_000  # tokenizers without a limit say 10^30
+UNLIMITED = 1_000_000  # tokenizers without a limit say 10^30
+BATCH_TOKENS = {"cpu": 16_384, "cuda": 65_536}  # padded tokens of a batch at most
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Opened:
     max_tokens : longest row, in tokens
     note : what a reader of the scores must know, "" for nothing
     form : input form of a reward model (`reward.FORMS`), "" for other models
+    batch_limit : padded tokens of a batch that memory was found to hold; 0 before it ran out
     """
 
     model: Any
@@ -35,6 +37,29 @@ class Opened:
     max_tokens: int = 0
     note: str = ""
     form: str = ""
+    batch_limit: int = 0
+
+    def first_batch(self, asked: int | None = None, config: Any = None) -> int:
+        """Padded tokens of the first batch: those asked for, else what memory holds up to a cap.
+
+        config : of the model, where it is not `model.config`
+
+        No logits are counted: a scorer's head is a number or two a row.
+        """
+        from instructmining_core.batch_size import SHARE, fitting_tokens, free_bytes
+
+        if asked is None:
+            kind = self.device.split(":")[0]
+            config = config or getattr(self.model, "config", None)
+            asked = BATCH_TOKENS[kind]
+            if config is not None:  # a table of word vectors has none, and needs no memory
+                free = SHARE[kind] * free_bytes(self.device)
+                asked = min(asked, fitting_tokens(config, self.dtype.itemsize, free, 0))
+        return min(asked, self.batch_limit or asked)
+
+    def halved(self, tokens: int) -> None:
+        """Remember, for later calls, the budget to which memory cut a batch."""
+        self.batch_limit = tokens
 
     @property
     def pad_id(self) -> int:
@@ -86,7 +111,7 @@ def token_limit(model, tokenizer, most: int = 4096) -> int:
         getattr(tokenizer, "model_max_length", None),
         getattr(model.config, "max_position_embeddings", None),
     )
-    return min([most, *(int(n) for n in named if n and 0 < n < _UNLIMITED)])
+    return min([most, *(int(n) for n in named if n and 0 < n < UNLIMITED)])
 
 
 def identity(model) -> dict:

@@ -95,13 +95,13 @@ def compute(
     *,
     progress: bool = False,
     form: str | None = None,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
     padding_side: str = "right",
 ) -> dict[str, Column]:
     """Reward of each response given what was said before it; mean over the assistant's turns.
 
     form : "oasst" or "pair"; None takes the one that the model was opened with
-    batch_tokens : padded tokens of a batch
+    batch_tokens : padded tokens of a batch; None takes what memory holds (`Opened.first_batch`)
     padding_side : "right" or "left"; the pair form keeps to the right, because classifiers like
         DeBERTa read their first position
     An empty response is scored too: the model has an opinion on silence. Over-long conversations
@@ -116,7 +116,7 @@ def compute(
     lengths = [len(row["input_ids"]) for row in filled]
     scores = iter(map_batches(
         lambda numbers: _forward(model, [filled[i] for i in numbers], side),
-        lengths, batch_tokens, progress, "reward",
+        lengths, model.first_batch(batch_tokens), progress, "reward", on_halved=model.halved,
     ))  # fmt: skip
     scores = [next(scores) if row["input_ids"] else Failed(NO_TOKEN) for row in rows]
     values = [np.nan if isinstance(score, Failed) else score for score in scores]

@@ -66,20 +66,23 @@ def compute(
     model: Opened,
     *,
     progress: bool = False,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
     padding_side: str = "right",
 ) -> dict[str, Column]:
     """The three scores of each response, 0 to 1; mean over the assistant's turns.
 
     All questions of all turns are pooled and sorted by length together. An empty response is NaN.
     A history that does not fit loses its first messages; what is still too long is cut at its end.
+
+    batch_tokens : padded tokens of a batch; None takes what memory holds (`Opened.first_batch`)
     """
     turns = [turn for turn in each_turn(conversations) if turn.response]
     questions = [(name, turn) for turn in turns for name in QUESTIONS]
     ids, notes = _encode(questions, model)
     scores = map_batches(
         lambda rows: yes_share(model, [ids[i] for i in rows], padding_side),
-        [len(row) for row in ids], batch_tokens, progress, "unieval",
+        [len(row) for row in ids], model.first_batch(batch_tokens), progress, "unieval",
+        on_halved=model.halved,
     )  # fmt: skip
     return _columns(conversations, scores, notes)
 
