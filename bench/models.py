@@ -35,8 +35,10 @@ def random_llama(size: str, texts: list[str], positions: int = 512):
 def build_lm(size: str, texts: list[str], dtype: str = "auto", device: str = "cpu"):
     """The same as an LM of this package, in the dtype that "auto" means on the device."""
     from instructmining_core import hub
+    from instructmining_core.allocator import keep_freed_memory
     from instructmining_core.lm import LM
 
+    keep_freed_memory()  # as `lm.load_lm` does; it serves both sides
     model, tokenizer = random_llama(size, texts)
     chosen = hub.pick_dtype(dtype, device)
     resolved = hub.Resolved(f"random-{size}", "seed 0", None, True, None)

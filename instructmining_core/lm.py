@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from . import hub
+from .allocator import keep_freed_memory
 from .batch_size import SHARE, fitting_tokens, free_bytes
 from .batching import Failed, TokenMeter, map_batches, pad
 from .distributed import own_device, sharding
@@ -71,6 +72,7 @@ def load_lm(ref: ModelRef, device: str | None = None, *, standins=None) -> LM:
         (`accelerate launch`) each takes its own GPU for "cuda"; where the base is to be cut up
         among them the weights stay on the CPU until `sharded.cut`.
     """
+    keep_freed_memory()
     device = own_device(device or hub.pick_device())
     dtype = hub.pick_dtype(ref.dtype, device)
     resolved = hub.fetch(hub.resolve(ref, standins=standins))

@@ -200,7 +200,8 @@ def test_a_table_of_word_vectors(tmp_path):
     SentenceTransformer(modules=[table], device="cpu").save(str(tmp_path / "static"))
     texts = ["Return the sorted list.", "fox", "Return the list"]
     weight = table.embedding.weight.detach().numpy()
-    want = np.stack([weight[backend.encode(t, add_special_tokens=False).ids].mean(0) for t in texts])
+    ids = [backend.encode(text, add_special_tokens=False).ids for text in texts]
+    want = np.stack([weight[row].mean(0) for row in ids])
     want /= np.linalg.norm(want, axis=1, keepdims=True)
     model = encoder.load(ModelRef(str(tmp_path / "static"), dtype="float32"), device="cpu")
     np.testing.assert_allclose(encoder.embed(model, texts), want, atol=1e-5)

@@ -45,7 +45,7 @@ class StandinConfig:
     """Shapes and training lengths of all stand-ins."""
 
     base: BaseConfig = BaseConfig()
-    base_small: BaseConfig = BaseConfig(hidden=64, layers=3, heads=4, inner=176)
+    base_small: BaseConfig = BaseConfig(hidden=64, layers=3, heads=4, inner=176, steps=500)
     base_large: BaseConfig = BaseConfig(hidden=224, layers=6, heads=7, inner=608, steps=900)
     reward: RewardConfig = RewardConfig()
     unieval: UniEvalConfig = UniEvalConfig()

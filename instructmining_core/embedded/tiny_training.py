@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from .. import hub
+from ..allocator import keep_freed_memory
 
 Progress = bool | Callable[[int, int], None]
 
@@ -134,6 +135,7 @@ def train(
     loss_of : batch -> scalar loss. It runs under bfloat16 autocast where the processor computes in
         it; the weights stay float32.
     """
+    keep_freed_memory()
     model.train()
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]

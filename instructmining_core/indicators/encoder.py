@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from instructmining_core import hub
+from instructmining_core.allocator import keep_freed_memory
 from instructmining_core.batching import Failed, map_batches
 from instructmining_core.indicators.opened import UNLIMITED, Opened
 from instructmining_core.indicators.text import Conversation
@@ -26,6 +27,7 @@ from instructmining_core.indicators.text import Conversation
 
 def load(ref, *, device: str | None = None, standins: Path | None = None) -> Opened:
     """Open a sentence-transformers model; its own `max_seq_length` is kept."""
+    keep_freed_memory()
     device = device or hub.pick_device()
     resolved = hub.fetch(hub.resolve(ref, standins=standins))
     model = SentenceTransformer(

@@ -81,7 +81,9 @@ def open_model(
     from transformers import AutoTokenizer
 
     from instructmining_core import hub
+    from instructmining_core.allocator import keep_freed_memory
 
+    keep_freed_memory()
     device = device or hub.pick_device()
     dtype = hub.pick_dtype(ref.dtype, device)
     resolved = hub.fetch(hub.resolve(ref, standins=standins))
