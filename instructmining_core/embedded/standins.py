@@ -46,7 +46,7 @@ class StandinConfig:
 
     base: BaseConfig = BaseConfig()
     base_small: BaseConfig = BaseConfig(hidden=64, layers=3, heads=4, inner=176, steps=500)
-    base_large: BaseConfig = BaseConfig(hidden=224, layers=6, heads=7, inner=608, steps=900)
+    base_large: BaseConfig = BaseConfig(hidden=192, layers=5, heads=6, inner=512)
     reward: RewardConfig = RewardConfig()
     unieval: UniEvalConfig = UniEvalConfig()
 
