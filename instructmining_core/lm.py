@@ -23,6 +23,7 @@ from .batch_size import SHARE, fitting_tokens, free_bytes
 from .batching import Failed, TokenMeter, map_batches, pad
 from .distributed import own_device, sharding
 from .heads import Head, decoder, find_head, unwrapped
+from .short_attention import quickest
 from .templates import Encoded
 
 if TYPE_CHECKING:
@@ -149,10 +150,11 @@ def response_nll(
         lm.batch_limit = tokens
 
     if lengths:
-        map_batches(
-            batch, lengths, _budget(lm, batch_tokens), progress, f"loss of {len(rows)} rows",
-            on_batch=keep, on_halved=halved,
-        )  # fmt: skip
+        with quickest(unwrapped(lm.model), lm.device):
+            map_batches(
+                batch, lengths, _budget(lm, batch_tokens), progress, f"loss of {len(rows)} rows",
+                on_batch=keep, on_halved=halved,
+            )  # fmt: skip
     return pd.DataFrame(found, columns=list(COLUMNS))
 
 

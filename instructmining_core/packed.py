@@ -9,18 +9,17 @@ gets right-padded rows. Both give the same loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
 from .batching import pad
 from .heads import decoder, unwrapped
 from .lm import LM
+from .short_attention import using
 from .target_loss import plain_nll, weighted_nll
 from .templates import Encoded
 
@@ -88,7 +87,7 @@ class Body:
     def _run(self, module: nn.Module, batch: Batch):
         if batch.positions is None:
             return module(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-        with _attention(self.model, ATTENTION):
+        with using(self.model, ATTENTION, attend):
             return module(input_ids=batch.ids, position_ids=batch.positions, use_cache=False,
                           packed_rows=batch)
 
@@ -216,21 +215,6 @@ def _window(longest: int, window: int | None, device: torch.device) -> torch.Ten
     at = torch.arange(longest, device=device)
     ahead = at[:, None] - at[None, :]
     return (ahead >= 0) & (ahead < window)
-
-
-@contextmanager
-def _attention(model: nn.Module, name: str):
-    """Use a registered attention function inside the block."""
-    AttentionInterface.register(ATTENTION, attend)
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-    before = [config._attn_implementation for config in configs]
-    for config in configs:
-        config._attn_implementation = name
-    try:
-        yield
-    finally:
-        for config, old in zip(configs, before, strict=True):
-            config._attn_implementation = old
 
 
 def _takes_packed_rows(body: Body) -> bool:

@@ -12,6 +12,7 @@ import torch
 import transformers as tf
 
 from instructmining_core import lm as lm_module
+from instructmining_core import row_attention
 from instructmining_core.batch_size import fitting_tokens, free_bytes
 from instructmining_core.heads import HeadError, find_head
 from instructmining_core.hub import HubError, Resolved
@@ -335,3 +336,18 @@ def test_code_in_a_model_folder_is_never_run(tiny_lm_folder, tmp_path):
     lm = load_lm(ModelRef(str(folder), dtype="float32"), device="cpu")
     assert type(lm.model).__name__ == "LlamaForCausalLM"
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("heads", [4, 2], ids=["all heads", "grouped heads"])
+def test_short_rows_attend_by_plain_products_with_the_same_loss(monkeypatch, heads):
+    config = tf.LlamaConfig(**GROUPED | {"num_key_value_heads": heads}, **IDS)
+    lm, rows = wrapped(build(config)), some_rows(40, longest=120)
+    calls, plain = [], row_attention.forward
+    monkeypatch.setattr(row_attention, "forward", lambda *a: calls.append(1) or plain(*a))
+    found = response_nll(lm, rows)
+    assert bool(calls) == (heads == config.num_attention_heads), "grouped heads go to sdpa"
+    assert lm.model.config._attn_implementation == "sdpa", "as it was"
+    monkeypatch.setattr(row_attention, "LONGEST", 0)
+    calls.clear()
+    np.testing.assert_allclose(found["nll"], response_nll(lm, rows)["nll"], rtol=2e-6)
+    assert not calls
