@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from instructmining_core import hub
 from instructmining_core.allocator import keep_freed_memory
-from instructmining_core.batching import Failed, map_batches
+from instructmining_core.batching import Failed, map_batches, pad
 from instructmining_core.indicators.opened import UNLIMITED, Opened
 from instructmining_core.indicators.text import Conversation
 
@@ -102,10 +102,13 @@ def embed(
     """
     longest = 64 * model.max_tokens  # characters; what comes later never reaches the model
     texts = [text[:longest] for text in texts]
-    lengths = token_counts(model, texts)
+    read = _read_once(model, texts)
+    lengths = token_counts(model, texts) if read is None else [len(r["input_ids"]) for r in read]
 
     def batch(rows: np.ndarray) -> list[np.ndarray]:
-        return list(_forward(model, [texts[i] for i in rows]))
+        if read is None:
+            return list(_forward(model, model.model.preprocess([texts[i] for i in rows])))
+        return list(_forward(model, _padded(model, [read[i] for i in rows])))
 
     budget = model.first_batch(batch_tokens, getattr(model.model[0], "config", None))
     found = map_batches(
@@ -137,8 +140,35 @@ def token_counts(
     return np.array(counts, dtype=np.int64)
 
 
-def _forward(model: Opened, texts: list[str]) -> np.ndarray:
-    features = model.model.preprocess(texts)
+def _read_once(model: Opened, texts: Sequence[str]) -> list[dict[str, np.ndarray]] | None:
+    """What the model's own preprocessing makes of each text, without padding; None where that is
+    more than a row of numbers a text, as for a table of word vectors.
+    """
+    rows: list[dict[str, np.ndarray]] = []
+    for start in range(0, len(texts), 1024):
+        found = model.model.preprocess(list(texts[start : start + 1024]))
+        tensors = {name: value for name, value in found.items() if torch.is_tensor(value)}
+        mask = tensors.get("attention_mask")
+        if mask is None or any(value.shape != mask.shape for value in tensors.values()):
+            return None
+        real = mask.bool().numpy()
+        arrays = {name: value.numpy().astype(np.int32) for name, value in tensors.items()}
+        rows += [{name: array[i][real[i]] for name, array in arrays.items()}
+                 for i in range(len(real))]  # fmt: skip
+    return rows
+
+
+def _padded(model: Opened, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Rows of `_read_once` as the features of one batch."""
+    side = getattr(model.tokenizer, "padding_side", "right")
+    fill = {"input_ids": model.pad_id}
+    return {
+        name: torch.from_numpy(pad([row[name] for row in rows], fill.get(name, 0), side)[0])
+        for name in rows[0]
+    }
+
+
+def _forward(model: Opened, features: dict) -> np.ndarray:
     features = {
         name: value.to(model.device) if torch.is_tensor(value) else value
         for name, value in features.items()
