@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,18 +78,28 @@ def _once(folder: str, found: list[list[dict]], size: int) -> tuple[float, float
 
 
 def measured_score(source: Path, target: Path) -> tuple[float, float]:
-    """Seconds and peak GiB of `instructmining score` as a process."""
-    command = [sys.executable, "-m", "instructmining_core.cli", "score", str(source)]
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [*command, "-o", str(target)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    said = process.stderr.read().decode(errors="replace")
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"`instructmining score` ended with {process.returncode}: {said[-800:]}")
-    return time.perf_counter() - start, usage.ru_maxrss / 2**20
+    """Seconds and peak GiB of `instructmining score` as a process.
+
+    A small process between starts it and waits: a child's peak begins at that of the process which
+    starts it, and this one may have held gigabytes.
+    """
+    score = [sys.executable, "-m", "instructmining_core.cli", "score", str(source), "-o",
+             str(target)]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", BETWEEN, *score], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"`instructmining score` failed: {done.stderr[-800:]}")
+    seconds, kib = json.loads(done.stdout.splitlines()[-1])
+    return seconds, kib / 2**20
+
+
+BETWEEN = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(json.dumps([time.perf_counter() - start, usage.ru_maxrss]))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
 
 
 BENCHES: dict[str, Callable[[], list[dict]]] = {
