@@ -23,7 +23,7 @@ def nearest(
     k: int,
     own: np.ndarray | None = None,
     *,
-    chunk_bytes: int = 1 << 28,
+    chunk_bytes: int = 1 << 27,
     progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Exact k nearest neighbours, equal distances ordered by position.
@@ -152,11 +152,13 @@ def _refine(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Distances and positions of the k nearest of each query's candidates."""
     squared = np.empty(found.shape)
+    rows, where = torch.from_numpy(reference), torch.from_numpy(found.clip(min=0))
     for start in range(0, len(part), _REFINED):
         some = slice(start, start + _REFINED)
-        gathered = torch.from_numpy(reference[found[some].clip(min=0)]).double()
+        gathered = rows.index_select(0, where[some].flatten()).double()
+        gathered = gathered.view(*where[some].shape, -1)
         gathered -= torch.from_numpy(part[some, None].astype(np.float64))
-        squared[some] = gathered.square_().sum(2).numpy()
+        squared[some] = torch.linalg.vecdot(gathered, gathered).numpy()
     return _ordered(squared, found, k)
 
 
