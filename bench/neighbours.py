@@ -8,15 +8,13 @@ float32 rounds. (faiss takes distances from products, so its small ones round mo
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from . import data
 from .pairs import in_turn, largest_difference, limit_row, row
+from .peak import measured
 
 LIMIT_GIB = 24.0  # peak memory of neighbours among 1,000,000 x 384
 EXACT = 1e-6  # our distances from float64's
@@ -76,20 +74,16 @@ def in_float64(rows: np.ndarray, some: np.ndarray, k: int) -> np.ndarray:
 def memory(rows: int = 1_000_000, first: int = 4096) -> list[dict]:
     """Peak memory of a process that finds the neighbours of the first rows among a million."""
     code = (
-        "import resource, sys, numpy as np;"
+        "import sys, numpy as np;"
         "from bench.data import embeddings;"
         "from instructmining_core.indicators.neighbours import nearest;"
         "rows, first = map(int, sys.argv[1:]);"
         "found = embeddings(rows)[0];"
-        "nearest(found[:first], found, 6, np.arange(first));"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "nearest(found[:first], found, 6, np.arange(first))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(rows), str(first)], capture_output=True, text=True,
-        check=True, cwd=Path(__file__).resolve().parent.parent,
-    )  # fmt: skip
+    _, peak = measured("-c", code, rows, first)
     return [limit_row(
-        "knn_memory_1m", f"limit {LIMIT_GIB} GiB", int(done.stdout) / 2**20, LIMIT_GIB, "GiB",
+        "knn_memory_1m", f"limit {LIMIT_GIB} GiB", peak, LIMIT_GIB, "GiB",
         on=f"{rows:,} x 384", data=f"{rows:,} random unit rows", dtype="float32",
         note=f"peak of a process, making the rows included; neighbours of the first {first:,} "
              "rows, one chunk; later chunks use the same buffers",

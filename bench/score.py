@@ -9,8 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 
 from . import data
 from .pairs import four, limit_row
+from .peak import measured
 
 LIMIT_GIB = 2.0  # peak memory of `score` on a million rows
 LIMIT_SLOPE = 1.1  # of log seconds over log rows: 1 is in proportion
@@ -72,34 +71,10 @@ def write_rows(path: Path, found: list[list[dict]], size: int) -> None:
 def _once(folder: str, found: list[list[dict]], size: int) -> tuple[float, float]:
     source = Path(folder) / f"{size}.jsonl"
     write_rows(source, found, size)
-    taken = measured_score(source, Path(folder) / "scores.parquet")
+    taken = measured("-m", "instructmining_core.cli", "score", source,
+                     "-o", Path(folder) / "scores.parquet")  # fmt: skip
     source.unlink()
     return taken
-
-
-def measured_score(source: Path, target: Path) -> tuple[float, float]:
-    """Seconds and peak GiB of `instructmining score` as a process.
-
-    A small process between starts it and waits: a child's peak begins at that of the process which
-    starts it, and this one may have held gigabytes.
-    """
-    score = [sys.executable, "-m", "instructmining_core.cli", "score", str(source), "-o",
-             str(target)]  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", BETWEEN, *score], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"`instructmining score` failed: {done.stderr[-800:]}")
-    seconds, kib = json.loads(done.stdout.splitlines()[-1])
-    return seconds, kib / 2**20
-
-
-BETWEEN = """
-import json, os, subprocess, sys, time
-start = time.perf_counter()
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
-_, status, usage = os.wait4(process.pid, 0)
-print(json.dumps([time.perf_counter() - start, usage.ru_maxrss]))
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
 
 
 BENCHES: dict[str, Callable[[], list[dict]]] = {

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from bench import peak
+
 
 @pytest.fixture(autouse=True)
 def from_the_checkout(monkeypatch):
@@ -360,3 +362,12 @@ def test_a_process_trains_and_multiplies_in_step_with_the_others(small_world):
     ((flop, trained, product_flop, multiplied),) = results
     assert len(waits) == 4 and len(trained) == len(multiplied) == 2
     assert 0 < product_flop < flop and min(*trained, *multiplied) > 0
+
+
+def test_a_peak_is_the_process_own_not_that_of_its_parent():
+    held = bytearray(600 * 2**20)  # in this process
+    _, small = peak.measured("-c", "pass")
+    _, large = peak.measured("-c", "x = bytearray(300 * 2**20)")
+    assert len(held) > 0 and small < 0.2 < large < 0.5
+    with pytest.raises(RuntimeError, match="broken"):
+        peak.measured("-c", "raise SystemExit('broken')")
