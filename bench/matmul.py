@@ -5,8 +5,9 @@ nothing but the products of as many steps, again at the same time. The products 
 training does, at its shapes: every layer's, query, key and value as one and gate and up as one,
 forward and to the input, and the output matrix on the target tokens, in its chunks. Counted are 4 x
 the frozen weights a real token (2 where nothing below needs the gradient: the first layer's query,
-key and value), 6 x LoRA, causal attention, and the output matrix on targets; products that the code
-does beyond that (the zeros between joined adapters, padded attention) are not.
+key and value; where the last block does a product at targets only, a target), 6 x LoRA, causal
+attention, and the output matrix on targets; products that the code does beyond that (the zeros
+between joined adapters, padded attention) are not.
 """
 
 from __future__ import annotations
@@ -96,34 +97,45 @@ def training_flop(stack, lm, rows, config) -> float:
     """FLOP of training on `rows`; the module tells what is counted."""
     from instructmining_core.stacked_linear import shapes
 
-    tokens = sum(map(len, rows))
-    a_token = sum(weight.numel() * (4 if below else 2) for weight, below in frozen(stack))
+    places = {False: sum(map(len, rows)), True: _targets(rows)}
+    multiplied = sum(weight.numel() * (4 if below else 2) * places[at_targets]
+                     for weight, below, at_targets in frozen(stack))
     for name, layer in stack.layers.items():
         d_in, d_out = shapes(layer.layer)
-        a_token += config.rank * (d_in * (6 if _below(name) else 4) + d_out * 6)
+        each = config.rank * (d_in * (6 if _below(name) else 4) + d_out * 6)
+        multiplied += each * places[_at_targets(name, stack)]
     model = lm.model.config
     pairs = sum(len(row) * (len(row) + 1) / 2 for row in rows)
     attention = 3 * 4 * pairs * model.hidden_size * model.num_hidden_layers
     head = 4 * _targets(rows) * model.hidden_size * model.vocab_size
-    return config.epochs * (tokens * a_token + attention + head)
+    return config.epochs * (multiplied + attention + head)
 
 
 def frozen(stack) -> list[tuple]:
-    """(weight as multiplied, whether its input needs a gradient) of all layers."""
+    """(weight as multiplied, whether its input needs a gradient, whether at targets only)."""
     blocks = list(stack._blocks.values())
     if not blocks:  # other shapes, or a GPU: layer by layer
-        return [(layer.weight, _below(name)) for name, layer in stack.layers.items()]
+        return [(layer.weight, _below(name), False) for name, layer in stack.layers.items()]
     return [
-        (joined.weight, number > 0 or joined is not block.read)
+        (joined.weight, number > 0 or joined is not block.read,
+         block.last and joined is not block.read)
         for number, block in enumerate(blocks)
         for joined in (block.read, block.out, block.gate, block.down)
     ]
 
 
+READERS = ("q_proj", "k_proj", "v_proj")
+
+
 def _below(name: str) -> bool:
     """Whether a gradient goes below the layer: not below what reads the embeddings."""
-    readers = ("q_proj", "k_proj", "v_proj")
-    return not (".layers.0." in f".{name}" and name.rsplit(".", 1)[-1] in readers)
+    return not (".layers.0." in f".{name}" and name.rsplit(".", 1)[-1] in READERS)
+
+
+def _at_targets(name: str, stack) -> bool:
+    """Whether the layer is multiplied at targets only: in the last block, after attention."""
+    last = [f"{block}." for block, lean in stack._blocks.items() if lean.last]
+    return name.startswith(tuple(last)) and name.rsplit(".", 1)[-1] not in READERS
 
 
 def products(stack, lm, rows, config) -> tuple[float, float]:
@@ -136,7 +148,8 @@ def products(stack, lm, rows, config) -> tuple[float, float]:
     tokens, targets = sum(map(len, rows)) // steps, _targets(rows) // steps
     head = lm.model.get_output_embeddings().weight
     chunk = max(16, CHUNK_LOGITS // head.shape[0])
-    plan = [(tokens, weight, below) for weight, below in frozen(stack)]
+    plan = [(targets if at_targets else tokens, weight, below)
+            for weight, below, at_targets in frozen(stack)]
     plan += [(min(chunk, targets - at), head, True) for at in range(0, targets, chunk)]
     inputs = {(n, w.shape[1]): torch.randn(n, w.shape[1]).to(w) for n, w, _ in plan}
 

@@ -15,11 +15,11 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from .pairs import row
-from .trainer import WAYS, trainer_run
+from .trainer import WAYS, Peer
 from .world import World, sweep
 
 LIMIT_LOSS = 0.005  # relative difference of final losses, in every pair
-RUNS = {"1m": 20, "5m": 8}  # of ours in each repetition
+RUNS = {"1m": 30, "5m": 12}  # of ours in each repetition: a minute and more, a tenth of a sweep
 BENCH = {"defaults": "sweep_vs_trainer", "tuned": "sweep_vs_trainer_tuned"}
 
 
@@ -36,18 +36,19 @@ def against_trainer(world: World, runs: int, repeats: int = 3, **how) -> list[di
     from instructmining_core.evaluate import evaluate
 
     before = evaluate(world.load("float32"), world.evals["eval_1"])[0]["prompt_mean"]
-    for way in WAYS:
-        trainer_run(world, 0, tuned=way == "tuned", steps=1)
     seconds: dict[str, list[float]] = {side: [] for side in ("ours", *WAYS)}
     losses: dict[str, list[float]] = {side: [] for side in ("ours", *WAYS)}
-    for k in range(repeats):
+    with Peer(world) as peer:
         for way in WAYS:
-            taken, loss = trainer_run(world, k, tuned=way == "tuned")
-            seconds[way].append(taken)
-            losses[way].append(loss)
-        taken, found = sweep(world, runs, **how)
-        seconds["ours"].append(taken / runs)
-        losses["ours"].append(found[k])
+            peer.run(0, tuned=way == "tuned", steps=1)
+        for k in range(repeats):
+            for way in WAYS:
+                taken, loss = peer.run(k, tuned=way == "tuned")
+                seconds[way].append(taken)
+                losses[way].append(loss)
+            taken, found = sweep(world, runs, **how)
+            seconds["ours"].append(taken / runs)
+            losses["ours"].append(found[k])
     rate = {side: 3600 / statistics.median(taken) for side, taken in seconds.items()}
     ours = "bfloat16" if "bfloat16" in str(world.load().dtype) else "float32"
     return [

@@ -4,14 +4,21 @@ Each run loads the base, wraps it by `get_peft_model`, trains, and evaluates bot
 `Trainer.evaluate` (batches of 8, its default). Collator: `DataCollatorForSeq2Seq`, which pads to
 the batch's longest. Its settings are its defaults but for those that define the run (rank, rate,
 schedule, epochs, batch size, clipping) and for saving and logging, which are switched off in its
-favour, as is the progress bar. Imports and tokenising are not counted, in its favour too.
-`tuned` adds what its manual advises: `bf16=True` and batches grouped by length.
+favour, as is the progress bar. Imports, the process's start and tokenising are not counted, in its
+favour too. `tuned` adds what its manual advises: `bf16=True` and batches grouped by length.
+
+It runs in a process of its own, as it would on anybody's machine: what this package tells the
+allocator of its process (`allocator`) would otherwise speed up the peer too.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
 
 from .world import World
 
@@ -21,53 +28,100 @@ WAYS = {
 }
 
 
-def trainer_run(world: World, number: int, *, tuned: bool, steps: int = -1) -> tuple[float, float]:
-    """Seconds of one run with both evaluations, and its loss on the first set by `response_nll`.
+class Peer:
+    """The peer's process, for one world; a context."""
 
-    steps : -1 for the whole run; 1 warms the peer up
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def __enter__(self) -> Peer:
+        spawn = multiprocessing.get_context("spawn")
+        self._process = ProcessPoolExecutor(1, mp_context=spawn)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._process.shutdown()
+
+    def run(self, number: int, *, tuned: bool, steps: int = -1) -> tuple[float, float]:
+        """Seconds of one run with both evaluations, and its loss on the first set.
+
+        steps : -1 for the whole run; 1 warms the peer up
+        The loss is `response_nll`'s, taken here of the adapter that the peer has saved.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            seconds = self._process.submit(
+                train, self._job(number, tuned=tuned, steps=steps), folder
+            ).result()
+            return seconds, self._loss(folder)
+
+    def _job(self, number: int, *, tuned: bool, steps: int) -> dict[str, Any]:
+        """All that `train` needs, as plain values."""
+        world, config = self.world, self.world.config
+        more = dict(bf16=True, train_sampling_strategy="group_by_length") if tuned else {}
+        return {
+            "folder": str(world.folder), "device": world.device, "config": config,
+            "rows": _features([world.rows[name] for name in world.set(number)]),
+            "evals": [_features(part) for part in world.evals.values()],
+            "arguments": dict(
+                per_device_train_batch_size=config.batch_size, max_steps=steps,
+                num_train_epochs=config.epochs, learning_rate=config.learning_rate,
+                use_cpu=world.device == "cpu", lr_scheduler_type=config.schedule,
+                max_grad_norm=config.clip, report_to=[], save_strategy="no",
+                logging_strategy="no", disable_tqdm=True, **more,
+            ),
+        }  # fmt: skip
+
+    def _loss(self, folder: str) -> float:
+        from peft import PeftModel
+
+        from instructmining_core.evaluate import evaluate
+        from instructmining_core.lm import LM
+
+        base = self.world.load("float32")
+        model = PeftModel.from_pretrained(base.model, folder).eval()
+        tuned = LM(model, base.tokenizer, base.resolved, base.device, base.dtype)
+        return evaluate(tuned, self.world.evals["eval_1"])[0]["prompt_mean"]
+
+
+def train(job: dict[str, Any], folder: str) -> float:
+    """Seconds of a run with its evaluations; the adapter is saved into `folder` after them.
+
+    job : of `Peer`; called in its process
     """
     import torch
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PrinterCallback, Trainer
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        PrinterCallback,
+        Trainer,
+        TrainingArguments,
+    )
 
     from instructmining_core.adapters import peft_config, set_first_values
-    from instructmining_core.evaluate import evaluate
-    from instructmining_core.lm import LM
 
-    judge = world.load("float32")
+    tokenizer = AutoTokenizer.from_pretrained(job["folder"])
     start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(world.folder, dtype="float32")
-    model = get_peft_model(model, peft_config(world.config))
+    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype="float32")
+    model = get_peft_model(model, peft_config(job["config"]))
     set_first_values(model, 0)  # the same first adapter on both sides
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=model, args=_arguments(world, folder, tuned, steps),
-            data_collator=DataCollatorForSeq2Seq(judge.tokenizer),
-            train_dataset=_features([world.rows[name] for name in world.set(number)]),
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        for part in world.evals.values():
-            trainer.evaluate(_features(part))
-        if world.device != "cpu":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    trained = LM(model.eval(), judge.tokenizer, judge.resolved, judge.device, judge.dtype)
-    return seconds, evaluate(trained, world.evals["eval_1"])[0]["prompt_mean"]
-
-
-def _arguments(world: World, folder: str, tuned: bool, steps: int):
-    from transformers import TrainingArguments
-
-    config = world.config
-    more = dict(bf16=True, train_sampling_strategy="group_by_length") if tuned else {}
-    return TrainingArguments(
-        output_dir=folder, per_device_train_batch_size=config.batch_size, max_steps=steps,
-        num_train_epochs=config.epochs, learning_rate=config.learning_rate,
-        use_cpu=world.device == "cpu", lr_scheduler_type=config.schedule,
-        max_grad_norm=config.clip, report_to=[], save_strategy="no", logging_strategy="no",
-        disable_tqdm=True, **more,
+    trainer = Trainer(
+        model=model, data_collator=DataCollatorForSeq2Seq(tokenizer), train_dataset=job["rows"],
+        args=TrainingArguments(output_dir=str(Path(folder) / "trainer"), **job["arguments"]),
     )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    for part in job["evals"]:
+        trainer.evaluate(part)
+    if job["device"] != "cpu":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    model.save_pretrained(folder)
+    if job["device"] != "cpu":
+        del trainer, model
+        torch.cuda.empty_cache()  # the other side shares the GPU
+    return seconds
 
 
 def _features(rows) -> list[dict]:

@@ -51,7 +51,7 @@ def rule_claim(fit, permutation, noise) -> dict[str, str]:
                            fit.ols.df + len(fit.columns) - terms)  # fmt: skip
     return {
         "ours": f"R² {r2:.2f} [{low:.2f}, {high:.2f}] beyond the source shares (these sources); "
-        f"permutation of the whole search p = {permutation.p:.3f}",
+        f"permutation of the whole search p = {permutation.p:.2g}",
         "detectable": f"an R² of {needed:.2f}; the sd of a seed is {noise.sd:.4f} "
         f"[{noise.low:.4f}, {noise.high:.4f}] in log loss",
         "verdict": HOLDS if permutation.p < 0.05 else UNDECIDED,

@@ -164,7 +164,7 @@ def control_said(control: pd.DataFrame) -> str:
         said.append(f"With {name}, {row['significant at 5 %']:.0f} of {row['shuffles']:.0f} "
                     f"shuffles are significant at 5 %, {100 * row['share significant']:.0f} % "
                     f"[{100 * row['low']:.0f}, {100 * row['high']:.0f}], which {kept}; the "
-                    f"study's p is {row['p of the study']:.3f}.")  # fmt: skip
+                    f"study's p is {row['p of the study']:.2g}.")  # fmt: skip
     plain = control.loc[PLAIN]
     said.append(f"Held against the shuffles themselves the study's R² of "
                 f"{plain['R² of the study']:.2f} has p = {plain['p against the shuffles']:.3f}; "

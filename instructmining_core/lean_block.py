@@ -4,7 +4,8 @@ On a CPU a small model spends most of a step not in matrix products but between 
 key and value are one product, gate and up another, their adapters likewise, and forward and
 backward are written out, so that nothing is computed or kept twice. It stands where the layer
 stood, does plain causal rows (packed, or of equal length) itself and hands everything else
-(masks, caches, long rows) to the layer.
+(masks, caches, long rows) to the layer. Of packed rows the last layer does what comes after its
+attention only where its output is read (`Batch.read`).
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ def lean_blocks(model: nn.Module, route: Route) -> dict[str, LeanBlock]:
     if sum(p.numel() for p in model.parameters()) > _LARGEST:
         return {}
     shared: dict = {}
-    return {name: LeanBlock(layer, route, shared) for name, layer in model.named_modules()
-            if type(layer).__name__ in _SHAPES and fits(layer, model.config)}
+    layers = {name: layer for name, layer in model.named_modules()
+              if type(layer).__name__ in _SHAPES}
+    last = next(reversed(layers), None)
+    return {name: LeanBlock(layer, route, shared, last=name == last)
+            for name, layer in layers.items() if fits(layer, model.config)}
 
 
 def fits(layer: nn.Module, config) -> bool:
@@ -55,10 +59,10 @@ def _linears(layer: nn.Module) -> list[nn.Module]:
 class LeanBlock(nn.Module):
     """Stands where a decoder layer stood; `layer` is that layer."""
 
-    def __init__(self, layer: nn.Module, route: Route, shared: dict) -> None:
-        """shared : one dict for all blocks of a model."""
+    def __init__(self, layer: nn.Module, route: Route, shared: dict, *, last: bool) -> None:
+        """shared : one dict for all blocks of a model; last : no layer reads this one's output."""
         super().__init__()
-        self.layer, self.route, self.shared = layer, route, shared
+        self.layer, self.route, self.shared, self.last = layer, route, shared, last
         attention, mlp = layer.self_attn, layer.mlp
         self.read = Joined([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = Joined([attention.o_proj])
@@ -92,21 +96,31 @@ class LeanBlock(nn.Module):
             turned = self.heads + self.key_heads
             wide = [x.expand(rows, -1, -1).reshape(tokens, -1).repeat(1, turned)
                     for x in (cos, sin)]
-            take, back = (None, None) if packed_rows is None else (packed_rows.take,
-                                                                   packed_rows.back)
-            self.shared.update(cos=cos, groups=groups, ways=_Ways(*wide, groups, take, back))
+            places = (None, None, None) if packed_rows is None else (
+                packed_rows.take, packed_rows.back, packed_rows.read)
+            self.shared.update(cos=cos, groups=groups, ways=_Ways(*wide, groups, *places))
         return self.shared["ways"]
 
 
 @dataclass
 class _Ways:
-    """Rotation of each query and key number, shape (tokens, heads x dim); where rows lie."""
+    """Rotation of each query and key number, shape (tokens, heads x dim); where rows lie.
+
+    read : int64, ascending: the places that are read after the last layer; None for all of them
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
     groups: tuple[tuple[int, int], ...]
     take: torch.Tensor | None
     back: torch.Tensor | None
+    read: torch.Tensor | None
+
+
+def _narrowed(blocks: list[tuple[int, int, int]], read: torch.Tensor) -> list:
+    """The blocks of a batch of which only the places `read` are left."""
+    bounds = torch.searchsorted(read, torch.tensor([block[1:] for block in blocks])).tolist()
+    return [(k, *bound) for (k, _, _), bound in zip(blocks, bounds, strict=True)]
 
 
 class _Block(torch.autograd.Function):
@@ -118,21 +132,28 @@ class _Block(torch.autograd.Function):
         _turn(joined[:, : ways.cos.shape[1]], ways.cos, ways.sin, block.half)
         joined = joined.view(len(x), -1, block.dim)
         mixed, shares = _mix(block, joined, ways)
+        read_after, passed = ways.read if block.last else None, x
+        if read_after is not None:
+            blocks = _narrowed(blocks, read_after)
+            mixed, passed = mixed.index_select(0, read_after), x.index_select(0, read_after)
         y, out = block.out.forward(mixed, blocks)
-        middle = y.add_(x)
+        middle = y.add_(passed)
         h2, r2 = _norm(middle, block.layer.post_attention_layernorm)
         both, gate = block.gate.forward(h2, blocks)
         g, u = both.chunk(2, dim=1)
         active = F.silu(g)
         y, down = block.down.forward(active * u, blocks)
         ctx.kept = (x, r1, read, joined, shares, out, middle, r2, gate, both, active, down)
-        ctx.block, ctx.ways = block, ways
-        return y.add_(middle)
+        ctx.block, ctx.ways, ctx.read = block, ways, read_after
+        y.add_(middle)
+        return y if read_after is None else x.index_copy(0, read_after, y)
 
     @staticmethod
     def backward(ctx, gradient):
         x, r1, read, joined, shares, out, middle, r2, gate, both, active, down = ctx.kept
-        block, ways, ctx.kept = ctx.block, ctx.ways, None
+        block, ways, read_after, ctx.kept = ctx.block, ctx.ways, ctx.read, None
+        if read_after is not None:
+            gradient = gradient.index_select(0, read_after)
         g, u = both.chunk(2, dim=1)
         slope = block.down.backward(gradient, down)
         both_slope = torch.empty_like(both)
@@ -142,6 +163,8 @@ class _Block(torch.autograd.Function):
         middle_slope = _norm_back(slope, middle, r2, block.layer.post_attention_layernorm)
         middle_slope.add_(gradient)
         slope = block.out.backward(middle_slope, out)
+        if read_after is not None:
+            slope = slope.new_zeros(len(x), slope.shape[1]).index_copy_(0, read_after, slope)
         joined_slope = _unmix(block, slope, joined, shares, ways).flatten(1)
         _turn(joined_slope[:, : ways.cos.shape[1]], ways.cos, ways.sin, -block.half)
         wanted = ctx.needs_input_grad[0]
@@ -149,6 +172,8 @@ class _Block(torch.autograd.Function):
         if not wanted:
             return None, None, None, None
         slope = _norm_back(slope, x, r1, block.layer.input_layernorm)
+        if read_after is not None:  # not index_add_, which goes row by row on a CPU
+            middle_slope = torch.zeros_like(slope).index_copy_(0, read_after, middle_slope)
         return slope.add_(middle_slope), None, None, None
 
 
@@ -188,7 +213,7 @@ def _half_turn(dim: int, dtype: torch.dtype) -> torch.Tensor:
 
 def _mix(block, joined, ways) -> tuple[torch.Tensor, list]:
     """Attention of every row; output of shape (tokens, heads x dim), and kept pieces."""
-    slots = joined.transpose(0, 1)
+    slots = joined.transpose(0, 1).contiguous()
     results, kept = [], []
     for start, rows, longest in row_attention.chunks(ways.groups, block.heads):
         parts = _gather(block, slots, ways, start, rows, longest)
@@ -205,7 +230,7 @@ def _gather(block, slots, ways, start, rows, longest) -> list[torch.Tensor]:
     """Query, key and value of some rows, each of shape (heads x rows, longest, dim)."""
     stop = start + rows * longest
     if ways.take is None:
-        some = slots[:, start:stop].contiguous()
+        some = slots[:, start:stop]
     else:
         some = slots.index_select(1, ways.take[start:stop])
     query, key, value = some.split([block.heads, block.key_heads, block.key_heads])

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 LONGEST = 512  # beyond it the scores, kept for the backward pass, cost too much memory
-_SCORES = 1 << 18  # numbers in one product's scores
+_SCORES = 1 << 20  # numbers in one product's scores
 
 
 def chunks(groups: Sequence[tuple[int, int]], heads: int) -> list[tuple[int, int, int]]:

@@ -21,7 +21,14 @@ from .ledger_shared import for_all
 from .lm import LM
 from .run import Evals, Rows, check
 from .sweep_executor import do_group
-from .sweep_helpers import WORTH, Helpers, describe, helpers_wanted, one_thread
+from .sweep_helpers import (
+    WORTH,
+    Helpers,
+    describe,
+    guessed_seconds,
+    helpers_wanted,
+    one_thread,
+)
 from .sweep_watch import Watch
 from .width import adapters_together
 
@@ -69,7 +76,7 @@ def run_sweep(
         options = {"by_epoch": by_epoch, "keep": keep, "tried": watch.tried}
         crew = Helpers(count, describe(groups, lm, rows, evals, ledger, **options) if count else {},
                        ledger.folder)
-        if helpers:
+        if helpers or (count and guessed_seconds(groups, lm, rows, evals) > WORTH):
             crew.start()
         do = partial(do_group, lm=lm, rows=rows, evals=evals, ledger=ledger, **options)
         try:

@@ -41,6 +41,7 @@ from .sweep_executor import do_group
 from .templates import Encoded
 
 WORTH = 30.0  # seconds of work left that make a helper's start (5 to 8 s of imports) worth it
+RATE = 5e10  # FLOP/s of small models on one core of an EPYC, all between the products included
 
 
 def helpers_wanted(lm: LM, wanted: int | None) -> int:
@@ -55,6 +56,23 @@ def helpers_wanted(lm: LM, wanted: int | None) -> int:
         return max(0, wanted)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(0, min(cores or 1, 8) - 1)
+
+
+def guessed_seconds(
+    groups: Sequence[Sequence[RunSpec]], lm: LM, rows: Mapping[str, Encoded],
+    evals: Mapping[str, Sequence[Encoded]],
+) -> float:
+    """What the runs may take in one process of one thread, before any of them is measured.
+
+    Only good enough to tell a sweep of minutes, whose helpers should start at once, from a short
+    one: the layers' products of a training step (4 x the weights a token; 2 to evaluate) at `RATE`.
+    """
+    runs = [spec for group in groups for spec in group]
+    trained = sum(s.finetune.epochs * sum(len(rows[h]) for h in s.row_hashes) for s in runs)
+    evaluated = len(runs) * sum(len(row) for part in evals.values() for row in part)
+    weights = sum(p.numel() for p in lm.model.parameters())
+    weights -= lm.model.get_input_embeddings().weight.numel()
+    return weights * (4 * trained + 2 * evaluated) / RATE
 
 
 class Helpers:

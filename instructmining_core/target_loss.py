@@ -17,6 +17,7 @@ from .heads import Head
 
 CHUNK_LOGITS = 1 << 19  # logits of one chunk: 2 MiB in float32, so that they stay in the cache
 CHUNK_LOGITS_GPU = 1 << 26
+_ROWS = 32  # multiple that the rows of a CPU's chunk are filled up to
 KEPT_LOGITS = 1 << 25  # beyond so many at once they are computed a second time for the gradient
 
 
@@ -70,6 +71,12 @@ def plain_nll(
     return (each * weights).sum(), each.detach()
 
 
+def _filled_up(rows: torch.Tensor) -> torch.Tensor:
+    """On a CPU, zeros below until their number is a multiple: few shapes to build code for."""
+    missing = 0 if rows.is_cuda else -len(rows) % _ROWS
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, weights):
@@ -79,8 +86,8 @@ class _FrozenHead(torch.autograd.Function):
         size = max(16, limit // weight.shape[0])
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
-            logits = F.linear(hidden[part], weight, bias).float()
             label = labels[part, None]
+            logits = F.linear(_filled_up(hidden[part]), weight, bias)[: len(label)].float()
             slope = logits.softmax(dim=1)
             # the largest share is at least 1 / vocabulary, so its logarithm is safe, and one
             # softmax serves both the loss and its gradient: exp is what costs here
@@ -89,7 +96,8 @@ class _FrozenHead(torch.autograd.Function):
             if gradient is not None:
                 share = weights[part, None]
                 slope.mul_(share).scatter_add_(1, label, -share)
-                torch.mm(slope.to(weight.dtype), weight, out=gradient[part])
+                product = _filled_up(slope.to(weight.dtype)) @ weight
+                gradient[part] = product[: len(label)]
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(each)
         return (each * weights).sum(), each

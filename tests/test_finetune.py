@@ -63,15 +63,29 @@ def test_weighted_nll_is_the_hand_computed_sum_with_its_gradient():
 def test_packing_is_the_literal_layout():
     rows = [Encoded((7, 8, 9), (False, True, True)), Encoded((4, 5), (False, True))]
     batch = pack(rows)
-    assert batch.ids.tolist() == [[7, 8, 9, 4, 5]]
-    assert batch.positions.tolist() == [[0, 1, 2, 0, 1]]
+    assert batch.ids.tolist() == [[7, 8, 9, 4, 5, *[0] * 59]]  # filled up to 64
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, *range(59)]]
+    assert batch.slots.tolist() == [3, 61]  # the filling goes where the last row goes
+    assert batch.groups == ((1, 64), (2, 16))
     assert batch.predict.tolist() == [0, 1, 3]
+    assert batch.read.tolist() == list(range(64))  # three targets, filled up with other places
     assert batch.labels.tolist() == [8, 9, 5]
     assert batch.row_of.tolist() == [0, 0, 1]
     padded = pad_right(rows)
     assert padded.ids.tolist() == [[7, 8, 9], [4, 5, 0]]
     assert padded.mask.tolist() == [[1, 1, 1], [1, 1, 0]]
     assert padded.predict.tolist() == [0, 1, 3]
+
+
+@pytest.mark.parametrize("targets", [1, 64, 65, 200])
+def test_a_batch_has_one_of_few_shapes_and_reads_every_target(targets):
+    row = Encoded(tuple(range(targets + 40)), (*[False] * 40, *[True] * targets))
+    batch = pack([row])
+    tokens = len(batch.ids[0])
+    assert tokens % 64 == 0 and 0 <= tokens - len(row) < 64 and batch.slots.sum() == tokens
+    assert len(batch.read) % 64 == 0 and len(batch.read) - targets < 64
+    assert batch.read.tolist() == sorted(set(batch.read.tolist()) | set(batch.predict.tolist()))
+    assert all(longest % 16 == 0 for _, longest in batch.groups)
 
 
 def test_the_first_token_of_a_row_is_never_a_target():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_finetune import CONFIG, TOLERANCE, losses, rows_of
 
-from instructmining_core import training, training_torch
+from instructmining_core import packed, training, training_torch
 from instructmining_core.distributed import Group
 from instructmining_core.finetune import finetune
 from instructmining_core.lm import LM, load_lm
@@ -30,6 +30,7 @@ def lm(tiny_lm_folder):
 def short_of_memory(monkeypatch, limit: int) -> list[int]:
     """Let a micro-batch of more than `limit` tokens fail after its backward pass; sizes tried."""
     real, sizes = Body.loss, []
+    monkeypatch.setattr(packed, "_TOKENS", 1)  # no filling: the batch's tokens are the rows' own
 
     def loss(self, batch, weights):
         total, each = real(self, batch, weights)
