@@ -184,10 +184,16 @@ def bump_claim(test, power: Mapping[float, float]) -> dict[str, str]:
 
 
 def judge_claim(net) -> dict[str, str]:
-    """The net win over prompts and pairs of models (`judge.net_win`)."""
+    """The net win over prompts and pairs of models (`judge.net_win`).
+
+    With fewer than three pairs it is a finding about these models and none about the method.
+    """
     verdict = HOLDS if net.low > 0 else FAILS if net.high < 0 else UNDECIDED
+    if verdict != UNDECIDED and net.scope != "the method":
+        verdict = f"{verdict}, for {net.scope}"
     return {
-        "ours": f"net win {net.net:+.2f} [{net.low:+.2f}, {net.high:+.2f}]",
+        "ours": f"net win {net.net:+.2f} [{net.low:+.2f}, {net.high:+.2f}], of {net.scope}, "
+        f"{net.pairs} {'pair' if net.pairs == 1 else 'pairs'} on {net.prompts} prompts",
         "detectable": f"a net win of {net.detectable:.2f}",
         "verdict": verdict,
     }

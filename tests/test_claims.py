@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -186,6 +187,16 @@ def test_judge_claim_could_have_seen_what_its_own_test_sees():
     shift = net.detectable / stats.sem(values)
     assert stats.nct.sf(stats.t.isf(0.025, 79), 79, shift) == pytest.approx(0.8, abs=1e-3)
     assert claims.judge_claim(net)["detectable"] == f"a net win of {net.detectable:.2f}"
+
+
+def test_a_win_of_two_pairs_of_models_says_nothing_of_the_method():
+    from instructmining_core.judge import NetWin
+
+    net = NetWin(0.25, 0.01, 0.49, 0.04, 40, 2, 0.1, "these models", 0.34)
+    found = claims.judge_claim(net)
+    assert found["verdict"] == "holds, for these models"
+    assert found["ours"] == "net win +0.25 [+0.01, +0.49], of these models, 2 pairs on 40 prompts"
+    assert claims.judge_claim(replace(net, pairs=3, scope="the method"))["verdict"] == "holds"
 
 
 def test_front_page_has_every_claim_and_the_answer():
