@@ -69,7 +69,7 @@ else:
     print("Real data: no defects are planted, so there is no truth to ask for.")
 
 # %% [markdown]
-# One fit over all runs gives every slope, and table and figure both take from it which kinds *harm*: those whose interval lies above zero.
+# One fit over all runs, with a level of its own for every dose, gives the change of the log loss at the full dose (`slope`), and table and figure both take from it which kinds *harm*: those whose interval lies above zero.
 # A kind that was not seen to harm the loss is a negative control: one that the rule should *not* find.
 #
 # ## Does the rule find the defective twin?

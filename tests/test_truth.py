@@ -58,7 +58,9 @@ def test_dose_effects_find_the_slope_and_agree_with_statsmodels():
     ours = truth.dose_effects(frame)
     design = pd.DataFrame({f"s{s}": (frame["seed"] == s).astype(float) for s in range(3)})
     for kind in ("cut_short", "repetitive"):
-        design[kind] = np.where(frame["kind"] == kind, frame["dose"], 0.0)
+        for dose in sorted(frame.loc[frame["kind"] == kind, "dose"].unique()):
+            name = kind if dose == 1 else f"{kind}_{dose}"
+            design[name] = ((frame["kind"] == kind) & (frame["dose"] == dose)).astype(float)
     theirs = sm.OLS(np.log(frame["loss_eval_1"]), design).fit()
     for kind in ("cut_short", "repetitive"):
         assert ours.loc[kind, "slope"] == pytest.approx(theirs.params[kind])
@@ -67,6 +69,16 @@ def test_dose_effects_find_the_slope_and_agree_with_statsmodels():
         assert ours.loc[kind, "p"] == pytest.approx(theirs.pvalues[kind])
     assert ours.loc["cut_short", ["harms", "seen"]].tolist() == [True, True]
     assert ours.loc["repetitive", ["harms", "seen"]].tolist() == [False, False]
+
+
+def test_a_kind_that_bends_does_not_push_up_one_that_does_nothing():
+    frame = runs(noise=0.0005)
+    clean = frame[frame["kind"] == truth.CLEAN].set_index("seed")["loss_eval_1"]
+    bent = (frame["kind"] == "cut_short") & (frame["dose"] < 1)  # harms at the full dose only
+    frame.loc[bent, "loss_eval_1"] = frame.loc[bent, "seed"].map(clean)
+    effects = truth.dose_effects(frame)
+    assert effects["harms"].to_dict() == {"cut_short": True, "repetitive": False}
+    assert effects.loc["repetitive", "slope"] == pytest.approx(0, abs=2e-3)
 
 
 def test_one_run_a_kind_has_no_interval():

@@ -64,26 +64,33 @@ def dose_effects(
     """How much a full dose of each kind raises the log loss.
 
     runs : one row a finetune with columns kind ("clean" for dose 0), dose, seed and `loss`
-    returns : index kind; columns slope (log loss at dose 1 minus dose 0, by least squares on all
-        runs with one intercept a seed), low, high (t interval), p, df, runs (of that kind), harms
-        (low > 0) and seen (the stand-ins learnt from that kind). With no degree of freedom left the
-        interval is NaN and `harms` False.
+    returns : index kind; columns slope (log loss at the kind's largest dose minus dose 0, by least
+        squares on all runs with one intercept a seed), low, high (t interval), p, df, runs (of that
+        kind), harms (low > 0) and seen (the stand-ins learnt from that kind). With no degree of
+        freedom left the interval is NaN and `harms` False.
+
+    Every dose of a kind has a level of its own: responses bend (a kind may harm only where no row
+    is clean), and a common straight line through the shared dose 0 would let the kinds that bend
+    push up those that do nothing.
     """
     kinds = [kind for kind in dict.fromkeys(runs["kind"]) if kind != CLEAN]
     if not kinds:
         raise TruthError("No run has a dose above 0; run the dose sets first.")
     seeds = sorted(runs["seed"].unique())
+    levels = [(k, d) for k in kinds for d in sorted(runs.loc[runs["kind"] == k, "dose"].unique())]
     design = np.column_stack(
         [(runs["seed"] == s).to_numpy(float) for s in seeds]
-        + [np.where(runs["kind"] == k, runs["dose"], 0.0) for k in kinds]
+        + [((runs["kind"] == k) & (runs["dose"] == d)).to_numpy(float) for k, d in levels]
     )
+    largest = [len(seeds) + max(i for i, (name, _) in enumerate(levels) if name == k)
+               for k in kinds]
     y = np.log(runs[loss].to_numpy(float))
     inverse = np.linalg.pinv(design.T @ design)
     beta = inverse @ design.T @ y
     df = len(y) - np.linalg.matrix_rank(design)
     spread = np.sqrt(((y - design @ beta) ** 2).sum() / df) if df > 0 else np.nan
-    errors = spread * np.sqrt(np.diag(inverse))[len(seeds) :]
-    slopes = beta[len(seeds) :]
+    errors = spread * np.sqrt(np.diag(inverse))[largest]
+    slopes = beta[largest]
     half = student.ppf(0.5 + level / 2, df) * errors if df > 0 else errors
     frame = pd.DataFrame(
         {"slope": slopes, "low": slopes - half, "high": slopes + half,
