@@ -212,6 +212,30 @@ def test_helpers_share_the_sweep(lm, tmp_path):
                                   rtol=1e-5)
 
 
+@pytest.mark.parametrize(("rate", "finished"), [(1e3, 0), (1e30, None)])
+def test_a_sweep_guessed_to_be_long_starts_its_helpers_first(
+    lm, tmp_path, monkeypatch, rate, finished
+):
+    done = []  # records that were there at each start
+    monkeypatch.setattr(helpers.Helpers, "start",
+                        lambda self: done.append(len(list(tmp_path.glob("*.json")))))
+    monkeypatch.setattr(helpers, "RATE", rate)
+    monkeypatch.setattr("instructmining_core.sweep.helpers_wanted", lambda lm, wanted: 1)
+    sweep(lm, specs_of(lm, 3), tmp_path)
+    assert done[:1] == ([] if finished is None else [finished])
+
+
+def test_guessed_seconds_by_hand(lm, monkeypatch):
+    monkeypatch.setattr(helpers, "RATE", 10.0)
+    specs = specs_of(lm, 2)
+    trained = sum(len(ROWS[h]) for one in specs for h in one.row_hashes)  # one epoch
+    evaluated = 2 * sum(len(row) for part in EVALS.values() for row in part)
+    total = sum(p.numel() for p in lm.model.parameters())
+    layers = total - lm.model.get_input_embeddings().weight.numel()
+    assert helpers.guessed_seconds([specs], lm, ROWS, EVALS) == pytest.approx(
+        layers * (4 * trained + 2 * evaluated) / 10)
+
+
 def test_the_job_of_a_helper_is_all_that_an_executor_needs(lm, tmp_path):
     """Through JSON and back: the same runs under the same names, with the options."""
     specs, ledger = specs_of(lm, 3), Ledger(tmp_path / "ledger")
