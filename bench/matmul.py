@@ -6,8 +6,8 @@ training does, at its shapes: every layer's, query, key and value as one and gat
 forward and to the input, and the output matrix on the target tokens, in its chunks. Counted are 4 x
 the frozen weights a real token (2 where nothing below needs the gradient: the first layer's query,
 key and value; where the last block does a product at targets only, a target), 6 x LoRA, causal
-attention, and the output matrix on targets; products that the code does beyond that (the zeros
-between joined adapters, padded attention) are not.
+attention, and the output matrix on targets; products that the code does beyond that (places that
+fill a batch up, padded attention) are not.
 """
 
 from __future__ import annotations

@@ -127,14 +127,16 @@ def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> Batch:
     on = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
     return Batch(
         on(ids)[None], on(positions)[None], None, places, on(predict), on(labels), on(row_of),
-        tuple(groups), on(take), on(back), on(_filled_up(predict, len(ids))),
+        tuple(groups), on(take), on(back), on(_read_places(predict, len(ids))),
     )
 
 
-def _filled_up(predict: np.ndarray, tokens: int) -> np.ndarray:
+def _read_places(predict: np.ndarray, tokens: int) -> np.ndarray:
     """These places and the first others, as many as make their number a multiple; ascending."""
-    others = np.setdiff1d(np.arange(tokens), predict, assume_unique=True)
-    return np.sort(np.concatenate([predict, others[: -len(predict) % _TOKENS]]))
+    read = np.zeros(tokens, dtype=bool)
+    read[predict] = True
+    read[np.flatnonzero(~read)[: -len(predict) % _TOKENS]] = True
+    return np.flatnonzero(read)
 
 
 def pad_right(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> Batch:
