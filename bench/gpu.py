@@ -57,11 +57,11 @@ def ppl_share(size: str, rows: int, device: str, repeats: int = 3) -> dict:
     talks = [read(messages) for messages in found]
     lm = build_lm(size, data.texts(found), device=device)
     encoded = perplexity.encode_turns(list(each_turn(talks)), lm)
-    perplexity.compute(talks, lm)
+    perplexity.compute_perplexity(talks, lm)
     taken = []
     for _ in range(repeats):
         start = time.perf_counter()
-        perplexity.compute(talks, lm)  # its values are on the CPU, so the GPU is done
+        perplexity.compute_perplexity(talks, lm)  # its values are on the CPU, so the GPU is done
         taken.append(time.perf_counter() - start)
     achieved = forward_flop(lm, encoded) / statistics.median(taken)
     tokens = min(BATCH_TOKENS[device.partition(":")[0]], sum(map(len, encoded)))

@@ -55,7 +55,7 @@ def unieval_vs_file_order(rows: int = 512, repeats: int = 3, exact_rows: int = 4
 def _unieval(model, talks) -> np.ndarray:
     from instructmining_core.indicators import unieval
 
-    found = unieval.compute(talks, model)
+    found = unieval.compute_unieval(talks, model)
     return np.stack([found[name].values for name in unieval.QUESTIONS])
 
 

@@ -1,4 +1,4 @@
-"""Perplexity: `perplexity.compute`, as it ships, against the two ways it is done elsewhere.
+"""Perplexity: `perplexity.compute_perplexity`, as it ships, against the two ways it is done elsewhere.
 
 Peers, both plain transformers with the same model object, dtype, template and token ids, and both
 tokenising as they go, as ours does:
@@ -31,7 +31,7 @@ def ours(lm, conversations) -> np.ndarray:
     """Perplexity of each response."""
     from instructmining_core.indicators import perplexity
 
-    return perplexity.compute(conversations, lm)["ppl"].values
+    return perplexity.compute_perplexity(conversations, lm)["ppl"].values
 
 
 def theirs(lm, conversations, rows_a_call: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from .card_schema import SCHEMA, CardError, is_pool_relative, role_of, validate
 
 __all__ = ["SCHEMA", "CardError", "CardMismatch", "RuleCard", "differences", "load_rule", "presets"]
 
-RULES = Path(__file__).parent / "rules"
+RULES = Path(__file__).parent.parent / "rules"
 OUTSIDE_HASH = ("made_at", "content_hash")
 
 
@@ -28,7 +28,7 @@ class RuleCard:
     """A rule. `data` is the content of rule.json, checked; the methods read it.
 
     Predictions are log losses (nats per token, natural log); lower is better. What a reader sees
-    is `card_page.render`; how far the rule reaches is in `support`.
+    is `card_page.card_markdown`; how far the rule reaches is in `support`.
     """
 
     data: Mapping[str, Any]

@@ -25,7 +25,7 @@ INTERVALS = (
 )
 
 
-def render(card: RuleCard) -> str:
+def card_markdown(card: RuleCard) -> str:
     """The card in Markdown: what it is, coefficients, held-out fit, reach, models, limits."""
     data = card.data
     lines = ["# Rule card", "", f"- Kind: **{card.kind}** ({KIND_WORDS[card.kind]}).",

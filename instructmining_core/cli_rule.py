@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from instructmining_core.card import RuleCard, load_rule
-from instructmining_core.card_page import render
+from instructmining_core.card_page import card_markdown
 from instructmining_core.score_files import read_scores
 from instructmining_core.selection import rank
 from instructmining_core.support import intervals
@@ -90,7 +90,7 @@ def fit(args: argparse.Namespace) -> None:
         raise CommandError("give either RUNS with --scores, or --profile")
     card = _of_study(args) if args.profile else _of_tables(args)
     card.save(args.out)
-    sys.stdout.write(render(card) + f"\nwritten to {args.out}\n")
+    sys.stdout.write(card_markdown(card) + f"\nwritten to {args.out}\n")
 
 
 def _of_study(args: argparse.Namespace) -> RuleCard:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from instructmining_core.card import RuleCard, load_rule
 from instructmining_core.cli_diversity import diversity
-from instructmining_core.near_duplicates import RUN, THRESHOLD
+from instructmining_core.near_duplicates import SHINGLE, THRESHOLD
 from instructmining_core.readers import file_sha256
 from instructmining_core.row_files import output_format, write_rows
 from instructmining_core.score_files import read_scores
@@ -46,7 +46,7 @@ def select(args: argparse.Namespace) -> None:
         "differences": differences,
         "support": json.loads(reach.reset_index().to_json(orient="records")),
         "top": args.top,
-        "near_duplicate": {"run_of_words": RUN, "share_held_by_a_better_row": THRESHOLD},
+        "near_duplicate": {"run_of_words": SHINGLE, "share_held_by_a_better_row": THRESHOLD},
         "counts": selection.counts(),
         "diversity": diversity(args, selection, sources),
         "score_column": column,
@@ -129,7 +129,7 @@ def _tell(args: argparse.Namespace, report: dict) -> None:
 
 def _verdict(out: str, verdict: dict) -> list[str]:
     """The verdict's page and the contrasts of the selection, each with what it could have seen."""
-    from instructmining_core.verdict_page import said
+    from instructmining_core.verdict_page import verdict_said
 
     with open(f"{out}.verdict.md", encoding="utf-8") as page:
         answer = page.readline().strip()
@@ -137,6 +137,6 @@ def _verdict(out: str, verdict: dict) -> list[str]:
         {name: float for name in ("difference", "low", "high", "detectable")}
     )
     lines = [answer, f"the pool is {verdict['pool']}: {verdict['pool_why']}"]
-    lines += [f"verdict: {one['method']} against {one['versus']} at {one['budget']}: {said(one)}"
+    lines += [f"verdict: {one['method']} against {one['versus']} at {one['budget']}: {verdict_said(one)}"
               for one in numbers.to_dict("records")]  # fmt: skip
     return [*lines, f"the verdict in full: {out}.verdict.md"]

@@ -47,7 +47,7 @@ def verified(
     another kind than the selection.
     """
     from instructmining_core.experiments import per_example
-    from instructmining_core.verdict_page import pool_kind, render
+    from instructmining_core.verdict_page import pool_kind, verdict_markdown
     from instructmining_core.verify import compare_budgets
 
     if not args.profile:
@@ -69,7 +69,7 @@ def verified(
     records = json.loads(table.to_json(orient="records"))
     report = {"profile": args.profile, "finetunes": len(plans), "pool": kind.name,
               "pool_why": kind.why, "contrasts": records}  # fmt: skip
-    return report, render(table, kind, rule)
+    return report, verdict_markdown(table, kind, rule)
 
 
 def _chosen(

@@ -106,7 +106,7 @@ def _runs(
         where = range(len(conversations)) if where is None else where
         if "reference" in options:
             options["row_hashes"] = [names[i] for i in where]
-        compute = indicator.load().compute
+        compute = indicator.load()
         return _values(compute([conversations[i] for i in where], **options, **more))
 
     def shuffled(dtype: str) -> dict:

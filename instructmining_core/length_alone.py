@@ -94,7 +94,7 @@ def beats_length(
     elif n > 1 and not by_seed.any():  # the rule chose these very rows: the runs are the same
         mean, p, p_margin, low, high = 0.0, 1.0, 0.0, 0.0, 0.0
     called = verdict(mean, p, p_margin, alpha=1 - level, margin=margin)
-    prompts = _by_prompts(part, per_example, selected, length, sizes, level)
+    prompts = _answers_by_prompts(part, per_example, selected, length, sizes, level)
     return LengthAnswer(
         _answer(called), float(np.expm1(mean)), low, high, p, p_margin,
         detectable_difference(se, n - 1, 1 - level), *prompts, len(table), n, table,
@@ -143,7 +143,7 @@ def _differences(part: pd.DataFrame, loss: str, selected: str, length: str) -> n
     return (logs[selected] - logs[length]).mean(axis=1).to_numpy()
 
 
-def _by_prompts(
+def _answers_by_prompts(
     part: pd.DataFrame, matrices: PER_EXAMPLE | None, selected: str, length: str,
     sizes: Mapping[str, int], level: float,
 ) -> tuple[float, float]:

@@ -40,7 +40,7 @@ def length_slopes(runs: pd.DataFrame, constants: Standardisation) -> pd.DataFram
     return pd.DataFrame(rows).T.rename_axis("design")
 
 
-def said(table: pd.DataFrame) -> str:
+def length_said(table: pd.DataFrame) -> str:
     """What `length_slopes` licenses, in one sentence."""
     if table.empty:
         return ("This run has no fit at equal tokens, so the coefficient stays "

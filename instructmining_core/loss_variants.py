@@ -61,7 +61,7 @@ def variant_page(table: pd.DataFrame) -> pd.DataFrame:
     return page.loc[columns, losses]
 
 
-def said(table: pd.DataFrame) -> str:
+def variants_said(table: pd.DataFrame) -> str:
     """One sentence: which indicators change their sign with the loss, and which beyond doubt."""
     turned = list(dict.fromkeys(table.loc[table["sign_differs"], "column"]))
     firm = list(dict.fromkeys(table.loc[table["contradicts"], "column"]))

@@ -18,7 +18,7 @@ import numpy as np
 
 from instructmining_core.messages import Conversation
 
-RUN = 8
+SHINGLE = 8
 THRESHOLD = 0.8
 
 # Scripts that write no spaces count a letter as a word, or a page would be one word.
@@ -27,16 +27,16 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 _STEP = np.uint64(0xD6E8FEB86659FD93)  # odd: a polynomial hash modulo 2**64
 
 
-def fold(text: str) -> list[str]:
+def folded_words(text: str) -> list[str]:
     """Words with case and punctuation folded; a letter each in scripts without spaces.
 
-    >>> fold("Don't PANIC.")
+    >>> folded_words("Don't PANIC.")
     ['don', 't', 'panic']
     """
     return _WORD.findall(text.casefold())
 
 
-def shingles(words: Sequence[str], run: int = RUN) -> np.ndarray:
+def shingles(words: Sequence[str], run: int = SHINGLE) -> np.ndarray:
     """Distinct hashes of all runs of `run` words, sorted; uint64, shape (m,).
 
     A text of fewer words has one hash, of all its words: it can only be matched whole. An empty
@@ -70,9 +70,9 @@ class Kept:
 
     def add(self, name: object, messages: Conversation) -> object | None:
         """Keep a row and return None; or return the name of the kept row that it repeats."""
-        whole = shingles(fold("\n".join(m["content"] for m in messages)))
+        whole = shingles(folded_words("\n".join(m["content"] for m in messages)))
         answer = shingles(
-            fold("\n".join(m["content"] for m in messages if m["role"] == "assistant"))
+            folded_words("\n".join(m["content"] for m in messages if m["role"] == "assistant"))
         )
         for one in self._candidates(whole):
             other, its_whole, its_answer = self._rows[one]

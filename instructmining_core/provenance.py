@@ -32,9 +32,9 @@ def versions() -> dict[str, str]:
 @functools.cache
 def commit() -> str | None:
     """This checkout's commit, with "+changed" where files of the package differ; None elsewhere."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent
     head = _git(here, "rev-parse", "HEAD")
-    if head is None or _git(here, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+    if head is None or _git(here, "ls-files", "--error-unmatch", "finetuning/run.py") is None:
         return None
     return head + ("+changed" if _git(here, "status", "--porcelain", "--", ".") else "")
 

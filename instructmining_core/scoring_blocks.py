@@ -47,7 +47,7 @@ def stacked(
     options : keywords of its `compute`
     returns : values, float64, shape (n, columns), and n tuples of one reason a column
     """
-    columns = indicator.load().compute(conversations, **options)
+    columns = indicator.load()(conversations, **options)
     ordered = [columns[name] for name in indicator.columns]
     values = np.column_stack([column.values for column in ordered])
     return values, list(zip(*(column.reasons for column in ordered), strict=True))
@@ -55,7 +55,7 @@ def stacked(
 
 def timed(indicator: Indicator, conversations: Sequence[Conversation], options: Mapping) -> float:
     """Seconds that an indicator takes on these rows; a call on the first one warms it up before."""
-    compute = indicator.load().compute
+    compute = indicator.load()
     first = {"row_hashes": options["row_hashes"][:1]} if "row_hashes" in options else {}
     compute(conversations[:1], **{**options, **first})
     start = time.perf_counter()

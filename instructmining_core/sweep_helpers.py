@@ -92,7 +92,7 @@ class Helpers:
         path = self.folder / ".helpers.job"
         path.write_text(json.dumps(self.job), encoding="utf-8")
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        package = str(Path(__file__).resolve().parent.parent)
+        package = str(Path(__file__).resolve().parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(
             filter(None, [package, os.environ.get("PYTHONPATH")]))
         for number in range(self.count):

@@ -104,7 +104,7 @@ def coefficient_map(fits: Mapping[str, Fit]) -> pd.DataFrame:
     return frame[["setting", "name", "estimate", "low", "high", "same_sign", "holds"]]
 
 
-def said(found: pd.DataFrame) -> str:
+def transfer_said(found: pd.DataFrame) -> str:
     """The map in one sentence: of the slopes claimed, how many hold in every other setting."""
     claimed = list(found.loc[found["holds"] == "claimed", "name"])
     others = found[found["name"].isin(claimed) & (found["holds"] != "claimed")]

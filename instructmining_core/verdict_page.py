@@ -75,7 +75,7 @@ def pool_kind(
     return PoolKind(UNSEEN, why)
 
 
-def render(
+def verdict_markdown(
     table: pd.DataFrame, pool_kind: PoolKind | Mapping[str, PoolKind], card: RuleCard
 ) -> str:
     """The page, in Markdown; its first line is the answer.
@@ -153,7 +153,7 @@ def budget_reading(table: pd.DataFrame, runs: pd.DataFrame) -> str:
     return f"{first} Better than random rows in {counts}. {end}"
 
 
-def said(row: Mapping) -> str:
+def verdict_said(row: Mapping) -> str:
     """One contrast in a line: verdict, difference, interval, and what could have been seen."""
     seen = f"could have seen {_percent(row['detectable'])}"
     return (f"{row['verdict']}: {_signed(row['difference'])} "
@@ -167,7 +167,7 @@ def _primary(table: pd.DataFrame) -> pd.DataFrame:
 
 def _found(part: pd.DataFrame, better: int, budget: str) -> str:
     if len(part) == 1:
-        return f"at {budget} {said(part.iloc[0])}"
+        return f"at {budget} {verdict_said(part.iloc[0])}"
     worse = int(part["verdict"].str.startswith("worse").sum())
     return (f"at {budget} better in {better} and worse in {worse} of {len(part)} pools, "
             f"differences {_signed(part['difference'].min())} to "

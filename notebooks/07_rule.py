@@ -215,7 +215,7 @@ figures.residual_page(inference.residual_page(fit))
 
 # %%
 variants = loss_variants.variant_table(runs, columns, constants)
-print(loss_variants.said(variants))
+print(loss_variants.variants_said(variants))
 for name, effective in loss_variants.effective_n(runs).items():
     print(f"The token mean of {name} rests on {effective:.0f} prompts' worth of tokens.")
 loss_variants.variant_page(variants)
@@ -239,7 +239,7 @@ significant(regression.baseline_slopes(compared))
 
 # %%
 lengths = length_slope.length_slopes(runs, constants)
-print(length_slope.said(lengths))
+print(length_slope.length_said(lengths))
 significant(lengths)
 
 # %% [markdown]
@@ -254,9 +254,9 @@ study.claim("rule_predicts", **claims.rule_claim(fit, tests[0], noise))
 study.claim("rule_transfers", **claims.transfer_claim(inference.summary(held)))
 from IPython.display import Markdown
 
-from instructmining_core.card_page import render
+from instructmining_core.card_page import card_markdown
 
-Markdown(render(card))
+Markdown(card_markdown(card))
 
 # %% [markdown]
 # ## In this notebook we have seen

@@ -200,7 +200,7 @@ with_refits[["pool", *numbers, "p_holm", "p_margin", "verdict"]].round(4)
 
 # %% tags=["hide-input"]
 primary = contrasts.query("role == 'primary'")
-Markdown(verdict_page.render(primary, kinds, rule))
+Markdown(verdict_page.verdict_markdown(primary, kinds, rule))
 
 # %%
 study.claim("selected_beats_random", **claims.contrasts_claim(contrasts, with_refits))

@@ -121,7 +121,7 @@ significant(slopes)
 columns = study.profile.rule_columns()
 constants = Standardisation.fit(study.candidate_scores, columns)
 coefficients = transfer.coefficient_map(transfer.fits(settings, columns, constants))
-print(transfer.said(coefficients))
+print(transfer.transfer_said(coefficients))
 coefficients.pivot(index="name", columns="setting", values="holds").loc[
     columns, list(dict.fromkeys(coefficients["setting"]))
 ]

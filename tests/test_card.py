@@ -6,7 +6,7 @@ import pytest
 
 from instructmining_core.card import CardError, CardMismatch, RuleCard, load_rule, presets
 from instructmining_core.card_making import make_card
-from instructmining_core.card_page import render
+from instructmining_core.card_page import card_markdown
 from instructmining_core.cli_rule import explained
 from instructmining_core.cli_select import _kept
 from instructmining_core.inference import held_out, jackknife_sources
@@ -184,7 +184,7 @@ def test_a_card_with_the_issues_keys_alone_compares_models_and_reference(card, s
         other["indicators"][column][key] = value
         found = alone.check(other, allow_mismatch=True)
         assert len(found) == 1 and found[0].startswith(f"{column}: "), found
-    assert "no intercept" in render(alone) and "not known" not in render(card).split("## Held")[0]
+    assert "no intercept" in card_markdown(alone) and "not known" not in card_markdown(card).split("## Held")[0]
     gap = card.predict(study[0]) - alone.predict(study[0])
     assert gap.to_numpy() == pytest.approx(card.intercept)
     assert row_intervals(alone, study[0]).empty
@@ -396,17 +396,17 @@ def test_the_commands_show_a_rows_interval(card, study):
 
 
 def test_the_page_says_what_the_card_says(card):
-    page = render(card)
+    page = card_markdown(card)
     assert "length or training tokens" in page and "p = 0.001" in page and "f00d" in page
     assert page.count("\n| ") == (9 + 2) + (9 + 2) + (10 + 2) + (5 + 2)
     assert "had other sets been" in page and "leaving out one source" in page
     assert "anything else" in page and "10 sources have an sd of" in page
     assert "**stand-in**" not in page.split("## Models")[1]
-    weak = render(RuleCard({**card.data, "permutation_p": 0.4}))
+    weak = card_markdown(RuleCard({**card.data, "permutation_p": 0.4}))
     assert "**no evidence**" in weak
-    assert "not known" in render(load_rule("v3"))
+    assert "not known" in card_markdown(load_rule("v3"))
     models = [{**m, "stand_in": True} for m in card.data["models"]]
-    assert render(RuleCard({**card.data, "models": models})).count("| **stand-in** |") == 5
+    assert card_markdown(RuleCard({**card.data, "models": models})).count("| **stand-in** |") == 5
 
 
 def test_the_page_is_plain_markdown_whatever_others_wrote(card):
@@ -416,11 +416,11 @@ def test_the_page_is_plain_markdown_whatever_others_wrote(card):
     odd = RuleCard({**card.data, "fitted_on": "a|b *c [d](e) <f> $g$ `h` {i}`j`\n# k",
                     "held_out": [{"source": "s|*`1", "r2": None, "slope": None}]})
     for one in (card, odd, load_rule("v1")):
-        tree = publish_doctree(render(one), parser=Parser(), settings_overrides={
+        tree = publish_doctree(card_markdown(one), parser=Parser(), settings_overrides={
             "halt_level": 2, "report_level": 2, "myst_enable_extensions": ["dollarmath"]})
         assert len([n for n in tree.findall() if n.tagname == "table"]) >= 2
     assert "a|b *c [d](e) <f> $g$ `h` {i}`j` # k" in publish_doctree(
-        render(odd), parser=Parser()).astext()
+        card_markdown(odd), parser=Parser()).astext()
 
 
 def test_rules_are_compared_by_rank_and_by_rows(card, study):

@@ -7,7 +7,7 @@ import zlib
 
 from tiny_models import single
 
-from instructmining_core.indicators.compression import compute, ratio
+from instructmining_core.indicators.compression import compute_compression, ratio
 from instructmining_core.indicators.text import read
 
 
@@ -18,6 +18,6 @@ def test_repetition_compresses_and_the_ratio_is_bytes_over_bytes():
 
 
 def test_empty_is_nan_with_a_reason():
-    column = compute([read(single("q", "")), read(single("q", "abc"))])["compression"]
+    column = compute_compression([read(single("q", "")), read(single("q", "abc"))])["compression"]
     assert math.isnan(column.values[0]) and column.reasons == ["empty response", ""]
     assert column.values[1] == 3 / len(zlib.compress(b"abc", 6))

@@ -82,6 +82,6 @@ def test_column_with_the_selection_as_reference():
     messages = sample_messages(9)
     rows, hashes = [read(m) for m in messages], [row_hash(m) for m in messages]
     reference = make_reference(model, rows, hashes)
-    column = diversity.compute(rows, model, reference=reference, row_hashes=hashes)["diversity"]
+    column = diversity.compute_diversity(rows, model, reference=reference, row_hashes=hashes)["diversity"]
     inside = diversity.nearest_inside(encoder.embed(model, [encoder.text_of(r) for r in rows]))
     np.testing.assert_allclose(column.values, inside, atol=1e-5)

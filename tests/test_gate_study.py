@@ -220,13 +220,13 @@ def test_the_first_line_is_the_answer():
 def test_a_negative_page_says_what_it_rules_out():
     card = load_rule("v3")
     kind = verdict_page.PoolKind("unseen source", "by name")
-    page = verdict_page.render(contrasts("undecided", "undecided"), kind, card)
+    page = verdict_page.verdict_markdown(contrasts("undecided", "undecided"), kind, card)
     assert "an advantage of 1.5 % or more would have been found with 80 % power" in page
     row = "| -2.0 % [-3.0 %, -1.0 %] | [-4.0 %, +1.0 %] | 1.5 % | not shown | **undecided** |"
     assert row in page
-    assert "rules out" not in verdict_page.render(contrasts("better", "better"), kind, card)
+    assert "rules out" not in verdict_page.verdict_markdown(contrasts("better", "better"), kind, card)
     nan = dict.fromkeys(("low", "high", "low_prompts", "high_prompts", "detectable"), np.nan)
-    alone = verdict_page.render(contrasts("undecided", "undecided", **nan), kind, card)
+    alone = verdict_page.verdict_markdown(contrasts("undecided", "undecided", **nan), kind, card)
     assert "nothing could be detected" in alone and "nan" not in alone
 
 

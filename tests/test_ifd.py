@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import sample_rows, single
 
-from instructmining_core.indicators.ifd import compute
+from instructmining_core.indicators.ifd import compute_ifd
 from instructmining_core.indicators.text import read
 from instructmining_core.lm import load_lm
 from instructmining_core.profiles import ModelRef
@@ -28,13 +28,13 @@ def test_a_model_that_ignores_its_context_gives_one(tiny_lm_folder):
     embedding = blind.model.get_input_embeddings().weight
     with torch.no_grad():
         embedding[:] = embedding[0]
-    column = compute([c for c in sample_rows(6) if len(c.ends) == 1], blind)["ifd"]
+    column = compute_ifd([c for c in sample_rows(6) if len(c.ends) == 1], blind)["ifd"]
     np.testing.assert_allclose(column.values, 1.0, rtol=1e-5)
 
 
 def test_two_turns_are_a_mean_and_batches_do_not_matter(lm):
     rows = sample_rows(10)
-    wide = compute(rows, lm)["ifd"].values
-    np.testing.assert_allclose(wide, compute(rows, lm, batch_tokens=1)["ifd"].values, rtol=1e-5)
+    wide = compute_ifd(rows, lm)["ifd"].values
+    np.testing.assert_allclose(wide, compute_ifd(rows, lm, batch_tokens=1)["ifd"].values, rtol=1e-5)
     assert np.isfinite(wide).all() and (wide > 0).all()
-    assert compute([read(single("q", "a"))], lm)["ifd"].values[0] != 1.0
+    assert compute_ifd([read(single("q", "a"))], lm)["ifd"].values[0] != 1.0

@@ -88,7 +88,7 @@ def test_bfloat16_is_held_against_itself(found):
 
 
 def test_a_scorer_that_depends_on_its_neighbours_is_caught(rows, tiny_lm_folder, monkeypatch):
-    original = perplexity.compute
+    original = perplexity.compute_perplexity
 
     def careless(conversations, model, **options):
         found = original(conversations, model, **options)
@@ -96,7 +96,7 @@ def test_a_scorer_that_depends_on_its_neighbours_is_caught(rows, tiny_lm_folder,
         shift = 0.1 * np.arange(len(values)) if options.get("batch_tokens") != 1 else 0
         return {"ppl": perplexity.Column(values + shift, found["ppl"].reasons)}
 
-    monkeypatch.setattr(perplexity, "compute", careless)
+    monkeypatch.setattr(perplexity, "compute_perplexity", careless)
     table = invariance_table(rows, {"ppl": ModelRef(str(tiny_lm_folder))}, device="cpu")
     moved = table[(table["column"] == "ppl") & (table["condition"] == SORTED)]
     moved = moved[moved["dtype"] == FLOAT32]

@@ -151,7 +151,7 @@ def test_column_leaves_out_the_row_itself_and_its_copies(minilm, tmp_path):
     rows, hashes = [read(m) for m in messages], [row_hash(m) for m in messages]
     reference = make_reference(minilm, rows, hashes)
     assert reference.describe() == {"hash": reference_hash(set(hashes)), "size": 20}
-    column = knn.compute(rows, minilm, reference=reference, row_hashes=hashes)["knn_6"]
+    column = knn.compute_knn(rows, minilm, reference=reference, row_hashes=hashes)["knn_6"]
     vectors = encoder.embed(minilm, [encoder.text_of(r) for r in rows[:20]]).astype(np.float64)
     expected = [np.sort(np.linalg.norm(vectors - v, axis=1))[6] for v in vectors]
     np.testing.assert_allclose(column.values[:20], expected, atol=1e-5)
@@ -163,13 +163,13 @@ def test_column_leaves_out_the_row_itself_and_its_copies(minilm, tmp_path):
     np.testing.assert_array_equal(again.embeddings, reference.embeddings)
     other = Reference(again.row_hashes, again.embeddings, again.model, "another", again.dtype)
     with pytest.raises(ReferenceMismatch, match="embedded by"):
-        knn.compute(rows, minilm, reference=other, row_hashes=hashes)
+        knn.compute_knn(rows, minilm, reference=other, row_hashes=hashes)
 
 
 def test_unreadable_rows_and_small_references_are_nan_with_a_reason(minilm):
     rows = [read(single("q", "a")), read([])]
     reference = make_reference(minilm, rows, ["a" * 32, ""])
-    column = knn.compute(rows, minilm, reference=reference, row_hashes=["a" * 32, ""])["knn_6"]
+    column = knn.compute_knn(rows, minilm, reference=reference, row_hashes=["a" * 32, ""])["knn_6"]
     assert np.isnan(column.values).all()
     assert column.reasons == ["the reference has fewer than 6 other rows", "no messages"]
     with pytest.raises(ReferenceMismatch, match="no readable row"):
@@ -196,14 +196,14 @@ def test_a_long_conversation_is_measured_by_its_last_turn_and_says_so(minilm):
              for n in (3, 40)]
     rests = [read(single("write a poem", "rain " * n)) for n in (3, 40)]
     found, rest = (
-        knn.compute(rows, minilm, reference=reference, row_hashes=["x" * 32, "y" * 32])["knn_6"]
+        knn.compute_knn(rows, minilm, reference=reference, row_hashes=["x" * 32, "y" * 32])["knn_6"]
         for rows in (chats, rests)
     )
     # "list" still fits before the last turn, and the long question does not
     assert found.reasons == ["1 earlier messages cut to fit the model"] * 2
     assert rest.reasons == ["", ""]
     assert found.values[0] != found.values[1]
-    np.testing.assert_allclose(found.values, knn.compute(
+    np.testing.assert_allclose(found.values, knn.compute_knn(
         [read([{"role": "assistant", "content": "list"}, *c.messages]) for c in rests], minilm,
         reference=reference, row_hashes=["x" * 32, "y" * 32])["knn_6"].values, atol=1e-6)
 
@@ -215,7 +215,7 @@ def test_a_row_that_did_not_fit_into_memory_is_nan_with_that_reason(minilm, monk
     vectors = reference.embeddings.copy()
     vectors[3] = np.nan
     monkeypatch.setattr(encoder, "embed", lambda *_, **__: vectors)
-    column = knn.compute(rows, minilm, reference=reference, row_hashes=names)["knn_6"]
+    column = knn.compute_knn(rows, minilm, reference=reference, row_hashes=names)["knn_6"]
     assert [i for i in range(9) if np.isnan(column.values[i])] == [3]
     assert column.reasons[3] == "out of memory on this row alone" and column.reasons[4] == ""
     with pytest.raises(ReferenceMismatch, match="out of memory"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from instructmining_core.indicators.length import compute, count_tokens, count_words
+from instructmining_core.indicators.length import compute_length, count_tokens, count_words
 from instructmining_core.indicators.text import read
 
 CHAT = [
@@ -19,7 +19,7 @@ def test_words_and_marks():
 
 
 def test_mean_over_turns_of_what_was_newly_said():
-    columns = compute([read(CHAT)])
+    columns = compute_length([read(CHAT)])
     # turn 1: "Be brief." 3 + "Hi there" 2 = 5; turn 2: "Bye" 1
     assert columns["len_in"].values.tolist() == [3.0]
     assert columns["len_out"].values.tolist() == [1.0]  # "Hello!" 2, "" 0
@@ -32,11 +32,11 @@ def test_tokens_equal_one_call_a_text(tiny_tokenizer):
     fast = count_tokens(texts, tiny_tokenizer)
     assert [n for n, t in zip(fast, texts, strict=True) if "</s>" not in t] == slow
     assert fast[2] > slow[0]  # "</s>" is not one special token
-    columns = compute([read(CHAT[1:3])], tiny_tokenizer)
+    columns = compute_length([read(CHAT[1:3])], tiny_tokenizer)
     assert columns["len_out"].values[0] == count_tokens(["Hello!"], tiny_tokenizer)[0]
 
 
 def test_rows_that_cannot_be_read_are_nan():
-    column = compute([read(None), read(CHAT[:2])])["len_in"]
+    column = compute_length([read(None), read(CHAT[:2])])["len_in"]
     assert column.reasons == ["messages is NoneType, not a list", "no assistant turn"]
     assert column.values.tolist() != column.values.tolist()  # NaN

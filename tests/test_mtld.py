@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from instructmining_core.indicators.mtld import compute, mtld, words
+from instructmining_core.indicators.mtld import compute_mtld, mtld, words
 from instructmining_core.indicators.text import read
 
 
@@ -32,7 +32,7 @@ def test_no_repeat_gives_the_number_of_words_and_no_word_is_nan():
 def test_rows_without_words_are_nan_with_a_reason():
     rows = [read([{"role": "user", "content": "x"}, {"role": "assistant", "content": text}])
             for text in ("", "12 + 3", "fine")]
-    column = compute(rows)["mtld"]
+    column = compute_mtld(rows)["mtld"]
     assert [math.isnan(v) for v in column.values] == [True, True, False]
     assert column.reasons == ["no word in the response"] * 2 + [""]
 

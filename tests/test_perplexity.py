@@ -43,7 +43,7 @@ def written(turn) -> str:
 
 def test_ppl_equals_the_slow_reference(lm):
     rows = [c for c in sample_rows(12) if len(c.ends) == 1]
-    fast = perplexity.compute(rows, lm)["ppl"]
+    fast = perplexity.compute_perplexity(rows, lm)["ppl"]
     slow = [slow_ppl(lm, written(t), t.response) for t in each_turn(rows)]
     np.testing.assert_allclose(fast.values, slow, rtol=1e-4)
     assert fast.reasons == [""] * len(rows)
@@ -51,17 +51,17 @@ def test_ppl_equals_the_slow_reference(lm):
 
 def test_two_turns_are_the_mean_of_each_with_its_context(lm):
     row = read(single("one", "two three") + single("four", "five"))
-    first = perplexity.compute([read(single("one", "two three"))], lm)["ppl"].values[0]
-    both = perplexity.compute([row], lm)["ppl"].values[0]
+    first = perplexity.compute_perplexity([read(single("one", "two three"))], lm)["ppl"].values[0]
+    both = perplexity.compute_perplexity([row], lm)["ppl"].values[0]
     second = 2 * both - first
-    alone = perplexity.compute([read(single("four", "five"))], lm)["ppl"].values[0]
+    alone = perplexity.compute_perplexity([read(single("four", "five"))], lm)["ppl"].values[0]
     assert second > 1 and second != pytest.approx(alone)  # the context is seen
 
 
 def test_empty_is_nan_and_cuts_are_told(lm):
     rows = [read(single("q", "")), read(single("q " * 300, "r") + single("s", "t " * 20)),
             read(single("q", "word " * 900))]
-    column = perplexity.compute(rows, lm)["ppl"]
+    column = perplexity.compute_perplexity(rows, lm)["ppl"]
     assert math.isnan(column.values[0]) and column.reasons[0] == "empty response"
     assert "turn 2: 2 earlier messages cut" in column.reasons[1]
     assert "end of the response cut" in column.reasons[2] and column.values[2] > 1

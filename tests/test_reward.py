@@ -62,14 +62,14 @@ def per_row(rows, slow, model) -> list[float]:
 
 def test_oasst_form_equals_one_row_a_call(oasst):
     rows = sample_rows(15)
-    fast = reward.compute(rows, oasst)["reward"]
+    fast = reward.compute_reward(rows, oasst)["reward"]
     np.testing.assert_allclose(fast.values, per_row(rows, slow_oasst, oasst), atol=2e-5)
     assert np.ptp(fast.values) > 0.1 and oasst.note == "input form oasst"
 
 
 def test_pair_form_on_deberta_equals_one_row_a_call(deberta):
     rows = sample_rows(15)
-    fast = reward.compute(rows, deberta)["reward"]
+    fast = reward.compute_reward(rows, deberta)["reward"]
     np.testing.assert_allclose(fast.values, per_row(rows, slow_pair, deberta), atol=2e-5)
     assert np.ptp(fast.values) > 1e-3
     assert deberta.note.startswith("input form pair; another reward scale")
@@ -79,9 +79,9 @@ def test_pair_form_on_deberta_equals_one_row_a_call(deberta):
 def test_batches_and_padding_side_do_not_matter(oasst, deberta, change):
     rows = sample_rows(12)
     for model in (oasst, deberta):
-        base = reward.compute(rows, model)["reward"].values
+        base = reward.compute_reward(rows, model)["reward"].values
         np.testing.assert_allclose(
-            reward.compute(rows, model, **change)["reward"].values, base, atol=2e-5)
+            reward.compute_reward(rows, model, **change)["reward"].values, base, atol=2e-5)
 
 
 def test_pair_form_on_the_oasst_model_equals_one_row_a_call(oasst, tmp_path):
@@ -89,11 +89,11 @@ def test_pair_form_on_the_oasst_model_equals_one_row_a_call(oasst, tmp_path):
     folder = Path(oasst.resolved.folder)
     pair = reward.load(ModelRef(str(folder), dtype="float32"), device="cpu", form="pair")
     assert pair.note == "input form pair, not the model's own, which is oasst"
-    fast = reward.compute(rows, pair)["reward"].values
+    fast = reward.compute_reward(rows, pair)["reward"].values
     np.testing.assert_allclose(fast, per_row(rows, slow_pair, pair), atol=2e-5)
-    assert np.abs(fast - reward.compute(rows, oasst)["reward"].values).max() > 1e-2
-    np.testing.assert_array_equal(fast, reward.compute(rows, oasst, form="pair")["reward"].values)
-    nothing = reward.compute([read(single("", "")), rows[1]], pair)["reward"]
+    assert np.abs(fast - reward.compute_reward(rows, oasst)["reward"].values).max() > 1e-2
+    np.testing.assert_array_equal(fast, reward.compute_reward(rows, oasst, form="pair")["reward"].values)
+    nothing = reward.compute_reward([read(single("", "")), rows[1]], pair)["reward"]
     assert math.isnan(nothing.values[0]) and nothing.reasons[0] == reward.NO_TOKEN
     assert nothing.values[1] == pytest.approx(fast[1], abs=2e-5)
 
@@ -134,7 +134,7 @@ def test_the_command_and_the_profile_choose_the_form(oasst, tmp_path, monkeypatc
         values[name] = table["reward"].item()
     row = [read(single("sort the list", "in order"))]
     for name, value in values.items():
-        expected = reward.compute(row, oasst, form=name)["reward"].values[0]
+        expected = reward.compute_reward(row, oasst, form=name)["reward"].values[0]
         assert value == pytest.approx(expected, abs=1e-5)
 
 
@@ -149,25 +149,25 @@ def test_token_types_are_given_to_models_that_use_them(tmp_path, deberta):
         bert = reward.load(ModelRef(str(tmp_path), dtype="float32"), device="cpu")
     rows = sample_rows(6)
     np.testing.assert_allclose(
-        reward.compute(rows, bert)["reward"].values, per_row(rows, slow_pair, bert), atol=2e-5)
+        reward.compute_reward(rows, bert)["reward"].values, per_row(rows, slow_pair, bert), atol=2e-5)
 
 
 def test_long_rows_lose_first_messages_and_say_so(oasst, deberta):
     chat = read(single("list " * 150, "sum") + single("sort", "value"))
     rest = read(single("sort", "value"))
     for model in (oasst, deberta):
-        column = reward.compute([chat], model)["reward"]
-        first = reward.compute([read(single("list " * 150, "sum"))], model)["reward"].values[0]
+        column = reward.compute_reward([chat], model)["reward"]
+        first = reward.compute_reward([read(single("list " * 150, "sum"))], model)["reward"].values[0]
         assert "turn 2:" in column.reasons[0] and "earlier messages cut" in column.reasons[0]
         if model is oasst:
-            kept = reward.compute([rest], model)["reward"].values[0]
+            kept = reward.compute_reward([rest], model)["reward"].values[0]
             assert 2 * column.values[0] - first != pytest.approx(kept)  # "sum" still stands before
-    one = reward.compute([read(single("q", "word " * 2000))], deberta)["reward"]
+    one = reward.compute_reward([read(single("q", "word " * 2000))], deberta)["reward"]
     assert "end of the text cut" in one.reasons[0] and math.isfinite(one.values[0])
 
 
 def test_empty_response_has_a_value_and_a_note(oasst):
-    column = reward.compute([read(single("q", "")), read([])], oasst)["reward"]
+    column = reward.compute_reward([read(single("q", "")), read([])], oasst)["reward"]
     assert math.isfinite(column.values[0]) and column.reasons[0] == "empty response"
     assert math.isnan(column.values[1]) and column.reasons[1] == "no messages"
 
@@ -180,4 +180,4 @@ def test_classifiers_with_several_outputs_and_unknown_forms_are_refused(tmp_path
     with pytest.raises(reward.RewardModelError, match="3 numbers a row"):
         reward.load(ModelRef(str(tmp_path)), device="cpu")
     with pytest.raises(reward.RewardModelError, match="input form 'chat'"):
-        reward.compute([], oasst, form="chat")
+        reward.compute_reward([], oasst, form="chat")

@@ -114,7 +114,7 @@ class Counted:
     """Counts the rows that reach an indicator, and can stop it after some."""
 
     def __init__(self, monkeypatch, stop_after: int = 10**9):
-        self.rows, original = 0, perplexity.compute
+        self.rows, original = 0, perplexity.compute_perplexity
 
         def compute(conversations, **options):
             if self.rows >= stop_after:
@@ -122,7 +122,7 @@ class Counted:
             self.rows += len(conversations)
             return original(conversations, **options)
 
-        monkeypatch.setattr(perplexity, "compute", compute)
+        monkeypatch.setattr(perplexity, "compute_perplexity", compute)
 
 
 def scorer(models, bank, **more):
@@ -219,7 +219,7 @@ def test_passing_failures_are_not_kept(models, tmp_path, monkeypatch):
 
     table = table_of(sample_messages(3))
     with monkeypatch.context() as patch:
-        patch.setattr(perplexity, "compute", lambda c, **_: {
+        patch.setattr(perplexity, "compute_perplexity", lambda c, **_: {
             "ppl": Column(np.full(len(c), np.nan), ["out of memory on one row"] * len(c))})
         failed = scorer(models, tmp_path).score(table)
     assert failed["ppl"].isna().all() and "out of memory" in failed["reasons"][0]
@@ -286,5 +286,5 @@ def test_estimates_grow_with_the_table(models):
 
 def test_every_indicator_of_the_registry_has_its_function():
     for indicator in INDICATORS.values():
-        assert callable(indicator.load().compute) and indicator.load().__doc__
+        assert callable(indicator.load()) and indicator.load().__doc__
         assert indicator.paper and indicator.columns

@@ -7,7 +7,7 @@ import math
 import pytest
 from tiny_models import single
 
-from instructmining_core.indicators.script import compute, count_scripts, dominant, latin_share
+from instructmining_core.indicators.script import compute_script, count_scripts, dominant, latin_share
 from instructmining_core.indicators.text import read
 
 
@@ -27,6 +27,6 @@ def test_share_counts_letters_only():
 
 
 def test_column_has_a_reason_without_letters():
-    column = compute([read(single("q", "42")), read(single("q", "да yes"))])["script"]
+    column = compute_script([read(single("q", "42")), read(single("q", "да yes"))])["script"]
     assert column.reasons == ["no letter in the response", ""]
     assert column.values[1] == pytest.approx(0.6)

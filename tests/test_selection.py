@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from instructmining_core.card import RuleCard
-from instructmining_core.near_duplicates import Kept, fold, shingles
+from instructmining_core.near_duplicates import Kept, folded_words, shingles
 from instructmining_core.selection import (
     SelectionError,
     baselines,
@@ -146,10 +146,10 @@ def test_auto_is_the_size_on_the_card():
 
 
 def test_fold_takes_case_and_punctuation_away():
-    assert fold("Don't use `read_csv`, STRASSE = straße") == [
+    assert folded_words("Don't use `read_csv`, STRASSE = straße") == [
         "don", "t", "use", "read", "csv", "strasse", "strasse",
     ]  # fmt: skip
-    assert fold("日本 go") == ["日", "本", "go"]
+    assert folded_words("日本 go") == ["日", "本", "go"]
 
 
 def test_shingles_are_the_runs_of_eight_words():
@@ -204,10 +204,10 @@ def test_boilerplate_does_not_make_copies_and_the_index_is_exact():
     found = [kept.add(i, talk("", text)) for i, text in enumerate(texts)]
 
     def slow(i):
-        own = set(shingles(fold(texts[i])).tolist())
+        own = set(shingles(folded_words(texts[i])).tolist())
         for j in range(i):
             if found[j] is None:
-                other = set(shingles(fold(texts[j])).tolist())
+                other = set(shingles(folded_words(texts[j])).tolist())
                 if len(own & other) >= 0.8 * len(own):
                     return j
         return None

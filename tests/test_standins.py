@@ -71,13 +71,13 @@ def test_reward_and_evaluator_answer_through_the_indicators(built, corpus):
     folder, reports = built
     rows = [read(m) for m in corpus.split("pool")["messages"][:20]]
     model = reward.load(ModelRef(str(folder / "reward"), dtype="float32"))
-    scores = reward.compute(rows, model)["reward"].values
+    scores = reward.compute_reward(rows, model)["reward"].values
     assert np.isfinite(scores).all() and scores.std() > 0
     judge = unieval.load(ModelRef(str(folder / "unieval"), dtype="float32"))
     yes, no = unieval.answer_ids(judge.tokenizer)
     assert judge.tokenizer.convert_ids_to_tokens([yes, no]) == ["Yes", "No"]
     assert judge.tokenizer("x </s> y")["input_ids"].count(judge.tokenizer.eos_token_id) == 2
-    for column in unieval.compute(rows, judge).values():
+    for column in unieval.compute_unieval(rows, judge).values():
         assert ((column.values > 0) & (column.values < 1)).all()
     assert set(reports["unieval"]["accuracy"]) == set(NEGATIVES)
     assert reports["reward"]["accuracy"]["cut_short"] > 0.6

@@ -78,7 +78,7 @@ def test_coefficient_map_says_what_holds(found):
     assert frame.loc[("b, eval_1", strong), "same_sign"] == np.False_
     if holds.loc[flat].iloc[0] == "claims nothing":  # one in twenty is claimed by chance
         assert set(holds.loc[flat]) == {"claims nothing"}
-    assert "turn somewhere" in transfer.said(frame.reset_index())
+    assert "turn somewhere" in transfer.transfer_said(frame.reset_index())
 
 
 def test_dropping_the_carrier_changes_the_selection(world):
@@ -128,7 +128,7 @@ def test_loss_variants_flag_a_turned_sign(found):
     assert loss_variants.variant_page(table).loc[COLUMNS[1]].str.endswith("!!").tolist() == [
         False, True]
     assert loss_variants.effective_n(runs) == {"eval_1": 57.0}
-    assert f"sign changes for {COLUMNS[1]}" in loss_variants.said(table)
+    assert f"sign changes for {COLUMNS[1]}" in loss_variants.variants_said(table)
 
 
 def both_arms(world, per_row, per_token):
@@ -160,7 +160,7 @@ def test_equal_tokens_tell_length_from_tokens(world, per_row, per_token, said):
     assert table.loc["equal tokens", "tokens_cv"] < 0.02 < table.loc["equal rows", "tokens_cv"]
     assert table.loc["equal rows", "estimate"] == pytest.approx(
         (per_row + 100 * per_token) * constants.sd["len_out"], rel=0.02)
-    assert said in length_slope.said(table)
+    assert said in length_slope.length_said(table)
     # the arm enters no other fit, nor the paper's on "all" runs
     alone = runs[runs["arm"] != "tokens"]
     assert len(fit_within(runs, ["len_out"], constants, arms=None).runs) == len(alone)
@@ -170,7 +170,7 @@ def test_equal_tokens_tell_length_from_tokens(world, per_row, per_token, said):
 def test_without_the_arm_length_stays_tokens(found):
     table = length_slope.length_slopes(
         found["a", "eval_1"].assign(tokens_trained=1.0), Standardisation.identity(COLUMNS))
-    assert table.empty and "length or training tokens" in length_slope.said(table)
+    assert table.empty and "length or training tokens" in length_slope.length_said(table)
 
 
 def test_papers_fit_on_its_own_design(world):

@@ -7,10 +7,10 @@ import math
 from tiny_models import single
 
 from instructmining_core.indicators.text import read
-from instructmining_core.indicators.turns import compute
+from instructmining_core.indicators.turns import compute_turns
 
 
 def test_turns():
-    column = compute([read(single("q", "a") * 3), read(single("q", "")), read([])])["turns"]
+    column = compute_turns([read(single("q", "a") * 3), read(single("q", "")), read([])])["turns"]
     assert column.values[:2].tolist() == [3.0, 1.0] and math.isnan(column.values[2])
     assert column.reasons == ["", "", "no messages"]

@@ -44,7 +44,7 @@ def slow(model, name: str, turn) -> float:
 
 def test_equal_to_the_slow_reference(model):
     rows = [c for c in sample_rows(12) if len(c.ends) == 1]
-    fast = unieval.compute(rows, model)
+    fast = unieval.compute_unieval(rows, model)
     assert tuple(fast) == NAMES
     for name in NAMES:
         expected = [slow(model, name, turn) for turn in each_turn(rows)]
@@ -56,7 +56,7 @@ def test_equal_to_the_slow_reference(model):
 @pytest.mark.parametrize("change", [{"batch_tokens": 1}, {"padding_side": "left"}])
 def test_batches_do_not_matter(model, change):
     rows = sample_rows(10)
-    base, other = unieval.compute(rows, model), unieval.compute(rows, model, **change)
+    base, other = unieval.compute_unieval(rows, model), unieval.compute_unieval(rows, model, **change)
     for name in NAMES:
         # Left padding moves T5's relative positions of padding only.
         np.testing.assert_allclose(other[name].values, base[name].values, atol=2e-5)
@@ -64,7 +64,7 @@ def test_batches_do_not_matter(model, change):
 
 def test_two_turns_are_a_mean_and_empty_is_nan(model):
     rows = [read(single("a", "b") + single("c", "")), read(single("a", "b")), read(single("a", ""))]
-    found = unieval.compute(rows, model)["coherence"]
+    found = unieval.compute_unieval(rows, model)["coherence"]
     assert found.values[0] == pytest.approx(found.values[1])
     assert found.reasons == ["turn 2: empty response", "", "empty response"]
     assert math.isnan(found.values[2])
@@ -73,12 +73,12 @@ def test_two_turns_are_a_mean_and_empty_is_nan(model):
 def test_long_text_is_cut_as_published_and_history_from_the_left(model):
     long = read(single("sort", "list " * 3000))
     turn = next(each_turn([long]))
-    found = unieval.compute([long], model)
+    found = unieval.compute_unieval([long], model)
     for name in NAMES:
         assert found[name].values[0] == pytest.approx(slow(model, name, turn), abs=2e-5)
         assert found[name].reasons == ["end of the text cut to fit the model"]
     chat = read(single("list " * 3000, "ok") + single("sort", "sum"))
-    cut = unieval.compute([chat], model)["coherence"].reasons[0]
+    cut = unieval.compute_unieval([chat], model)["coherence"].reasons[0]
     assert "turn 2: 1 earlier messages cut" in cut
 
 

@@ -5,19 +5,19 @@ imported before it is used; `INDICATORS["ppl"].load()` imports the module.
 
 To add an indicator, write a module with one function and add one entry:
 
-    # instructmining_core/indicators/questions.py, or a module of your own package
+    # mine/questions.py
     \"\"\"Question marks in the response. (Name the paper here.)\"\"\"
     from instructmining_core.indicators.text import each_turn, mean_over_turns
 
-    def compute(conversations, model=None, *, progress=False):
+    def compute_questions(conversations, model=None, *, progress=False):
         values = [turn.response.count("?") for turn in each_turn(conversations)]
         return {"questions": mean_over_turns(conversations, values)}
 
     INDICATORS["questions"] = Indicator(
-        "questions", "1", ("questions",), module="instructmining_core.indicators.questions",
+        "questions", "1", ("questions",), where="mine.questions:compute_questions",
         paper="your paper")
 
-`compute` gets checked conversations (`text.read`) and returns a `text.Column` for each name in
+It gets checked conversations (`text.read`) and returns a `text.Column` for each name in
 `columns`: float64 values, NaN where there is none, with a reason. Raise `version` whenever values
 change: it is part of the score bank's key. With `role` it also gets the opened model of that role;
 with `pool_relative` also `reference=` (a `reference.Reference`) and `row_hashes=`.
@@ -26,8 +26,8 @@ with `pool_relative` also `reference=` (a `reference.Reference`) and `row_hashes
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 from instructmining_core.templates import TEMPLATE_VERSION
 
@@ -41,7 +41,7 @@ class Indicator:
     name : as typed in `--indicators`
     version : part of every cache key; raised when values change
     columns : the names of its columns
-    module : full name of the module that has `compute`
+    where : "module:function" of what computes it, the module by its full name
     paper : where it comes from
     role : which model it needs (one of `ROLES`), None for none
     role_optional : True if it also works without that model, then with `version_without`
@@ -52,7 +52,7 @@ class Indicator:
     name: str
     version: str
     columns: tuple[str, ...]
-    module: str
+    where: str
     paper: str
     role: str | None = None
     role_optional: bool = False
@@ -60,19 +60,21 @@ class Indicator:
     pool_relative: bool = False
     default: bool = True
 
-    def load(self) -> ModuleType:
-        """Import the module that computes this indicator."""
-        return importlib.import_module(self.module)
+    def load(self) -> Callable:
+        """Import the function that computes this indicator."""
+        module, function = self.where.split(":")
+        return getattr(importlib.import_module(module), function)
 
 
 def _entry(name: str, version: str, columns: tuple[str, ...], paper: str, **more) -> Indicator:
-    module = more.pop("module", name)
-    return Indicator(name, version, columns, f"{__name__}.{module}", paper, **more)
+    where = more.pop("where", f"{name}:compute_{name}")
+    return Indicator(name, version, columns, f"{__name__}.{where}", paper, **more)
 
 
 _LENGTH = _entry(
     "length", "tokens-1", ("len_in", "len_out"), "InstructMining v3, Table 1 (arXiv 2307.06290)",
     role="base", role_optional=True, version_without="regex-words-1",
+    where="surface:compute_length",
 )
 _UNIEVAL_COLUMNS = ("naturalness", "coherence", "understandability")
 
@@ -81,21 +83,27 @@ INDICATORS: dict[str, Indicator] = {
     for entry in (
         _LENGTH,
         _entry("mtld", "1", ("mtld",), "McCarthy & Jarvis 2010, doi 10.3758/BRM.42.2.381"),
-        _entry("compression", "1", ("compression",), "Yin et al. 2024, arXiv 2407.06645"),
-        _entry("script", "1", ("script",), "Unicode UAX 24; Kreutzer et al., arXiv 2103.12028"),
-        _entry("turns", "1", ("turns",), "Zhou et al. 2023 (LIMA), arXiv 2305.11206"),
+        _entry("compression", "1", ("compression",), "Yin et al. 2024, arXiv 2407.06645",
+               where="surface:compute_compression"),
+        _entry("script", "1", ("script",), "Unicode UAX 24; Kreutzer et al., arXiv 2103.12028",
+               where="surface:compute_script"),
+        _entry("turns", "1", ("turns",), "Zhou et al. 2023 (LIMA), arXiv 2305.11206",
+               where="surface:compute_turns"),
         _entry("ppl", f"1+{TEMPLATE_VERSION}", ("ppl",), "InstructMining v3, Table 1", role="ppl",
-               module="perplexity"),
+               where="perplexity:compute_perplexity"),
         _entry("reward", "1", ("reward",), "InstructMining v3, Table 1; Open-Assistant, "
                "arXiv 2304.07327", role="reward"),
         _entry("unieval", "1", _UNIEVAL_COLUMNS, "Zhong et al. 2022 (UniEval), arXiv 2210.07197",
                role="unieval"),
         _entry("knn", "2", ("knn_6",), "InstructMining v3, Table 1; Reimers & Gurevych 2019, "
-               "arXiv 1908.10084", role="encoder", pool_relative=True),
+               "arXiv 1908.10084", role="encoder", pool_relative=True,
+               where="neighbours:compute_knn"),
         _entry("ifd", f"1+{TEMPLATE_VERSION}", ("ifd",), "Li et al. 2023, arXiv 2308.12032; "
-               "Superfiltering, arXiv 2402.00530", role="ppl", default=False),
+               "Superfiltering, arXiv 2402.00530", role="ppl", default=False,
+               where="perplexity:compute_ifd"),
         _entry("diversity", "2", ("diversity",), "Friedman & Dieng 2022 (Vendi score), "
-               "arXiv 2210.02410", role="encoder", pool_relative=True, default=False),
+               "arXiv 2210.02410", role="encoder", pool_relative=True, default=False,
+               where="neighbours:compute_diversity"),
     )
 }  # fmt: skip
 

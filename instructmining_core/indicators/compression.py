@@ -20,7 +20,7 @@ from instructmining_core.indicators.text import (
 )
 
 
-def compute(
+def compute_compression(
     conversations: Sequence[Conversation], model=None, *, progress: bool = False
 ) -> dict[str, Column]:
     """UTF-8 bytes per zlib byte (level 6) of each response; mean over the assistant's turns."""

@@ -21,7 +21,7 @@ from instructmining_core.indicators.reference import Reference
 from instructmining_core.indicators.text import Column, Conversation
 
 
-def compute(
+def compute_diversity(
     conversations: Sequence[Conversation],
     model: Opened,
     *,

@@ -24,7 +24,7 @@ from instructmining_core.lm import LM, response_nll
 from instructmining_core.templates import Encoded
 
 
-def compute(
+def compute_ifd(
     conversations: Sequence[Conversation],
     model: LM,
     *,

@@ -27,7 +27,7 @@ NEIGHBOUR = 6
 OUT_OF_MEMORY = "out of memory on this row alone"
 
 
-def compute(
+def compute_knn(
     conversations: Sequence[Conversation],
     model: Opened,
     *,

@@ -19,7 +19,7 @@ _WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 _CHUNK = 4096  # texts handed to the tokenizer at once
 
 
-def compute(
+def compute_length(
     conversations: Sequence[Conversation], model=None, *, progress: bool = False
 ) -> dict[str, Column]:
     """Lengths in tokens (or words and marks), mean over the assistant's turns.

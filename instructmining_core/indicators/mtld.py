@@ -23,7 +23,7 @@ _DELETED = dict.fromkeys(map(ord, string.digits + "-\N{EN DASH}\N{EM DASH}"))
 _TABLE = {**dict.fromkeys(map(ord, string.punctuation), " "), **_DELETED}
 
 
-def compute(
+def compute_mtld(
     conversations: Sequence[Conversation], model=None, *, progress: bool = False
 ) -> dict[str, Column]:
     """MTLD of each response, in words; mean over the assistant's turns."""

@@ -26,7 +26,7 @@ from instructmining_core.lm import LM, response_nll
 from instructmining_core.templates import Encoded, encode_many
 
 
-def compute(
+def compute_perplexity(
     conversations: Sequence[Conversation],
     model: LM,
     *,

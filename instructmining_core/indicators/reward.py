@@ -89,7 +89,7 @@ def _check_form(form: str) -> None:
         raise RewardModelError(f"input form {form!r}; known are {', '.join(FORMS)}")
 
 
-def compute(
+def compute_reward(
     conversations: Sequence[Conversation],
     model: Opened,
     *,

@@ -24,7 +24,7 @@ _ASCII_LETTER = re.compile("[A-Za-z]")
 _TWO_WORDS = ("OLD", "LINEAR", "MEETEI", "PHAISTOS", "SYLOTI", "TAI", "NEW")
 
 
-def compute(
+def compute_script(
     conversations: Sequence[Conversation], model=None, *, progress: bool = False
 ) -> dict[str, Column]:
     """Share of Latin letters, 0 to 1, of each response; mean over the assistant's turns."""

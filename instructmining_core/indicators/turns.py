@@ -13,7 +13,7 @@ import numpy as np
 from instructmining_core.indicators.text import Column, Conversation
 
 
-def compute(
+def compute_turns(
     conversations: Sequence[Conversation], model=None, *, progress: bool = False
 ) -> dict[str, Column]:
     """Assistant turns of each row; a row without one is NaN, with its reason."""

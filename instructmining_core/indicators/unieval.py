@@ -61,7 +61,7 @@ def answer_ids(tokenizer) -> tuple[int, int]:
     return yes, no
 
 
-def compute(
+def compute_unieval(
     conversations: Sequence[Conversation],
     model: Opened,
     *,
