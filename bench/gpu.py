@@ -48,10 +48,10 @@ def sweep_on_gpu() -> list[dict]:
 
 def ppl_share(size: str, rows: int, device: str, repeats: int = 3) -> dict:
     """The row of one model, on any device."""
+    from instructmining_core.data.tokenization import TEMPLATE_VERSION
     from instructmining_core.indicators import perplexity
-    from instructmining_core.indicators.text import each_turn, read
-    from instructmining_core.lm import BATCH_TOKENS
-    from instructmining_core.templates import TEMPLATE_VERSION
+    from instructmining_core.indicators.turns import each_turn, read
+    from instructmining_core.models.causal_lm import BATCH_TOKENS
 
     found, origin = data.conversations(rows)
     talks = [read(messages) for messages in found]

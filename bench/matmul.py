@@ -76,8 +76,8 @@ def _work(folder: str, config, rows, repeats: int, barrier, results) -> None:
     """One process: a training thrown away, then trainings and products in turn."""
     import torch
 
-    from instructmining_core.lm import load_lm
-    from instructmining_core.profiles import ModelRef
+    from instructmining_core.config import ModelRef
+    from instructmining_core.models.causal_lm import load_lm
 
     torch.set_num_threads(1)
     lm = load_lm(ModelRef(folder, dtype="auto"), "cpu")
@@ -95,7 +95,7 @@ def _work(folder: str, config, rows, repeats: int, barrier, results) -> None:
 
 def training_flop(stack, lm, rows, config) -> float:
     """FLOP of training on `rows`; the module tells what is counted."""
-    from instructmining_core.stacked_linear import shapes
+    from instructmining_core.finetuning.lora import shapes
 
     places = {False: sum(map(len, rows)), True: _targets(rows)}
     multiplied = sum(weight.numel() * (4 if below else 2) * places[at_targets]
@@ -142,7 +142,7 @@ def products(stack, lm, rows, config) -> tuple[float, float]:
     """FLOP and seconds of the frozen products of a whole training, and of nothing else."""
     import torch
 
-    from instructmining_core.target_loss import CHUNK_LOGITS
+    from instructmining_core.finetuning.cross_entropy import CHUNK_LOGITS
 
     steps = -(-len(rows) // config.batch_size)
     tokens, targets = sum(map(len, rows)) // steps, _targets(rows) // steps

@@ -32,7 +32,7 @@ def once(size: int, repeats: int) -> dict:
     import faiss
     import torch
 
-    from instructmining_core.indicators.neighbours import nearest
+    from instructmining_core.indicators.nearest import nearest
 
     (rows, told), own = data.embeddings(size), np.arange(size)
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -76,7 +76,7 @@ def memory(rows: int = 1_000_000, first: int = 4096) -> list[dict]:
     code = (
         "import sys, numpy as np;"
         "from bench.data import embeddings;"
-        "from instructmining_core.indicators.neighbours import nearest;"
+        "from instructmining_core.indicators.nearest import nearest;"
         "rows, first = map(int, sys.argv[1:]);"
         "found = embeddings(rows)[0];"
         "nearest(found[:first], found, 6, np.arange(first))"

@@ -18,16 +18,16 @@ from .world import World, train_seconds
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::matmul", "aten::linear"}
 OTHER, PYTHON = "activations, sums and embeddings", "Python and autograd between operations"
 LABELS = {  # (module of the package, name there) -> part
-    ("lean_block", "_mix"): "attention",
-    ("lean_block", "_unmix"): "attention",
-    ("lean_block", "_norm"): "norms",
-    ("lean_block", "_norm_back"): "norms",
-    ("lean_block", "_turn"): "rotary positions",
-    ("joined_linear", "Joined.forward"): "adapters beside their products",
-    ("joined_linear", "Joined.backward"): "adapters beside their products",
-    ("packed", "weighted_nll"): "loss",
-    ("packed", "Body.batch"): "laying out batches",
-    ("stacked", "AdapterStack.step"): "optimiser",
+    ("finetuning.fused_layer", "_mix"): "attention",
+    ("finetuning.fused_layer", "_unmix"): "attention",
+    ("finetuning.fused_layer", "_norm"): "norms",
+    ("finetuning.fused_layer", "_norm_back"): "norms",
+    ("finetuning.fused_layer", "_turn"): "rotary positions",
+    ("finetuning.fused_layer", "FusedLinear.forward"): "adapters beside their products",
+    ("finetuning.fused_layer", "FusedLinear.backward"): "adapters beside their products",
+    ("finetuning.packing", "weighted_nll"): "loss",
+    ("finetuning.packing", "PackedModel.batch"): "laying out batches",
+    ("finetuning.multi_lora", "MultiLoRA.step"): "optimiser",
 }
 
 
@@ -39,7 +39,7 @@ def where_time_goes(world: World) -> tuple[dict[str, float], float]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from instructmining_core.sweep_helpers import one_thread
+    from instructmining_core.finetuning.workers import one_thread
 
     lm, rows = world.load(), [world.rows[name] for name in world.set(0)]
     with one_thread():

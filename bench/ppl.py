@@ -39,7 +39,7 @@ def theirs(lm, conversations, rows_a_call: int) -> np.ndarray:
     import torch
 
     from instructmining_core.indicators.perplexity import encode_turns
-    from instructmining_core.indicators.text import each_turn
+    from instructmining_core.indicators.turns import each_turn
 
     turns, found = list(each_turn(conversations)), []
     with torch.inference_mode():
@@ -73,7 +73,7 @@ def compared(size: str, rows: int, repeats: int, exact_rows: int = 16) -> dict:
 
     Raises Disagreement where they differ by more than rounding.
     """
-    from instructmining_core.indicators.text import read
+    from instructmining_core.indicators.turns import read
 
     found, origin = data.conversations(rows)
     talks = [read(messages) for messages in found]
@@ -96,7 +96,7 @@ def _apart(one: np.ndarray, other: np.ndarray, limit: float) -> float:
 
 def both_ways(size: str, rows: int, repeats: int, ending: str = "") -> list[dict]:
     """The rows of `ppl_vs_file_order` and `ppl_vs_row` (with `ending`) of one model."""
-    from instructmining_core.templates import TEMPLATE_VERSION
+    from instructmining_core.data.tokenization import TEMPLATE_VERSION
 
     found = compared(size, rows, repeats)
     rate = {side: found["rows"] / seconds for side, seconds in found["seconds"].items()}
@@ -126,10 +126,10 @@ def medium() -> list[dict]:
 
 def padding(rows: int = 2048) -> list[dict]:
     """`ppl_padding`: tokens that our batches put through the model, per real token."""
-    from instructmining_core.batching import padded_share
+    from instructmining_core.data.tokenization import TEMPLATE_VERSION
     from instructmining_core.indicators.perplexity import encode_turns
-    from instructmining_core.indicators.text import each_turn, read
-    from instructmining_core.templates import TEMPLATE_VERSION
+    from instructmining_core.indicators.turns import each_turn, read
+    from instructmining_core.models.batching import padded_share
 
     found, origin = data.conversations(rows)
     talks = [read(messages) for messages in found]

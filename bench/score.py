@@ -71,7 +71,7 @@ def write_rows(path: Path, found: list[list[dict]], size: int) -> None:
 def _once(folder: str, found: list[list[dict]], size: int) -> tuple[float, float]:
     source = Path(folder) / f"{size}.jsonl"
     write_rows(source, found, size)
-    taken = measured("-m", "instructmining_core.cli", "score", source,
+    taken = measured("-m", "instructmining", "score", source,
                      "-o", Path(folder) / "scores.parquet")  # fmt: skip
     source.unlink()
     return taken

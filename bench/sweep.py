@@ -33,7 +33,7 @@ def against_trainer(world: World, runs: int, repeats: int = 3, **how) -> list[di
 
     runs : of ours in each repetition, at least `repeats`; how : options of `run_sweep`
     """
-    from instructmining_core.evaluate import evaluate
+    from instructmining_core.models.loss import evaluate
 
     before = evaluate(world.load("float32"), world.evals["eval_1"])[0]["prompt_mean"]
     seconds: dict[str, list[float]] = {side: [] for side in ("ours", *WAYS)}

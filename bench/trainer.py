@@ -74,8 +74,8 @@ class Peer:
     def _loss(self, folder: str) -> float:
         from peft import PeftModel
 
-        from instructmining_core.evaluate import evaluate
-        from instructmining_core.lm import LM
+        from instructmining_core.models.causal_lm import LM
+        from instructmining_core.models.loss import evaluate
 
         base = self.world.load("float32")
         model = PeftModel.from_pretrained(base.model, folder).eval()
@@ -99,7 +99,7 @@ def train(job: dict[str, Any], folder: str) -> float:
         TrainingArguments,
     )
 
-    from instructmining_core.adapters import peft_config, set_first_values
+    from instructmining_core.finetuning.lora import peft_config, set_first_values
 
     tokenizer = AutoTokenizer.from_pretrained(job["folder"])
     start = time.perf_counter()

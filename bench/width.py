@@ -1,6 +1,6 @@
 """How many adapters in one pass pay: tokens a second and memory for K = 1, 2, 4, 8.
 
-The rows justify `ON_CPU` in `instructmining_core/width.py`: each K is held against K = 1. One
+The rows justify `ON_CPU` in `instructmining_core/finetuning/trainer.py`: each K is held against K = 1. One
 thread, as each process of a sweep has; one epoch of each adapter's own set of 64 rows, so that
 what a pass needs before its first step weighs more than in a whole run.
 """
@@ -17,7 +17,7 @@ from .world import Extent, World
 
 def on_this_processor() -> list[dict]:
     """`sweep_width` at about 1 and 5 M parameters."""
-    from instructmining_core.sweep_helpers import one_thread
+    from instructmining_core.finetuning.workers import one_thread
 
     short = Extent(epochs=1, set_rows=64)
     with one_thread():
@@ -51,18 +51,18 @@ def widths(
 
 def train_once(world: World, lm, count: int) -> tuple[float, float]:
     """Real tokens a second of `count` adapters trained in one pass, and peak MiB."""
-    from instructmining_core.finetune import Meter
-    from instructmining_core.packed import Body
-    from instructmining_core.stacked import AdapterStack
-    from instructmining_core.training import Job, train
+    from instructmining_core.finetuning.finetune import Meter
+    from instructmining_core.finetuning.multi_lora import MultiLoRA
+    from instructmining_core.finetuning.packing import PackedModel
+    from instructmining_core.finetuning.trainer import TrainingJob, train
 
-    jobs = [Job([world.rows[name] for name in world.set(k)], 0, 0) for k in range(count)]
+    jobs = [TrainingJob([world.rows[name] for name in world.set(k)], 0, 0) for k in range(count)]
     held = 0 if world.device != "cpu" else _held()
     meter = Meter(world.device)
-    stack = AdapterStack(lm.model, world.config, [0] * count)
+    stack = MultiLoRA(lm.model, world.config, [0] * count)
     stack.attach()
     try:
-        train(stack, Body(lm), jobs)
+        train(stack, PackedModel(lm), jobs)
         seconds, peak = meter.read()
     finally:
         stack.detach()

@@ -36,8 +36,8 @@ class World:
     """All that both sides train on; the folder goes with the object."""
 
     def __init__(self, size: str, extent: Extent = Extent(), device: str = "cpu") -> None:
-        from instructmining_core.profiles import FinetuneConfig
-        from instructmining_core.templates import encode_many
+        from instructmining_core.config import FinetuneConfig
+        from instructmining_core.data.tokenization import encode_many
 
         self.size, self.extent, self.device = size, extent, device
         self._kept = tempfile.TemporaryDirectory(prefix="bench-sweep-")
@@ -56,8 +56,8 @@ class World:
 
     def _warm(self, rows) -> None:
         """Train the base a little, so that losses to be compared are not those of noise."""
-        from instructmining_core.finetune import finetune
-        from instructmining_core.profiles import FinetuneConfig
+        from instructmining_core.config import FinetuneConfig
+        from instructmining_core.finetuning.finetune import finetune
 
         # large models diverge at the rate that small ones need
         rate = 5e-3 if self.size in ("tiny", "1m", "5m", "15m") else 3e-4
@@ -67,8 +67,8 @@ class World:
 
     def load(self, dtype: str = "auto"):
         """The base as an LM."""
-        from instructmining_core.lm import load_lm
-        from instructmining_core.profiles import ModelRef
+        from instructmining_core.config import ModelRef
+        from instructmining_core.models.causal_lm import load_lm
 
         return load_lm(ModelRef(str(self.folder), dtype=dtype), self.device)
 
@@ -79,14 +79,14 @@ class World:
 
     def specs(self, lm, count: int) -> list:
         """Specifications of the first `count` sets."""
-        from instructmining_core.ledger import RunSpec
+        from instructmining_core.finetuning.ledger import RunSpec
 
         return [RunSpec.of("bench", lm, self.config, self.set(k), self.evals,
                            label={"set_id": f"s{k}"}) for k in range(count)]
 
     def told(self) -> dict[str, str]:
         """What a row of results says of it."""
-        from instructmining_core.templates import TEMPLATE_VERSION
+        from instructmining_core.data.tokenization import TEMPLATE_VERSION
 
         size = self.extent
         return {
@@ -101,8 +101,8 @@ def sweep(world: World, count: int, **how) -> tuple[float, list[float]]:
 
     how : options of `run_sweep`
     """
-    from instructmining_core.ledger import Ledger
-    from instructmining_core.sweep import run_sweep
+    from instructmining_core.finetuning.ledger import Ledger
+    from instructmining_core.finetuning.sweep import run_sweep
 
     lm = world.load()
     specs = world.specs(lm, count)
@@ -117,16 +117,16 @@ def sweep(world: World, count: int, **how) -> tuple[float, list[float]]:
 
 def train_seconds(lm, config, rows) -> tuple[float, object]:
     """Seconds of one training, and the stack it was done with."""
-    from instructmining_core.packed import Body
-    from instructmining_core.stacked import AdapterStack
-    from instructmining_core.training import Job, train
+    from instructmining_core.finetuning.multi_lora import MultiLoRA
+    from instructmining_core.finetuning.packing import PackedModel
+    from instructmining_core.finetuning.trainer import TrainingJob, train
 
-    stack = AdapterStack(lm.model, config, [0])
+    stack = MultiLoRA(lm.model, config, [0])
     stack.attach()
-    body = Body(lm)
+    body = PackedModel(lm)
     start = time.perf_counter()
     try:
-        train(stack, body, [Job(rows, 0, 0)])
+        train(stack, body, [TrainingJob(rows, 0, 0)])
         return time.perf_counter() - start, stack
     finally:
         stack.detach()

@@ -56,8 +56,8 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # Nine indicators are candidates.
 
 # %%
-from instructmining_core import figures, paper
-from instructmining_core.study import Study
+from instructmining import figures, paper
+from instructmining.study import Study
 
 study = Study.open(profile)
 paper.indicators()

@@ -48,7 +48,7 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # On other profiles the rows are read from files or from the hub.
 
 # %%
-from instructmining_core.study import Study
+from instructmining.study import Study
 
 study = Study.open(profile)
 data = study.data
@@ -81,7 +81,7 @@ pd.DataFrame(
 # Where the profile plants defects, one defective row of each kind stands here below the clean row that it was made from.
 
 # %%
-from instructmining_core.paper import quote
+from instructmining.paper import quote
 
 rows = data.candidates.set_index("id")
 if "twin" in rows:
@@ -122,7 +122,7 @@ else:
 # No evaluation row may be a near copy of a row that a model is trained on.
 
 # %%
-from instructmining_core.near_copies import count_shared
+from instructmining_core.data.duplicates import count_shared
 
 exam = pd.concat([data.eval_1, data.eval_2])
 leaks = {
@@ -140,7 +140,7 @@ pd.Series(leaks, name="evaluation rows with a near copy").to_frame()
 # They say how the method behaves, not how LLaMA behaves.
 
 # %%
-from instructmining_core.hub import resolve
+from instructmining_core.models.hub import resolve
 
 roles, ladder = study.profile.models.roles(), study.profile.models.ladder
 study.standins(*roles.values(), *ladder)  # those that are missing are built, side by side

@@ -48,9 +48,9 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # %%
 import pandas as pd
 
-from instructmining_core import figures
-from instructmining_core.scoring import write_scores
-from instructmining_core.study import Study
+from instructmining import figures
+from instructmining.study import Study
+from instructmining_core.indicators.scorer import write_scores
 
 study = Study.open(profile)
 scores = study.scorer().score(study.data.everything, progress=True)

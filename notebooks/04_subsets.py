@@ -52,8 +52,8 @@ import json
 
 import pandas as pd
 
-from instructmining_core import figures
-from instructmining_core.study import Study
+from instructmining import figures
+from instructmining.study import Study
 
 study = Study.open(profile)
 columns = study.profile.rule_columns()
@@ -83,7 +83,7 @@ frame.groupby("arm")[columns].std().T.round(3)
 # Mixtures of $S$ sources have at most $S-1$.
 
 # %%
-from instructmining_core.inference import effective_dimensions
+from instructmining_core.regression import effective_dimensions
 
 constants = study.candidate_scores[columns].std()
 pd.DataFrame(
@@ -101,7 +101,7 @@ pd.DataFrame(
 # These are runs of the sweep of notebook 06, done ahead of it, and not done again there.
 
 # %%
-from instructmining_core import pilot
+from instructmining import pilot
 
 noise = pilot.run_pilot(study)
 if noise is None:
@@ -160,8 +160,8 @@ else:
 # The gain is the plain draw's half-width over that of chosen sets, for the same number of runs, whatever the noise is.
 
 # %%
-from instructmining_core.design_choice import gain
-from instructmining_core.ols import RankError
+from instructmining.design import gain
+from instructmining_core.regression.ols import RankError
 
 design = study.profile.design
 try:

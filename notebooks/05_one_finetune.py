@@ -51,8 +51,8 @@ import dataclasses
 
 import pandas as pd
 
-from instructmining_core.study import Plan, Study
-from instructmining_core.templates import encode
+from instructmining.study import PlannedRun, Study
+from instructmining_core.data.tokenization import encode
 
 study = Study.open(profile)
 messages = study.data.eval_1["messages"].iloc[0]
@@ -67,7 +67,7 @@ pd.DataFrame({"token": pieces, "target": row.targets}).iloc[:24].T
 # A product of matrices rounds at other places when its rows are batched otherwise; in bfloat16 a single prompt can therefore move visibly, while the mean over prompts, which is what the study uses, hardly does.
 
 # %%
-from instructmining_core.lm import response_nll
+from instructmining_core.models.causal_lm import response_nll
 
 rows = study.encoded_evals(study.lm, study.profile.finetune)["eval_1"]
 exact = study.load(dataclasses.replace(study.profile.models.base, dtype="float32"))
@@ -92,8 +92,8 @@ batching.map("{:.1e}".format)
 # A random set of candidates, the profile's settings, one adapter.
 
 # %%
-from instructmining_core.evaluate import evaluate
-from instructmining_core.finetune import finetune
+from instructmining_core.finetuning.finetune import finetune
+from instructmining_core.models.loss import evaluate
 
 config = study.profile.finetune
 chosen = study.data.candidates.sample(study.profile.design.size, random_state=0)
@@ -107,7 +107,7 @@ after, per_prompt = evaluate(tuned.lm, rows)
 pd.DataFrame({"before": before, "after": after}).round(4)
 
 # %%
-from instructmining_core import figures
+from instructmining import figures
 
 curve = tuned.curve
 tuned.save(study.folder / "adapter")  # as peft saves it: `PeftModel.from_pretrained` loads it
@@ -129,10 +129,10 @@ print(
 # ## The same seed gives the same loss, another seed another
 
 # %%
-from instructmining_core.records import row_hash
+from instructmining_core.data.records import row_hash
 
 hashes = tuple(row_hash(m) for m in chosen["messages"])
-plans = [Plan(hashes, {"set_id": "one"}, init_seed=s, order_seed=s) for s in (0, 1, 2)]
+plans = [PlannedRun(hashes, {"set_id": "one"}, init_seed=s, order_seed=s) for s in (0, 1, 2)]
 seeds = study.run("one", plans)
 seeds[["init_seed", "order_seed", "loss_eval_1", "loss_eval_2", "seconds"]].round(4)
 

@@ -44,9 +44,9 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # ## Run the sweep
 
 # %%
-from instructmining_core import figures
-from instructmining_core.experiments import sweep_plans
-from instructmining_core.study import Study
+from instructmining import figures
+from instructmining.experiments import sweep_plans
+from instructmining.study import Study
 
 study = Study.open(profile)
 runs = study.run("sweep", sweep_plans(study))
@@ -75,7 +75,7 @@ figures.loss_by_source(sweep)
 # The fit of the rule to the designed sets leaves residuals, which also hold what a straight line in the set means misses: this decides how wide the intervals are.
 
 # %%
-from instructmining_core import pilot
+from instructmining import pilot
 
 seeds, fit = pilot.sweep_noise(study)
 if seeds is None:
@@ -103,7 +103,7 @@ spread.rename("sd of the log loss over sets").round(4).to_frame()
 # `in_band` is the share of coefficients whose realised half-width lies in the band.
 
 # %%
-from instructmining_core.runs import RunsError
+from instructmining_core.regression.run_table import RunsError
 
 known = pilot.run_pilot(study, progress=False)
 try:

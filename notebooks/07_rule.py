@@ -49,24 +49,18 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # %%
 import pandas as pd
 
-from instructmining_core import (
-    certainty,
-    claims,
-    figures,
-    findings,
-    inference,
-    length_slope,
-    loss_variants,
-    regression,
-    simulate,
-)
-from instructmining_core.intervals import r2_of, significant
-from instructmining_core.runs import DESIGNED, pick_arms
-from instructmining_core.study import Study
+from instructmining import claims, figures, tables
+from instructmining.simulation import studies as simulate
+from instructmining.study import Study
+from instructmining_core import regression
+from instructmining_core import regression as inference
+from instructmining_core.regression import checks
+from instructmining_core.regression.intervals import r2_of, significant
+from instructmining_core.regression.run_table import DESIGNED, pick_arms
 
 study = Study.open(profile)
 runs, columns = study.sweep(), study.profile.rule_columns()
-constants = regression.Standardisation.fit(study.candidate_scores, columns)
+constants = regression.Standardizer.fit(study.candidate_scores, columns)
 print(
     f"{len(runs)} runs of {runs['set_id'].nunique()} sets, {runs['arm'].value_counts().to_dict()}"
 )
@@ -82,7 +76,7 @@ print(*study.notes)
 # %%
 studies = study.profile.inference.simulated_studies
 null = pd.concat([simulate.null_r2(sources, studies, seed=0) for sources in (4, 8, 12)])
-display(certainty.failure_table(null))
+display(tables.failure_table(null))
 figures.design_failure(null)
 # %% [markdown]
 # The brackets are 95 % intervals over the simulated studies: by order statistics for medians, Wilson's for shares.
@@ -117,14 +111,14 @@ figures.regression_panels(pick_arms(runs, DESIGNED), columns, fit=screens)
 # The raw slope is per unit of the indicator, its bounds are for these sources.
 
 # %%
-fit = regression.fit_within(runs, columns, constants)
-jackknife = findings.jackknife(runs, columns, constants)
+fit = regression.fit_rule(runs, columns, constants)
+jackknife = tables.jackknife(runs, columns, constants)
 r2, r2_low, r2_high = r2_of(fit)
 print(
     f"Fitted to {len(fit.runs)} designed runs of {len(runs)} in all, one a set: "
     f"R² beyond the shares {r2:.2f} [{r2_low:.2f}, {r2_high:.2f}], these sources."
 )
-significant(findings.coefficient_table(fit, jackknife))
+significant(tables.coefficient_table(fit, jackknife))
 
 # %% [markdown]
 # Beside it, the paper's fit by the paper's procedure and without shares: on all arms, and on fusion alone, which is the paper's own design.
@@ -133,10 +127,10 @@ significant(findings.coefficient_table(fit, jackknife))
 # %%
 size = min(4, len(columns))
 by_paper = regression.fit_paper(runs, columns, constants, size=size)
-significant(certainty.paper_table(runs, columns, constants, size))
+significant(tables.paper_table(runs, columns, constants, size))
 
 # %%
-figures.coefficients(findings.coefficient_frame(fit, jackknife, by_paper))
+figures.coefficients(tables.coefficient_frame(fit, jackknife, by_paper))
 # %% [markdown]
 # ## Is it there at all?
 #
@@ -144,7 +138,7 @@ figures.coefficients(findings.coefficient_frame(fit, jackknife, by_paper))
 # The hypothesis: the indicators add nothing to the shares.
 
 # %%
-rows = findings.rows_of_sets(study)
+rows = tables.rows_of_sets(study)
 tests = [
     inference.permutation(
         runs,
@@ -157,7 +151,7 @@ tests = [
     )
     for null_name, shared in (("H0b", rows), ("H0b", None), ("H0a", None))
 ]
-significant(certainty.tests_table(tests, fit, size))
+significant(tables.tests_table(tests, fit, size))
 
 # %% [markdown]
 # The bounds of $R^2$ take the chosen subset as given, so the lower one is too high; the bounds of $p$ are what the number of permutations leaves open.
@@ -179,14 +173,14 @@ display(significant(held))
 significant(inference.summary(held))
 
 # %%
-figures.predicted_measured(findings.predictions(fit), title="in sample")
+figures.predicted_measured(tables.predictions(fit), title="in sample")
 # %% [markdown]
 # ## Between sources and within them
 #
 # If the slopes between sources and those within them differ, a rule fitted to mixtures is not a rule for rows {cite:p}`mundlak1978`.
 
 # %%
-split, equality = findings.mundlak(study, runs, columns, constants)
+split, equality = tables.mundlak(study, runs, columns, constants)
 print(equality)
 significant(split)
 
@@ -200,10 +194,10 @@ chosen = inference.bootstrap_choice(
     runs, columns, constants, n=study.profile.inference.bootstraps, size=size
 )
 noise = inference.seed_variance(runs)
-print(certainty.line_enough(inference.lack_of_fit(fit, noise)))
+print(tables.line_enough(inference.lack_of_fit(fit, noise)))
 display(significant(pd.DataFrame([vars(noise)], ["sd between seeds of one set"])))
-display(significant(certainty.dimensions(runs, fit)))
-significant(certainty.choice_table(chosen, study.profile.inference.bootstraps))
+display(significant(tables.dimensions(runs, fit)))
+significant(tables.choice_table(chosen, study.profile.inference.bootstraps))
 
 # %%
 figures.residual_page(inference.residual_page(fit))
@@ -214,11 +208,11 @@ figures.residual_page(inference.residual_page(fit))
 # A slope is marked "!" where its sign differs from that under the study's loss, and "!!" where both intervals also leave out zero.
 
 # %%
-variants = loss_variants.variant_table(runs, columns, constants)
-print(loss_variants.variants_said(variants))
-for name, effective in loss_variants.effective_n(runs).items():
+variants = checks.variant_table(runs, columns, constants)
+print(checks.variants_said(variants))
+for name, effective in checks.effective_n(runs).items():
     print(f"The token mean of {name} rests on {effective:.0f} prompts' worth of tokens.")
-loss_variants.variant_page(variants)
+checks.variant_page(variants)
 
 # %% [markdown]
 # ## Is it more than vocabulary and the number of tokens?
@@ -227,7 +221,7 @@ loss_variants.variant_page(variants)
 # Below, the indicators' slopes without and with these two; all intervals are for these sources.
 
 # %%
-compared = findings.baselines(study, runs, columns, constants)
+compared = tables.baselines(study, runs, columns, constants)
 display(significant(compared))
 significant(regression.baseline_slopes(compared))
 
@@ -238,8 +232,8 @@ significant(regression.baseline_slopes(compared))
 # The slope of length alone, beside the shares, in both designs.
 
 # %%
-lengths = length_slope.length_slopes(runs, constants)
-print(length_slope.length_said(lengths))
+lengths = checks.length_slopes(runs, constants)
+print(checks.length_said(lengths))
 significant(lengths)
 
 # %% [markdown]
@@ -248,13 +242,13 @@ significant(lengths)
 # The rule goes out with everything that is needed to use it, or to refuse to.
 
 # %%
-card = findings.rule_card(study, fit, jackknife, held, tests[0])
+card = tables.rule_card(study, fit, jackknife, held, tests[0])
 card.save(study.folder / "rule.json")
 study.claim("rule_predicts", **claims.rule_claim(fit, tests[0], noise))
 study.claim("rule_transfers", **claims.transfer_claim(inference.summary(held)))
 from IPython.display import Markdown
 
-from instructmining_core.card_page import card_markdown
+from instructmining.reports import card_markdown
 
 Markdown(card_markdown(card))
 

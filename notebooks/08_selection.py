@@ -51,12 +51,14 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # %%
 import pandas as pd
 
-from instructmining_core import claims, experiments, figures, refits, verdict_page, verify
-from instructmining_core.card import load_rule
-from instructmining_core.length_alone import answers_table, both_ends
-from instructmining_core.rule_compare import compare_rules
-from instructmining_core.study import Study
-from instructmining_core.support import support
+from instructmining import claims, experiments, figures, reports
+from instructmining import experiments as refits
+from instructmining.study import Study
+from instructmining_core.regression.rule_card import load_rule
+from instructmining_core.selection import beat_random
+from instructmining_core.selection.beat_random import answers_table, both_ends
+from instructmining_core.selection.select import compare_rules
+from instructmining_core.selection.support import support
 
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
@@ -79,7 +81,7 @@ experiments.overlap(at_equal_rows).round(2)
 
 # %%
 kinds = {
-    pool: verdict_page.pool_kind(study.pool_scores(pool), rule, study.candidate_scores)
+    pool: reports.pool_kind(study.pool_scores(pool), rule, study.candidate_scores)
     for pool in study.data.pools
 }
 reach = {
@@ -115,7 +117,7 @@ apart.join(rows[list(study.profile.indicators)]).head(8).round(2)
 # %%
 runs = study.run("gate", plans)
 study.save(runs[experiments.GATE_COLUMNS], "comparison.parquet")
-table = verify.selection_table(runs)
+table = beat_random.selection_table(runs)
 table.round(4)
 
 # %% [markdown]
@@ -123,7 +125,7 @@ table.round(4)
 # `tokens_trained` counts the target tokens of all epochs, `rows` and `steps` are means over the finetunes.
 
 # %%
-figures.selected_random(verify.by_budget(runs)["equal rows"])
+figures.selected_random(beat_random.by_budget(runs)["equal rows"])
 # %% [markdown]
 # ## The primary contrast, at equal rows and at equal tokens
 #
@@ -135,7 +137,7 @@ figures.selected_random(verify.by_budget(runs)["equal rows"])
 
 # %%
 prompts = experiments.per_example(study, runs)
-contrasts = verify.compare_budgets(runs, prompts, loss="loss_eval_2")
+contrasts = beat_random.compare_budgets(runs, prompts, loss="loss_eval_2")
 numbers = ["difference", "low", "high", "low_prompts", "high_prompts", "detectable"]
 shown = ["budget", "pool", *numbers, "p_holm", "p_margin", "verdict"]
 contrasts.query("role == 'primary'")[shown].round(4)
@@ -143,7 +145,7 @@ contrasts.query("role == 'primary'")[shown].round(4)
 # %% tags=["hide-input"]
 from IPython.display import Markdown
 
-Markdown(verdict_page.budget_reading(contrasts, runs))
+Markdown(reports.budget_reading(contrasts, runs))
 
 # %% [markdown]
 # ## Selected against every rival
@@ -188,7 +190,7 @@ refits.agreement(refit_plans, own).round(2)
 
 # %%
 wider = pd.concat([refitted, runs[runs["method"] == "random"]])
-with_refits = verify.compare(
+with_refits = beat_random.compare(
     wider, per_example=experiments.per_example(study, wider), selected="refit"
 )
 with_refits[["pool", *numbers, "p_holm", "p_margin", "verdict"]].round(4)
@@ -200,7 +202,7 @@ with_refits[["pool", *numbers, "p_holm", "p_margin", "verdict"]].round(4)
 
 # %% tags=["hide-input"]
 primary = contrasts.query("role == 'primary'")
-Markdown(verdict_page.verdict_markdown(primary, kinds, rule))
+Markdown(reports.verdict_markdown(primary, kinds, rule))
 
 # %%
 study.claim("selected_beats_random", **claims.contrasts_claim(contrasts, with_refits))

@@ -48,15 +48,16 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # %%
 import pandas as pd
 
-from instructmining_core import claims, experiments, figures, search
-from instructmining_core.card import load_rule
-from instructmining_core.study import Study
+from instructmining import claims, experiments, figures
+from instructmining.study import Study
+from instructmining_core.regression.rule_card import load_rule
+from instructmining_core.selection import size_search
 
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
 pool = experiments.size_pool(study)
 sizes = study.profile.size
-trials = search.blendsearch(
+trials = size_search.blendsearch(
     experiments.size_trial(study, rule, pool),
     sizes.low,
     sizes.high,
@@ -87,7 +88,7 @@ print(
 # %%
 runs = study.run("size", experiments.size_plans(study, rule, pool, best))
 study.save(runs[experiments.GATE_COLUMNS], "sizes.parquet")
-means = search.size_means(runs, loss="loss_eval_2")
+means = size_search.size_means(runs, loss="loss_eval_2")
 means.round(4)
 
 # %%
@@ -100,7 +101,7 @@ figures.size_curve(runs)
 
 # %%
 random_runs = runs.query("method == 'random'")
-bump = search.size_curve_test(random_runs, loss="loss_eval_2", seed=0)
+bump = size_search.size_curve_test(random_runs, loss="loss_eval_2", seed=0)
 pd.Series(vars(bump), name="value").to_frame()
 
 # %% [markdown]
@@ -111,7 +112,7 @@ pd.Series(vars(bump), name="value").to_frame()
 draws = study.profile.size.draws
 power = pd.Series(
     {
-        b: search.size_curve_power(
+        b: size_search.size_curve_power(
             b, sizes=random_runs["size"].nunique(), draws_each=draws
         )
         for b in (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)

@@ -48,19 +48,13 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # %%
 import pandas as pd
 
-from instructmining_core import (
-    ablation,
-    claims,
-    experiments,
-    figures,
-    paper,
-    transfer,
-    verify,
-)
-from instructmining_core.card import load_rule
-from instructmining_core.intervals import significant
-from instructmining_core.runs import Standardisation
-from instructmining_core.study import Study
+from instructmining import claims, experiments, figures, paper, tables
+from instructmining import experiments as ablation
+from instructmining.study import Study
+from instructmining_core.regression.intervals import significant
+from instructmining_core.regression.rule_card import load_rule
+from instructmining_core.regression.run_table import Standardizer
+from instructmining_core.selection import beat_random
 
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
@@ -71,7 +65,7 @@ runs = pd.concat(
     ]
 )
 study.save(runs[experiments.GATE_COLUMNS], "robustness.parquet")
-contrasts = verify.compare(runs, loss="loss_eval_2")
+contrasts = beat_random.compare(runs, loss="loss_eval_2")
 contrasts[
     [
         "pool",
@@ -102,8 +96,8 @@ paper.table_6()
 # The first row is the setting that the rule was fitted in, where the slope is one by construction.
 
 # %%
-settings = transfer.settings(study)
-slopes = transfer.transfer_table(settings, rule)
+settings = tables.settings(study)
+slopes = tables.transfer_table(settings, rule)
 study.save(slopes, "transfer.parquet")
 print(slopes.attrs["note"])
 if not study.profile.robustness.transfer:
@@ -119,9 +113,9 @@ significant(slopes)
 
 # %%
 columns = study.profile.rule_columns()
-constants = Standardisation.fit(study.candidate_scores, columns)
-coefficients = transfer.coefficient_map(transfer.fits(settings, columns, constants))
-print(transfer.transfer_said(coefficients))
+constants = Standardizer.fit(study.candidate_scores, columns)
+coefficients = tables.coefficient_map(tables.fits(settings, columns, constants))
+print(tables.transfer_said(coefficients))
 coefficients.pivot(index="name", columns="setting", values="holds").loc[
     columns, list(dict.fromkeys(coefficients["setting"]))
 ]

@@ -48,13 +48,14 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # %%
 import pandas as pd
 
-from instructmining_core import answers, claims, figures, judge, paper
-from instructmining_core.card import load_rule
-from instructmining_core.study import Study
+from instructmining import claims, experiments, figures, paper
+from instructmining.study import Study
+from instructmining_core.regression.rule_card import load_rule
+from instructmining_core.selection import judge
 
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
-pairs = answers.generate_pairs(study, rule)
+pairs = experiments.generate_pairs(study, rule)
 pairs.groupby("pair")[["selected", "random"]].agg(
     lambda texts: texts.str.split().str.len().mean()
 ).round(1)
@@ -64,7 +65,7 @@ pairs.groupby("pair")[["selected", "random"]].agg(
 # On the embedded profiles that is a stand-in of about a million parameters, and what it prefers is its own affair; the point here is the procedure.
 
 # %%
-judged = answers.judge_with_reward(study, pairs)
+judged = experiments.judge_with_reward(study, pairs)
 study.save(
     judged.drop(columns=["selected", "random", "prompt"], errors="ignore"),
     "judge.parquet",

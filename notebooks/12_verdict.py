@@ -48,20 +48,20 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 # %%
 import pandas as pd
 
-from instructmining_core import claims, figures, findings, truths
-from instructmining_core.card import load_rule
-from instructmining_core.embedded import truth
-from instructmining_core.embedded.defects import SEEN_KINDS
-from instructmining_core.intervals import significant
-from instructmining_core.study import Study
+from instructmining import claims, figures, planted_defects, tables
+from instructmining.embedded import ground_truth
+from instructmining.embedded.defects import SEEN_KINDS
+from instructmining.study import Study
+from instructmining_core.regression.intervals import significant
+from instructmining_core.regression.rule_card import load_rule
 
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
-planted = truths.planted(study)
+planted = planted_defects.planted(study)
 if planted:
-    doses = truths.dose_runs(study)
-    study.save(doses[truths.DOSE_COLUMNS], "doses.parquet")
-    effects = truth.dose_effects(doses)
+    doses = planted_defects.dose_runs(study)
+    study.save(doses[planted_defects.DOSE_COLUMNS], "doses.parquet")
+    effects = ground_truth.dose_effects(doses)
     harmful = effects.index[effects["harms"]]
     display(significant(effects))
     display(figures.dose_response(doses, harms=harmful, seen=SEEN_KINDS))
@@ -82,20 +82,20 @@ else:
 
 # %%
 if planted:
-    auc = truths.twin_auc(study, rule, effects)
+    auc = planted_defects.twin_auc(study, rule, effects)
     study.save(auc, "truth.parquet")
-    display(figures.twin_auc(truth.over_libraries(auc)))
+    display(figures.twin_auc(ground_truth.over_libraries(auc)))
 
 # %%
-truths.summary(auc) if planted else "-"
+planted_defects.summary(auc) if planted else "-"
 
 # %% [markdown]
 # Does the rule find the kinds that harm, and keep off those that don't?
 
 # %%
 if planted:
-    print(truths.controls_said(auc, effects))
-    display(significant(truths.by_kind(auc, effects)))
+    print(planted_defects.controls_said(auc, effects))
+    display(significant(planted_defects.by_kind(auc, effects)))
 
 # %% [markdown]
 # Is the rule better than each rival, library by library, on kinds that no stand-in has seen?
@@ -103,10 +103,10 @@ if planted:
 
 # %%
 if planted:
-    found = truths.defects_found(auc, effects)
+    found = planted_defects.defects_found(auc, effects)
     study.claim("finds_defects", **claims.defects_claim(found))
     print(f"The harder end of length is the {found['rival']} row: {found['why']}.")
-    display(significant(truths.rule_against(auc)))
+    display(significant(planted_defects.rule_against(auc)))
 
 # %% [markdown]
 # ## Does a win come from the defects?
@@ -116,9 +116,9 @@ if planted:
 
 # %%
 if planted:
-    pools = truths.defect_pools(study, rule)
+    pools = planted_defects.defect_pools(study, rule)
     study.claim("no_win_without_defects", **claims.clean_pool_claim(pools))
-    print(truths.pools_said(pools))
+    print(planted_defects.pools_said(pools))
     display(significant(pools))
 
 # %% [markdown]
@@ -131,8 +131,8 @@ if planted:
 # The control stops at the test: nothing is selected or finetuned by a shuffled rule.
 
 # %%
-control = findings.negative_control(study)
-print(findings.control_said(control))
+control = tables.negative_control(study)
+print(tables.control_said(control))
 significant(control).T
 
 # %% [markdown]

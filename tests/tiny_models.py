@@ -14,8 +14,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from instructmining_core.gpt_neox_reward import GPTNeoXRewardConfig, GPTNeoXRewardModel
-from instructmining_core.indicators.text import Conversation, read
+from instructmining_core.indicators.turns import CheckedConversation, read
+from instructmining_core.models.reward_model import GPTNeoXRewardConfig, GPTNeoXRewardModel
 
 WORDS = (
     "sort the list of items and give it back in order please write a short poem about rain "
@@ -42,7 +42,7 @@ def sample_messages(count: int, seed: int = 0, longest: int = 40) -> list[list[d
     return rows
 
 
-def sample_rows(count: int, seed: int = 0, longest: int = 40) -> list[Conversation]:
+def sample_rows(count: int, seed: int = 0, longest: int = 40) -> list[CheckedConversation]:
     return [read(messages) for messages in sample_messages(count, seed, longest)]
 
 

@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from test_finetune import CONFIG, rows_of
+from finetuning.test_finetune import CONFIG, rows_of
 
-from instructmining_core.distributed import join, own_device
-from instructmining_core.finetune import finetune
-from instructmining_core.lm import LM, load_lm, response_nll
-from instructmining_core.packed import Body
-from instructmining_core.profiles import ModelRef
-from instructmining_core.stacked import AdapterStack
-from instructmining_core.training import Job, train
+from instructmining_core.config import ModelRef
+from instructmining_core.finetuning.finetune import finetune
+from instructmining_core.finetuning.multi_lora import MultiLoRA
+from instructmining_core.finetuning.packing import PackedModel
+from instructmining_core.finetuning.trainer import TrainingJob, train
+from instructmining_core.models.causal_lm import LM, load_lm, response_nll
+from instructmining_core.models.distributed import join, own_device
 
 # 11 rows in steps of 5, 5 and 1: in the last one process has nothing to do
 ROWS = rows_of(11)
@@ -46,17 +46,17 @@ def run(lm: LM, name: str, shard: bool = False, save: Path | None = None) -> dic
 
 def together(lm: LM) -> list[list[float]]:
     """Three adapters in one pass."""
-    jobs = [Job(rows_of(9 + 2 * k, seed=k), k, 5) for k in range(3)]
-    stack = AdapterStack(lm.model, CONFIG, [job.init_seed for job in jobs])
+    jobs = [TrainingJob(rows_of(9 + 2 * k, seed=k), k, 5) for k in range(3)]
+    stack = MultiLoRA(lm.model, CONFIG, [job.init_seed for job in jobs])
     stack.attach()
-    trained = train(stack, Body(lm), jobs, group=join())
+    trained = train(stack, PackedModel(lm), jobs, group=join())
     stack.detach()
     return [trained.curve(k)["loss"].tolist() for k in range(3)]
 
 
 def failing(lm: LM, where: int, error: Exception, times: int) -> str | list[float]:
     """A run in which one process's loss raises: what the run raises here, or its losses."""
-    real, left = Body.loss, [times if join().rank == where else 0]
+    real, left = PackedModel.loss, [times if join().rank == where else 0]
 
     def broken(self, *arguments):
         left[0] -= 1
@@ -64,13 +64,13 @@ def failing(lm: LM, where: int, error: Exception, times: int) -> str | list[floa
             raise error
         return real(self, *arguments)
 
-    Body.loss = broken
+    PackedModel.loss = broken
     try:
         return run(lm, "stack")["steps"]
     except Exception as caught:
         return type(caught).__name__
     finally:
-        Body.loss = real
+        PackedModel.loss = real
 
 
 def main(folder: str, out: str, job: str) -> None:
@@ -87,7 +87,7 @@ def main(folder: str, out: str, job: str) -> None:
                         group.tell(group.rank), own_device("cuda"), own_device("cpu")]
     (out / f"found{group.rank}.json").write_text(json.dumps(found))
     sys.argv = ["launched", job]
-    runpy.run_module("instructmining_core.sweep_launched", run_name="__main__")
+    runpy.run_module("instructmining_core.finetuning.sweep", run_name="__main__")
 
 
 if __name__ == "__main__":

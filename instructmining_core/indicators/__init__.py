@@ -29,7 +29,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from instructmining_core.templates import TEMPLATE_VERSION
+from ..data.tokenization import TEMPLATE_VERSION
 
 ROLES = ("base", "ppl", "reward", "unieval", "encoder")
 

@@ -11,12 +11,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 
-from instructmining_core.indicators.text import (
-    Column,
-    Conversation,
-    each_turn,
-    mean_over_turns,
-)
+from .turns import CheckedConversation, Column, each_turn, mean_over_turns
 
 THRESHOLD = 0.72
 _DELETED = dict.fromkeys(map(ord, string.digits + "-\N{EN DASH}\N{EM DASH}"))
@@ -24,7 +19,7 @@ _TABLE = {**dict.fromkeys(map(ord, string.punctuation), " "), **_DELETED}
 
 
 def compute_mtld(
-    conversations: Sequence[Conversation], model=None, *, progress: bool = False
+    conversations: Sequence[CheckedConversation], model=None, *, progress: bool = False
 ) -> dict[str, Column]:
     """MTLD of each response, in words; mean over the assistant's turns."""
     values = [mtld(words(turn.response)) for turn in each_turn(conversations)]

@@ -1,205 +1,264 @@
-"""Exact nearest neighbours by chunked matrix products.
+"""Diversity: the nearest neighbour inside a selection, and the Vendi score of a set.
 
-20,000 x 384 takes seconds and 1,000,000 x 384 fits into a few GiB, so nothing approximate and no
-index library is needed. Products in float32 only propose; what they cannot tell apart is decided by
-differences in float64.
+Friedman & Dieng 2022, "The Vendi Score" (arXiv 2210.02410): the exponential of the entropy of the
+eigenvalues of K / n, with K the cosine kernel; the effective number of different rows in a set. The
+column is pool-relative like `knn_6`: make the reference of the selection to get the distance to the
+nearest other row inside it.
+
+The rows that neighbours are looked for in: drawn by seed, embedded once, named by a hash.
+
+A neighbour's distance shrinks as the pool grows, so pool-relative indicators are taken against a
+sample of fixed size, the same at fitting and at use. It can be kept as a file of numbers.
+
+KNN_i: Euclidean distance to the i-th nearest neighbour in embedding space, i = 6.
+
+InstructMining v3, Table 1, finds neighbours approximately (NN-Descent, Dong et al. 2011); ours is
+exact. The distance is taken against a `reference.Reference`.
+
+A reference holds distinct rows. A row is not its own neighbour: the reference row with its hash is
+left out, so an exact copy is no neighbour either. A nearly equal row is, with a distance near 0.
+Equal distances are ordered by position in the reference; the i-th distance does not depend on it.
+
+A conversation that is longer than the encoder reads loses whole messages from the left, and the
+reasons say so (`encoder.texts_of`).
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import numpy as np
-import torch
-from tqdm.auto import tqdm
 
-_COLUMNS = 1 << 15  # reference rows of one block of products
-_SPARE = 4  # candidates beyond k: the gap to the last of them shows that none is missing
-_REFINED = 256  # queries whose candidates are gathered at a time: they stay in the cache
-_DIFFERENCES = 1 << 14  # reference rows subtracted at a time where a whole cluster is rescored
+from ..config import REFERENCE_ROWS
+from ..models.loading import LoadedModel, identity
+from . import embedding
+from .nearest import nearest
+from .turns import CheckedConversation, Column
+
+_TEXTS = "texts-2"  # which text of a row was embedded; raised with the version of `knn`
 
 
-def nearest(
-    queries: np.ndarray,
-    reference: np.ndarray,
-    k: int,
-    own: np.ndarray | None = None,
+class ReferenceMismatch(ValueError):
+    """A reference that does not fit the encoder, or cannot be made."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The rows that neighbours are looked for in.
+
+    row_hashes : distinct, in ascending order
+    embeddings : float32, shape (n, dim), unit rows in the order of `row_hashes`
+    model, revision, dtype : of the encoder
+    """
+
+    row_hashes: tuple[str, ...]
+    embeddings: np.ndarray
+    model: str
+    revision: str
+    dtype: str
+
+    @property
+    def hash(self) -> str:
+        """First 16 hex of the sha256 of the row hashes."""
+        return reference_hash(self.row_hashes)
+
+    def describe(self) -> dict:
+        """Hash and size, as they go into keys and cards."""
+        return {"hash": self.hash, "size": len(self.row_hashes)}
+
+    def save(self, path: Path) -> None:
+        """Write numbers and hashes (no text) as `.npz`, atomically."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        with partial.open("wb") as stream:
+            np.savez(
+                stream, row_hashes=np.array(self.row_hashes, dtype="U32"),
+                embeddings=self.embeddings,
+                encoder=np.array([self.model, self.revision, self.dtype, _TEXTS]),
+            )  # fmt: skip
+        os.replace(partial, path)
+
+    @classmethod
+    def read(cls, path: Path) -> Reference:
+        """Read what `save` wrote. Raises ReferenceMismatch for a file of an earlier version."""
+        with np.load(path, allow_pickle=False) as found:
+            hashes = tuple(str(h) for h in found["row_hashes"])
+            *embedding, texts = map(str, found["encoder"])
+            if texts != _TEXTS:
+                raise ReferenceMismatch(
+                    f"{path} was made by a version that cut long conversations otherwise: make it "
+                    "again from the same pool"
+                )
+            return cls(hashes, found["embeddings"], *embedding)
+
+
+def reference_hash(row_hashes: Sequence[str]) -> str:
+    """First 16 hex of the sha256 of row hashes in ascending order, one a line."""
+    return hashlib.sha256("\n".join(sorted(row_hashes)).encode()).hexdigest()[:16]
+
+
+def sample_reference(row_hashes: Sequence[str], size: int = REFERENCE_ROWS, seed: int = 0) -> list:
+    """Positions of a seeded sample of distinct rows; it does not depend on the rows' order."""
+    first = {}
+    for position, name in enumerate(row_hashes):
+        first.setdefault(name, position)
+    names = sorted(first)
+    if len(names) > size:
+        chosen = np.random.default_rng(seed).choice(len(names), size, replace=False)
+        names = [names[i] for i in sorted(chosen)]
+    return [first[name] for name in names]
+
+
+def make_reference(
+    model: LoadedModel,
+    conversations: Sequence[CheckedConversation],
+    row_hashes: Sequence[str],
     *,
-    chunk_bytes: int = 1 << 27,
+    size: int = REFERENCE_ROWS,
+    seed: int = 0,
     progress: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Exact k nearest neighbours, equal distances ordered by position.
+) -> Reference:
+    """Draw and embed a reference of at most `size` distinct readable rows."""
+    readable = [i for i, c in enumerate(conversations) if not c.problem]
+    if not readable:
+        raise ReferenceMismatch("no readable row to draw a reference from")
+    chosen = [readable[i] for i in sample_reference([row_hashes[i] for i in readable], size, seed)]
+    from . import embedding  # torch only when it is needed
 
-    queries : float32, shape (n, dim); reference : float32, shape (m, dim)
-    own : shape (n,), position of the query itself in the reference (left out), -1 for none
-    chunk_bytes : most memory of one block of products; 1,000,000 x 384 rows need the two arrays
-        and this
-    returns : distances, float64, shape (n, k), ascending, NaN where the reference is too small or
-        the query has a NaN; positions, int64, shape (n, k), -1 there
+    texts, _ = embedding.texts_of(model, [conversations[i] for i in chosen])
+    vectors = embedding.embed(model, texts, progress=progress)
+    if np.isnan(vectors).any():
+        raise ReferenceMismatch("out of memory while embedding the reference; free some and retry")
+    who = identity(model)
+    return Reference(
+        tuple(row_hashes[i] for i in chosen), vectors,
+        who["model"], who["revision"], who["dtype"],
+    )  # fmt: skip
 
-    Candidates come from float32 products; their distances are then taken from the differences in
-    float64, so that small ones do not drown in cancellation, and ordered by (distance, position).
-    Where rounding could have hidden a nearer row (more near copies than candidates), every row
-    within the error of the products is taken so: c copies of one text cost c x c differences.
+
+def check_encoder(reference: Reference, model: LoadedModel) -> None:
+    """Raise ReferenceMismatch if the reference was embedded by another model than `model`."""
+    who = identity(model)
+    ours = (who["revision"], who["dtype"])
+    theirs = (reference.revision, reference.dtype)
+    if ours != theirs:
+        raise ReferenceMismatch(
+            f"the reference was embedded by {reference.model} {' '.join(theirs)}, the rows would "
+            f"be by {who['model']} {' '.join(ours)}: use the same encoder, or a new reference"
+        )
+
+
+NEIGHBOUR = 6
+OUT_OF_MEMORY = "out of memory on this row alone"
+
+
+def compute_knn(
+    conversations: Sequence[CheckedConversation],
+    model: LoadedModel,
+    *,
+    reference: Reference,
+    row_hashes: Sequence[str],
+    progress: bool = False,
+    batch_tokens: int | None = None,
+) -> dict[str, Column]:
+    """Distance of each row to its 6th nearest neighbour in the reference; a row is one point."""
+    column = distance_column(
+        conversations, model, NEIGHBOUR, reference, row_hashes, progress, batch_tokens
+    )
+    return {"knn_6": column}
+
+
+def distance_column(
+    conversations, model, neighbour, reference, row_hashes, progress, batch_tokens=None
+) -> Column:
+    """Distance to the `neighbour`-th nearest reference row, NaN with a reason where there is none.
+
+    Raises ReferenceMismatch if the reference was embedded by another model.
     """
-    n, m = len(queries), len(reference)
-    distances = np.full((n, k), np.nan)
-    positions = np.full((n, k), -1, dtype=np.int64)
-    if n == 0 or m == 0:
-        return distances, positions
-    queries, reference = (np.ascontiguousarray(a, dtype=np.float32) for a in (queries, reference))
-    half = _half_norms(reference)
-    error = _product_error(queries, reference)
-    columns = min(m, _COLUMNS)
-    rows = max(1, min(n, chunk_bytes // (4 * columns), 4096))
-    # One buffer for all blocks: fresh pages would cost a fifth of the time.
-    buffer = np.empty(rows * columns, dtype=np.float32)
-    own = np.full(n, -1, dtype=np.int64) if own is None else np.asarray(own, dtype=np.int64)
-    with tqdm(total=n, desc="neighbours", unit="row", disable=not progress) as bar:
-        for start in range(0, n, rows):
-            here = slice(start, min(start + rows, n))
-            part, mine = queries[here], own[here]
-            best, found = _candidates(part, reference, half, mine, k + _SPARE, columns, buffer)
-            distances[here], positions[here] = _refine(part, reference, found, k)
-            least, unsure = _unsure(best, k, 2 * error[here])
-            for some in _groups(unsure, max(1, buffer.size // m)):
-                scores = _products(part[some], reference, half, mine[some])
-                for row, score in zip(some, scores, strict=True):
-                    near = np.flatnonzero(score >= least[row])
-                    distances[start + row], positions[start + row] = _first(
-                        part[row], reference, near, k
-                    )
-            bar.update(len(part))
-    return distances, positions
+    check_encoder(reference, model)
+    readable = np.array([not c.problem for c in conversations], dtype=bool)
+    texts, cut = embedding.texts_of(model, [c for c in conversations if not c.problem])
+    vectors = embedding.embed(model, texts, batch_tokens=batch_tokens, progress=progress)
+    where = {name: i for i, name in enumerate(reference.row_hashes)}
+    own = np.array([where.get(name, -1) for name in row_hashes], dtype=np.int64)[readable]
+    distances, _ = nearest(vectors, reference.embeddings, neighbour, own, progress=progress)
+    values = np.full(len(conversations), np.nan)
+    values[readable] = distances[:, -1]
+    lost = np.zeros(len(conversations), dtype=bool)
+    lost[readable] = np.isnan(vectors).any(axis=1)
+    values[lost] = np.nan
+    few = f"the reference has fewer than {neighbour} other rows"
+    notes = np.full(len(conversations), "", dtype=object)
+    notes[readable] = cut
+    reasons = [
+        c.problem or (OUT_OF_MEMORY if gone else few if np.isnan(value) else note)
+        for c, gone, value, note in zip(conversations, lost, values, notes, strict=True)
+    ]
+    return Column(values, reasons)
 
 
-def _half_norms(reference: np.ndarray) -> np.ndarray | None:
-    """Half the squared length of each row; None where all are equal and change no order."""
-    half = np.einsum("ij,ij->i", reference, reference) / 2
-    return None if np.ptp(half) < 1e-6 else half
+def compute_diversity(
+    conversations: Sequence[CheckedConversation],
+    model: LoadedModel,
+    *,
+    reference: Reference,
+    row_hashes: Sequence[str],
+    progress: bool = False,
+    batch_tokens: int | None = None,
+) -> dict[str, Column]:
+    """Euclidean distance of each row to the nearest other row of the reference."""
+    column = distance_column(
+        conversations, model, 1, reference, row_hashes, progress, batch_tokens
+    )
+    return {"diversity": column}
 
 
-def _product_error(queries: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Most by which a float32 score differs from the exact one, for each query.
+def of_set(
+    conversations: Sequence[CheckedConversation], model: LoadedModel, *, progress: bool = False
+) -> dict[str, Any]:
+    """How diverse a set of rows is, in plain types.
 
-    Higham 2002, Accuracy and Stability of Numerical Algorithms, eq. 3.5: a product of two rows is
-    off by at most dim x 2^-24 x their lengths, in whatever order it is summed. Half a squared
-    length is off by less, and by up to 1e-6 where `_half_norms` takes all for equal.
+    returns : rows (embedded ones), vendi_score, nearest_inside (mean, "1 %", median and "99 %" of
+        the distances to the nearest other row; None for fewer than two rows), encoder
     """
-    longest = np.sqrt(np.einsum("ij,ij->i", reference, reference).max(initial=0))
-    lengths = np.sqrt(np.einsum("ij,ij->i", queries, queries))
-    unit = (queries.shape[1] + 4) * 2.0**-24
-    return unit * longest * (lengths.astype(np.float64) + longest) + 1e-6 * (longest > 0)
+    texts, _ = embedding.texts_of(model, [c for c in conversations if not c.problem])
+    vectors = embedding.embed(model, texts, progress=progress)
+    vectors = vectors[~np.isnan(vectors).any(axis=1)]
+    spread = None
+    if len(vectors) > 1:
+        inside = nearest_inside(vectors)
+        low, middle, high = np.percentile(inside, (1, 50, 99)).tolist()
+        spread = {"mean": float(inside.mean()), "1 %": low, "median": middle, "99 %": high}
+    return {
+        "rows": len(vectors), "vendi_score": vendi_score(vectors) if len(vectors) else None,
+        "nearest_inside": spread, "encoder": identity(model),
+    }  # fmt: skip
 
 
-def _candidates(
-    part: np.ndarray, reference: np.ndarray, half, own: np.ndarray, wanted: int, columns: int,
-    buffer: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """The `wanted` best scores of each query, descending, and their positions, -1 for none."""
-    best, where = [], []
-    for first in range(0, len(reference), columns):
-        block = slice(first, min(first + columns, len(reference)))
-        wide = block.stop - first
-        out = buffer[: len(part) * wide].reshape(len(part), wide)
-        some = None if half is None else half[block]
-        scores = _products(part, reference[block], some, own - first, out)
-        values, places = _top(torch.from_numpy(scores), wanted)
-        best.append(values)
-        where.append(places + first)
-    values, places = torch.cat(best, 1), torch.cat(where, 1)
-    if len(best) > 1:
-        values, order = values.topk(min(wanted, values.shape[1]), dim=1)
-        places = places.gather(1, order)
-    return values.numpy(), places.masked_fill(values == -torch.inf, -1).numpy()
+def nearest_inside(embeddings: np.ndarray) -> np.ndarray:
+    """Distance of each row of a selection to the nearest other row of it.
 
-
-def _products(
-    part: np.ndarray, block: np.ndarray, half: np.ndarray | None, own: np.ndarray, out=None
-) -> np.ndarray:
-    """q . r - |r|^2 / 2 of each pair: the larger, the nearer. The query itself gets -inf.
-
-    The products are NumPy's: on AMD processors its BLAS is a third faster than PyTorch's.
+    embeddings : float32, shape (n, dim), unit rows
+    returns : float64, shape (n,); copies have 0, a single row has NaN
     """
-    scores = np.matmul(part, block.T, out=out)
-    if half is not None:
-        scores -= half
-    inside = np.flatnonzero((own >= 0) & (own < len(block)))
-    scores[inside, own[inside]] = -np.inf
-    return scores
+    return nearest(embeddings, embeddings, 1, np.arange(len(embeddings)))[0][:, 0]
 
 
-def _top(scores: torch.Tensor, wanted: int, group: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest scores of each row: the best lie in the `wanted` groups with the largest maxima.
+def vendi_score(embeddings: np.ndarray) -> float:
+    """Effective number of different rows, 1 (all equal) to n (all orthogonal).
 
-    One pass for the maxima of groups and a small sort is several times faster than a sort of all.
+    embeddings : shape (n, dim), unit rows; n = 0 gives NaN. The eigenvalues of K / n are those of
+    the smaller of the n x n and the dim x dim matrix.
     """
-    rows, columns = scores.shape
-    whole = columns // group
-    if whole <= 2 * wanted:
-        return scores.topk(min(wanted, columns), dim=1)
-    grouped = scores[:, : whole * group].unflatten(1, (whole, group))
-    chosen = grouped.amax(2).topk(wanted, dim=1, sorted=False).indices
-    inside = grouped.gather(1, chosen[:, :, None].expand(-1, -1, group)).flatten(1)
-    places = (chosen[:, :, None] * group + torch.arange(group)).flatten(1)
-    rest = torch.arange(whole * group, columns).expand(rows, -1)
-    inside = torch.cat([inside, scores[:, whole * group :]], 1)
-    places = torch.cat([places, rest], 1)
-    values, order = inside.topk(wanted, dim=1)
-    return values, places.gather(1, order)
-
-
-def _refine(
-    part: np.ndarray, reference: np.ndarray, found: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Distances and positions of the k nearest of each query's candidates."""
-    squared = np.empty(found.shape)
-    rows, where = torch.from_numpy(reference), torch.from_numpy(found.clip(min=0))
-    for start in range(0, len(part), _REFINED):
-        some = slice(start, start + _REFINED)
-        gathered = rows.index_select(0, where[some].flatten()).double()
-        gathered = gathered.view(*where[some].shape, -1)
-        gathered -= torch.from_numpy(part[some, None].astype(np.float64))
-        squared[some] = torch.linalg.vecdot(gathered, gathered).numpy()
-    return _ordered(squared, found, k)
-
-
-def _unsure(best: np.ndarray, k: int, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The least score that a true neighbour can have, and the queries that may lack one.
-
-    best : scores of the candidates, descending; error : most that two scores differ by rounding
-    Without a candidate to spare every row of the reference is one.
-    """
-    if best.shape[1] < k + _SPARE:
-        return np.empty(0), np.empty(0, dtype=np.int64)
-    least = best[:, k - 1] - error
-    return least, np.flatnonzero((best[:, -1] > -np.inf) & ~(best[:, -1] < least))
-
-
-def _groups(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _first(
-    query: np.ndarray, reference: np.ndarray, near: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Distances and positions of the k nearest among the reference rows `near`."""
-    squared = np.empty(len(near))
-    for start in range(0, len(near), _DIFFERENCES):
-        some = slice(start, start + _DIFFERENCES)
-        difference = reference[near[some]].astype(np.float64) - query
-        squared[some] = np.einsum("ij,ij->i", difference, difference)
-    distances, positions = _ordered(squared[None], near[None], k)
-    return distances[0], positions[0]
-
-
-def _ordered(squared: np.ndarray, found: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k smallest of each row by (distance, position), NaN and -1 where there are fewer."""
-    squared = np.where((found < 0) | np.isnan(squared), np.inf, squared)
-    order = np.lexsort((found, squared), axis=1)[:, :k]
-    distances = np.sqrt(np.take_along_axis(squared, order, 1))
-    positions = np.take_along_axis(found, order, 1)
-    missing = k - distances.shape[1]
-    if missing > 0:
-        distances = np.pad(distances, ((0, 0), (0, missing)), constant_values=np.inf)
-        positions = np.pad(positions, ((0, 0), (0, missing)), constant_values=-1)
-    none = np.isinf(distances)
-    return np.where(none, np.nan, distances), np.where(none, -1, positions)
+    x = np.asarray(embeddings, dtype=np.float64)
+    if len(x) == 0:
+        return float("nan")
+    gram = x @ x.T if len(x) <= x.shape[1] else x.T @ x
+    shares = np.linalg.eigvalsh(gram / len(x))
+    shares = shares[shares > 1e-12]
+    return float(np.exp(-(shares * np.log(shares)).sum()))

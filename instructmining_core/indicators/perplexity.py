@@ -1,4 +1,10 @@
-"""Perplexity of the response given what was said before it (InstructMining v3, Table 1: PPL).
+"""IFD, instruction-following difficulty: how little the instruction helps to predict the response.
+
+Li et al. 2023 (arXiv 2308.12032) divide the mean losses; Superfiltering (Li et al. 2024,
+arXiv 2402.00530) the perplexities, ppl(A|Q) / ppl(A), and so do we. Above 1 the instruction makes
+the response less likely: the authors drop such rows. As in `perplexity`, eos is left out.
+
+Perplexity of the response given what was said before it (InstructMining v3, Table 1: PPL).
 
 exp of the mean negative log-likelihood of the response's tokens. The paper does not say whether the
 end-of-text token counts; ours leaves it out, because it measures the template, not the text, and
@@ -9,25 +15,19 @@ unknown). Over-long conversations lose whole messages from the left, then the re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
-from instructmining_core.indicators.opened import token_limit
-from instructmining_core.indicators.text import (
-    EMPTY,
-    Column,
-    Conversation,
-    Turn,
-    each_turn,
-    mean_over_turns,
-)
-from instructmining_core.lm import LM, response_nll
-from instructmining_core.templates import Encoded, encode_many
+from ..data.tokenization import Encoded, encode_many
+from ..models.causal_lm import LM, response_nll
+from ..models.loading import token_limit
+from .turns import EMPTY, CheckedConversation, Column, Turn, each_turn, mean_over_turns
 
 
 def compute_perplexity(
-    conversations: Sequence[Conversation],
+    conversations: Sequence[CheckedConversation],
     model: LM,
     *,
     progress: bool = False,
@@ -85,3 +85,36 @@ def _reason(turn: Turn, row: Encoded, reason: str) -> str:
     if row.truncated:
         notes.append("end of the response cut to fit the model")
     return "; ".join(notes)
+
+
+def compute_ifd(
+    conversations: Sequence[CheckedConversation],
+    model: LM,
+    *,
+    progress: bool = False,
+    batch_tokens: int | None = None,
+    padding_side: str = "right",
+) -> dict[str, Column]:
+    """ppl(response | what came before) / ppl(response alone); mean over the assistant's turns.
+
+    Both perplexities are over the same tokens; alone, the response follows only the model's start
+    token (bos, or eos where it has none).
+    """
+    turns = list(each_turn(conversations))
+    given = encode_turns(turns, model)
+    start = model.tokenizer.bos_token_id
+    alone = [_alone(row, model.tokenizer.eos_token_id if start is None else start) for row in given]
+    options = {"batch_tokens": batch_tokens, "padding_side": padding_side, "progress": progress}
+    frames = [response_nll(model, rows, **options) for rows in (given, alone)]
+    values = np.exp(mean_without_eos(frames[0]) - mean_without_eos(frames[1]))
+    reasons = [
+        EMPTY if not turn.response else first or second
+        for turn, first, second in zip(turns, frames[0]["reason"], frames[1]["reason"], strict=True)
+    ]
+    return {"ifd": mean_over_turns(conversations, values, reasons)}
+
+
+def _alone(row: Encoded, start: int) -> Encoded:
+    """The target tokens of a row after a start token and nothing else."""
+    kept = tuple(token for token, target in zip(row.ids, row.targets, strict=True) if target)
+    return replace(row, ids=(start, *kept), targets=(False, *(True for _ in kept)))

@@ -17,17 +17,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
-import instructmining_core.gpt_neox_reward as gpt_neox_reward
-from instructmining_core.batching import Failed, map_batches, pad
-from instructmining_core.indicators.opened import Opened, open_model
-from instructmining_core.indicators.text import (
-    EMPTY,
-    Column,
-    Conversation,
-    Turn,
-    each_turn,
-    mean_over_turns,
-)
+from ..models import reward_model as gpt_neox_reward
+from ..models.batching import Failed, map_batches, pad
+from ..models.loading import LoadedModel, open_model
+from .turns import EMPTY, CheckedConversation, Column, Turn, each_turn, mean_over_turns
 
 FORMS = ("oasst", "pair")
 _OASST_MARKS = {"system": "<|system|>", "user": "<|prompter|>", "assistant": "<|assistant|>"}
@@ -46,7 +39,7 @@ class CoefficientWarning(UserWarning):
 
 def load(
     ref, *, device: str | None = None, standins: Path | None = None, form: str = ""
-) -> Opened:
+) -> LoadedModel:
     """Open a reward model: any sequence classifier with one output.
 
     form : "oasst" or "pair"; "" takes the one that fits the model
@@ -90,8 +83,8 @@ def _check_form(form: str) -> None:
 
 
 def compute_reward(
-    conversations: Sequence[Conversation],
-    model: Opened,
+    conversations: Sequence[CheckedConversation],
+    model: LoadedModel,
     *,
     progress: bool = False,
     form: str | None = None,
@@ -101,7 +94,7 @@ def compute_reward(
     """Reward of each response given what was said before it; mean over the assistant's turns.
 
     form : "oasst" or "pair"; None takes the one that the model was opened with
-    batch_tokens : padded tokens of a batch; None takes what memory holds (`Opened.first_batch`)
+    batch_tokens : padded tokens of a batch; None takes what memory holds (`LoadedModel.first_batch`)
     padding_side : "right" or "left"; the pair form keeps to the right, because classifiers like
         DeBERTa read their first position
     An empty response is scored too: the model has an opinion on silence. Over-long conversations
@@ -128,7 +121,7 @@ def compute_reward(
 
 
 @torch.inference_mode()
-def _forward(model: Opened, rows: Sequence[dict], side: str) -> list[float]:
+def _forward(model: LoadedModel, rows: Sequence[dict], side: str) -> list[float]:
     ids, mask = pad([row["input_ids"] for row in rows], model.pad_id, side)
     inputs = {"input_ids": ids, "attention_mask": mask}
     if rows[0].get("token_type_ids") is not None:
@@ -137,7 +130,7 @@ def _forward(model: Opened, rows: Sequence[dict], side: str) -> list[float]:
     return model.model(**tensors).logits[:, 0].double().cpu().tolist()
 
 
-def _oasst_rows(turns: Sequence[Turn], model: Opened) -> list[dict]:
+def _oasst_rows(turns: Sequence[Turn], model: LoadedModel) -> list[dict]:
     """Ids of each turn, message by message: every message is closed by marks of its own."""
     written = [[_oasst_text(m) for m in _messages(turn)] for turn in turns]
     distinct = list(dict.fromkeys(text for texts in written for text in texts))
@@ -158,7 +151,7 @@ def _oasst_text(message: dict[str, str]) -> str:
     return f"{_OASST_MARKS[message['role']]}{message['content']}{_OASST_END}"
 
 
-def _pair_rows(turns: Sequence[Turn], model: Opened) -> list[dict]:
+def _pair_rows(turns: Sequence[Turn], model: LoadedModel) -> list[dict]:
     rows: list[dict | None] = [None] * len(turns)
     cut = [0] * len(turns)
     waiting = list(range(len(turns)))
@@ -180,7 +173,7 @@ def _pair_rows(turns: Sequence[Turn], model: Opened) -> list[dict]:
     return rows
 
 
-def _pairs(turns, cuts, model: Opened, truncation: bool = False) -> list[dict]:
+def _pairs(turns, cuts, model: LoadedModel, truncation: bool = False) -> list[dict]:
     before = [
         "\n\n".join(m["content"] for m in turn.context[cut:])
         for turn, cut in zip(turns, cuts, strict=True)

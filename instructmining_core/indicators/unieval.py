@@ -16,16 +16,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from instructmining_core.batching import Failed, map_batches, pad
-from instructmining_core.indicators.opened import Opened, open_model
-from instructmining_core.indicators.text import (
-    EMPTY,
-    Column,
-    Conversation,
-    Turn,
-    each_turn,
-    mean_over_turns,
-)
+from ..models.batching import Failed, map_batches, pad
+from ..models.loading import LoadedModel, open_model
+from .turns import EMPTY, CheckedConversation, Column, Turn, each_turn, mean_over_turns
 
 MAX_TOKENS = 1024
 _LONGEST = 64 * MAX_TOKENS  # characters; what comes later never reaches the model
@@ -43,7 +36,7 @@ class EvaluatorError(ValueError):
     """A model that cannot answer yes or no."""
 
 
-def load(ref, *, device: str | None = None, standins: Path | None = None) -> Opened:
+def load(ref, *, device: str | None = None, standins: Path | None = None) -> LoadedModel:
     """Open an evaluator: an encoder-decoder whose tokenizer tells "Yes" from "No"."""
     opened = open_model(ref, AutoModelForSeq2SeqLM, device=device, standins=standins)
     opened.max_tokens = MAX_TOKENS
@@ -62,8 +55,8 @@ def answer_ids(tokenizer) -> tuple[int, int]:
 
 
 def compute_unieval(
-    conversations: Sequence[Conversation],
-    model: Opened,
+    conversations: Sequence[CheckedConversation],
+    model: LoadedModel,
     *,
     progress: bool = False,
     batch_tokens: int | None = None,
@@ -74,7 +67,7 @@ def compute_unieval(
     All questions of all turns are pooled and sorted by length together. An empty response is NaN.
     A history that does not fit loses its first messages; what is still too long is cut at its end.
 
-    batch_tokens : padded tokens of a batch; None takes what memory holds (`Opened.first_batch`)
+    batch_tokens : padded tokens of a batch; None takes what memory holds (`LoadedModel.first_batch`)
     """
     turns = [turn for turn in each_turn(conversations) if turn.response]
     questions = [(name, turn) for turn in turns for name in QUESTIONS]
@@ -94,7 +87,7 @@ def prompt(name: str, turn: Turn, cut: int = 0) -> str:
 
 
 @torch.inference_mode()
-def yes_share(model: Opened, rows: Sequence[Sequence[int]], side: str = "right") -> list[float]:
+def yes_share(model: LoadedModel, rows: Sequence[Sequence[int]], side: str = "right") -> list[float]:
     """P(Yes) / (P(Yes) + P(No)) after one decoder step, for rows of token ids."""
     ids, mask = (torch.from_numpy(a).to(model.device) for a in pad(rows, model.pad_id, side))
     t5 = model.model
@@ -117,7 +110,7 @@ def _scaled(config) -> bool:
     return bool(getattr(config, "scale_decoder_outputs", config.tie_word_embeddings))
 
 
-def _encode(questions, model: Opened) -> tuple[list[list[int]], list[str]]:
+def _encode(questions, model: LoadedModel) -> tuple[list[list[int]], list[str]]:
     ids = _tokens([prompt(name, turn) for name, turn in questions], model)
     notes = [""] * len(ids)
     for i, (name, turn) in enumerate(questions):
@@ -134,7 +127,7 @@ def _encode(questions, model: Opened) -> tuple[list[list[int]], list[str]]:
     return ids, notes
 
 
-def _tokens(texts: list[str], model: Opened) -> list[list[int]]:
+def _tokens(texts: list[str], model: LoadedModel) -> list[list[int]]:
     if not texts:
         return []
     return model.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]

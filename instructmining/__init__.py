@@ -1,0 +1,1 @@
+"""The study of InstructMining that the notebooks run, and the command `instructmining`."""

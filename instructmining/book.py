@@ -1,0 +1,343 @@
+"""Run the notebooks in order, once each; publish a run; check the notebooks' manners.
+
+    python -m instructmining.book run --profile laptop
+    python -m instructmining.book publish --profile laptop
+    python -m instructmining.book check
+
+A stage is done when its stamp equals the hash of its notebook, the profile, the core's source, the
+data it reads and the stage before it; whatever changes, that stage and all after it run again.
+What is dear inside a stage (scores, finetunes) has its own memory and is not done twice.
+
+From executed notebooks to pages: what is taken out, what is generated, and the build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from instructmining_core import files
+from instructmining_core import files as paths
+from instructmining_core.finetuning.progress import sweep_bar
+
+from .profile import Profile, load_profile, profile_path
+
+FRONT_FIGURE = "08_selection.ipynb"  # whose first figure is on the front page: selected, random
+BESIDE = ("06_finetune_sweep.ipynb", "08_selection.ipynb")  # whose first figures a summary shows
+
+
+class PageError(RuntimeError):
+    """The book did not build."""
+
+
+def build_book(folder: Path, profile: Profile) -> Path:
+    """Build the book from a staged copy, so that the committed pages stay as they are."""
+    stage = folder / "stage"
+    shutil.rmtree(stage, ignore_errors=True)
+    shutil.copytree(files.root() / "book", stage / "book", ignore=_not_notebooks)
+    for executed in (folder / "notebooks").glob("*.ipynb"):
+        write_page(executed, stage / "book" / "notebooks" / executed.name)
+    shutil.copy2(files.root() / "_config.yml", stage / "_config.yml")
+    write_front_page(folder, profile, stage / "book")
+    tool = Path(sys.executable).parent / "jupyter-book"  # of this environment, on PATH or not
+    command = [str(tool), "build", "book", "-n", "-W", "--keep-going"]
+    log = folder / "book.log"
+    with log.open("w") as stream:
+        done = subprocess.run(command, cwd=stage, stdout=stream, stderr=subprocess.STDOUT)
+    if done.returncode:
+        tail = "\n".join(log.read_text().splitlines()[-30:])
+        raise PageError(f"the book did not build; the whole log is {log}\n{tail}")
+    html = folder / "html"
+    shutil.rmtree(html, ignore_errors=True)
+    shutil.move(stage / "_build" / "html", html)
+    shutil.rmtree(stage)
+    return html / "index.html"
+
+
+def write_front_page(folder: Path, profile: Profile, book: Path) -> None:
+    """The generated part of the front page, and its figure, into `book/_generated/`."""
+    import pandas as pd
+
+    from .claims import front_page
+
+    page = front_page(pd.read_csv(folder / "verdict.csv"), profile.name, profile.description)
+    generated = book / "_generated"
+    generated.mkdir(exist_ok=True)
+    (generated / "front.md").write_text(page, encoding="utf-8")
+    (generated / "front.png").write_bytes(_first_figure(folder / "notebooks" / FRONT_FIGURE))
+
+
+def write_summary(folder: Path, profile: Profile, book: Path) -> None:
+    """What a run beside the book's own found: `book/_generated/<profile>.md` and its figures.
+
+    No text of the data is in it, so a run on others' data may be shown.
+    """
+    import pandas as pd
+
+    from .claims import front_page
+
+    generated = book / "_generated"
+    page = front_page(pd.read_csv(folder / "verdict.csv"), profile.name, profile.description)
+    (generated / f"{profile.name}.md").write_text(page, encoding="utf-8")
+    for name in BESIDE:
+        figure = generated / f"{profile.name}_{name[:2]}.png"
+        figure.write_bytes(_first_figure(folder / "notebooks" / name))
+
+
+def write_page(executed: Path, target: Path) -> None:
+    """Write an executed notebook as a page: no progress bars, no log, no path of this machine."""
+    import nbformat
+
+    book = nbformat.read(executed, as_version=4)
+    book.metadata.pop("papermill", None)
+    book.metadata.pop("widgets", None)
+    for cell in book.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_noise(output)]
+    text = nbformat.writes(book).replace(str(files.root()), ".")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+
+
+def _first_figure(notebook: Path) -> bytes:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    outputs = (output for cell in cells for output in cell.get("outputs", []))
+    images = (output["data"]["image/png"] for output in outputs
+              if "image/png" in output.get("data", {}))  # fmt: skip
+    return base64.b64decode(next(images))
+
+
+def _is_noise(output: dict) -> bool:
+    widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+    return widget or output.get("name") == "stderr"
+
+
+def _not_notebooks(folder: str, names: list[str]) -> list[str]:
+    return [n for n in names if n == "notebooks"]
+
+
+NUMBERS = (
+    "scores.parquet", "roles.parquet", "sets.parquet", "rule.json", "verdict.csv",
+    "comparison.parquet", "doses.parquet", "truth.parquet", "sizes.parquet", "search.parquet",
+    "robustness.parquet", "transfer.parquet", "ablation.parquet",
+    "ablation_runs.parquet", "judge.parquet",
+)  # fmt: skip
+MAX_CODE_CELLS = 20
+
+
+class StageError(RuntimeError):
+    """A stage failed, or a notebook breaks the house manners."""
+
+
+def notebooks() -> list[Path]:
+    """The source notebooks `notebooks/NN_*.ipynb`, in order."""
+    return sorted((paths.root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def stage_hash(notebook: Path, profile: Profile, before: str) -> str:
+    """What a stage depends on. `before` is the hash of the stage before it ("" for the first)."""
+    digest = hashlib.sha256()
+    digest.update(notebook.with_suffix(".py").read_bytes())
+    digest.update(profile.hash().encode())
+    for source in sorted(Path(__file__).parent.rglob("*")):
+        if source.suffix in (".py", ".json") and source.name not in ("stages.py", "cli.py"):
+            digest.update(source.read_bytes())
+    for data in _data_files(profile):
+        state = data.stat()
+        digest.update(f"{data.name} {state.st_size} {state.st_mtime_ns}".encode())
+    digest.update(before.encode())
+    return digest.hexdigest()[:16]
+
+
+def run(name_or_yaml: str, only: list[str] | None = None, with_book: bool = True) -> Path:
+    """Run every stage whose stamp is stale and build that run's book; returns `html/index.html`.
+
+    Raises StageError naming the notebook, the cell's error and where the broken copy lies.
+    """
+    profile = load_profile(name_or_yaml)
+    folder = paths.results(profile.name)
+    (folder / "notebooks").mkdir(parents=True, exist_ok=True)
+    before, ran = "", 0
+    for notebook in notebooks():
+        wanted = stage_hash(notebook, profile, before)
+        before = wanted
+        if only and notebook.stem[:2] not in only:
+            continue
+        stamp = folder / "stamps" / f"{notebook.stem}.json"
+        if _stamped(stamp) == wanted:
+            _say(f"{notebook.stem}: done before, nothing has changed")
+            continue
+        started = time.monotonic()
+        _execute(notebook, folder, name_or_yaml)
+        _write_atomically(stamp, json.dumps({"hash": wanted}))
+        ran += 1
+        _say(f"{notebook.stem}: done in {time.monotonic() - started:.0f} s")
+    index = folder / "html" / "index.html"
+    if with_book and (ran or not index.is_file()):
+        index = build_book(folder, profile)
+    _say(f"The book of this run: {index}")
+    return index
+
+
+def publish(name_or_yaml: str, beside: bool = False) -> None:
+    """Copy a finished run's notebooks to `book/notebooks/` and its numbers to `evidence/`.
+
+    beside : leave the book's own pages; write this run's summary to `book/_generated/` instead
+    No text of others' data travels: scores are numbers and hashes, the ledger has hashes.
+    """
+    profile = load_profile(name_or_yaml)
+    folder, evidence = paths.results(profile.name), paths.evidence(profile.name)
+    missing = [n.name for n in notebooks() if not (folder / "notebooks" / n.name).is_file()]
+    if missing:
+        raise StageError(f"{folder} lacks {missing[0]}; run `make study PROFILE={name_or_yaml}`.")
+    if beside:
+        write_summary(folder, profile, paths.root() / "book")
+    else:
+        for notebook in notebooks():
+            name = notebook.name
+            write_page(folder / "notebooks" / name, paths.root() / "book" / "notebooks" / name)
+        write_front_page(folder, profile, paths.root() / "book")
+    shutil.rmtree(evidence, ignore_errors=True)
+    shutil.copytree(folder / "ledger", evidence / "ledger", ignore=_not_json)
+    for part in ("claims", "runs"):
+        shutil.copytree(folder / part, evidence / part, ignore=_not_json)
+    for name in NUMBERS:
+        if (folder / name).is_file():
+            shutil.copy2(folder / name, evidence / name)
+    _say(f"published {'a summary' if beside else f'{len(notebooks())} notebooks'} and {evidence}")
+
+
+def check() -> None:
+    """The manners of the source notebooks; raises StageError with every breach.
+
+    Paired percent script, no outputs, a `parameters` cell, at most 20 code cells, and badge and
+    Colab cell that follow the repository constant of `_config.yml`.
+    """
+    breaches = [line for notebook in notebooks() for line in _breaches(notebook)]
+    if len(notebooks()) != 12:
+        breaches.append(f"{len(notebooks())} notebooks; the study has 12")
+    if breaches:
+        raise StageError("\n".join(breaches))
+
+
+def repository_url() -> str:
+    """The one constant that names the repository, from `_config.yml`."""
+    import yaml
+
+    config = yaml.safe_load((paths.root() / "_config.yml").read_text(encoding="utf-8"))
+    return config["repository"]["url"]
+
+
+def _breaches(notebook: Path) -> list[str]:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    text = "".join("".join(cell["source"]) for cell in cells)
+    slug = repository_url().removeprefix("https://github.com/")
+    badge = f"https://colab.research.google.com/github/{slug}/blob/main/notebooks/{notebook.name}"
+    found = {
+        "no paired percent script": not notebook.with_suffix(".py").is_file(),
+        "outputs in a source notebook": any(cell.get("outputs") for cell in code),
+        f"more than {MAX_CODE_CELLS} code cells": len(code) > MAX_CODE_CELLS,
+        "no cell tagged `parameters`": not any(
+            "parameters" in cell["metadata"].get("tags", []) for cell in code
+        ),
+        f"no badge {badge}": badge not in text,
+        f"no Colab cell cloning {repository_url()}": f" {repository_url()} " not in text,
+    }
+    script = notebook.with_suffix(".py")
+    if script.is_file() and not _in_step(notebook, script):
+        found["percent script and .ipynb differ; run `make sync`"] = True
+    return [f"{notebook.name}: {what}" for what, broken in found.items() if broken]
+
+
+def _in_step(notebook: Path, script: Path) -> bool:
+    import jupytext
+
+    def cells(path: Path) -> list[tuple[str, str]]:
+        return [(c.cell_type, c.source.strip()) for c in jupytext.read(path).cells]
+
+    return cells(notebook) == cells(script)
+
+
+def _execute(notebook: Path, folder: Path, profile: str) -> None:
+    import papermill
+
+    out = folder / "notebooks" / notebook.name
+    part = folder / "running" / notebook.name
+    part.parent.mkdir(parents=True, exist_ok=True)
+    named = str(profile_path(profile).resolve()) if Path(profile).suffix else profile
+    try:
+        with sweep_bar(folder / "ledger"):
+            papermill.execute_notebook(
+                notebook, part, parameters={"profile": named}, cwd=notebook.parent,
+                kernel_name="python3", progress_bar=sys.stderr.isatty(), log_output=False,
+            )  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        raise StageError(f"{notebook.stem} failed; its copy lies at {part}\n{error}") from None
+    os.replace(part, out)
+
+
+def _data_files(profile: Profile) -> list[Path]:
+    """Local files that a profile names; what the hub gives is known by its recorded revision."""
+    data = profile.data
+    named = [source.where for source in (*data.sources, *data.unseen, data.eval_1, data.eval_2)
+             if source]  # fmt: skip
+    files = [paths.root() / data.folder / name for name in (*named, *profile.models.standin_text)]
+    return [path for path in files if path.is_file()]
+
+
+def _stamped(stamp: Path) -> str:
+    return json.loads(stamp.read_text())["hash"] if stamp.is_file() else ""
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def _not_json(folder: str, names: list[str]) -> list[str]:
+    return [n for n in names if not n.endswith(".json") and not (Path(folder) / n).is_dir()]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command behind `make study`, `make publish` and a part of `make lint`."""
+    parser = argparse.ArgumentParser(prog="instructmining.book", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb in ("run", "publish"):
+        verbs.add_parser(verb).add_argument("--profile", default="laptop")
+    verbs.choices["run"].add_argument("--only", nargs="*", help="two-digit stage numbers")
+    verbs.choices["publish"].add_argument(
+        "--beside", action="store_true", help="numbers and a summary; the book keeps its pages")
+    verbs.add_parser("check")
+    options = parser.parse_args(arguments)
+    try:
+        if options.verb == "run":
+            run(options.profile, options.only)
+        elif options.verb == "publish":
+            publish(options.profile, options.beside)
+        else:
+            check()
+    except (StageError, PageError, ValueError) as error:
+        _say(f"error: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,342 @@
+"""From a result to a verdict on a claim: what was seen, and what could have been.
+
+Verdicts on the claims about selections, sizes and judgements, from their tables.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from instructmining_core.regression.intervals import r2_detectable, r2_of
+from instructmining_core.selection.beat_random import LengthAnswer
+from instructmining_core.selection.contrasts import detectable_difference, detectable_shift
+
+from . import paper
+from .study import MissingInput, Study
+
+HOLDS, FAILS, UNDECIDED, NOT_ASKED = "holds", "does not hold", "undecided", "not asked in this run"
+
+
+def percent(value: float, low: float, high: float) -> str:
+    """A relative change with its interval, in per cent; a narrow one with a second decimal.
+
+    >>> percent(-0.0123, -0.02, -0.004)
+    '-1.2 % [-2.0, -0.4]'
+    >>> percent(-0.0029, -0.0033, -0.0026)
+    '-0.29 % [-0.33, -0.26]'
+    """
+    digits = 2 if high - low < 0.002 else 1
+    value, low, high = (f"{100 * x:+.{digits}f}" for x in (value, low, high))
+    return f"{value} % [{low}, {high}]"
+
+
+def overall(verdicts: Sequence[str]) -> str:
+    """One verdict of several contrasts: unanimous, or how many of each."""
+    counts = pd.Series(list(verdicts)).value_counts()
+    if len(counts) == 1:
+        return str(counts.index[0])
+    return "; ".join(f"{number} {verdict}" for verdict, number in counts.items())
+
+
+def contrasts_claim(
+    contrasts: pd.DataFrame, with_refits: pd.DataFrame | None = None
+) -> dict[str, str]:
+    """Selected against random, one primary contrast a pool (`verify.compare`).
+
+    With both budgets of `verify.compare_budgets` the verdict names both where they differ.
+    with_refits : the same contrast of rules refitted on bootstrapped sweeps (`refits`), told
+    beside it, since the claim is about what the procedure selects and not about one rule.
+    """
+    if with_refits is not None:
+        found, again = contrasts_claim(contrasts), with_refits[with_refits["role"] == "primary"]
+        least, most = again["low"].min(), again["high"].max()
+        found["ours"] += (f"; with the rule refitted {overall(again['verdict'])}, intervals from "
+                          f"{100 * least:+.1f} to {100 * most:+.1f} %")  # fmt: skip
+        return found
+    primary = contrasts[contrasts["role"] == "primary"]
+    if "budget" in primary and primary["budget"].nunique() > 1:
+        return _two_budgets(primary)
+    return {
+        "ours": "; ".join(f"{r.pool}: {percent(r.difference, r.low, r.high)}"
+                          for r in primary.itertuples()) + _other_prompts(primary),
+        "detectable": _of_loss(primary["detectable"].max()),
+        "verdict": overall(primary["verdict"]),
+    }  # fmt: skip
+
+
+def _other_prompts(primary: pd.DataFrame) -> str:
+    """How many of the intervals leave out 0 once the prompts too are taken as drawn at random."""
+    if "low_prompts" not in primary or primary["low_prompts"].isna().any():
+        return ""
+    clear = (primary["low_prompts"] * primary["high_prompts"] > 0).sum()
+    return f"; for other prompts too {clear} of {len(primary)} intervals leave out 0"
+
+
+def _two_budgets(primary: pd.DataFrame) -> dict[str, str]:
+    parts = {
+        budget: contrasts_claim(part.drop(columns="budget"))
+        for budget, part in primary.groupby("budget", sort=False)
+    }
+    words = [part["verdict"] for part in parts.values()]
+    return {
+        key: words[0] if key == "verdict" and len(set(words)) == 1
+        else "; ".join(f"at {budget} {part[key]}" for budget, part in parts.items())
+        for key in ("ours", "detectable", "verdict")
+    }
+
+
+def length_claim(
+    against: Mapping[str, LengthAnswer], at_tokens: Mapping[str, LengthAnswer] | None = None
+) -> dict[str, str]:
+    """The rule against the longest and against the shortest rows (`length_alone.beats_length`).
+
+    at_tokens : the same at equal training tokens. The verdict is that against the end of length
+    which serves better on these pools; where equal rows and equal tokens give different ones, it
+    names both.
+    """
+    hardest = _hardest(against)
+    found = {
+        "ours": _ends(against),
+        "detectable": _of_loss(hardest.detectable),
+        "verdict": hardest.answer,
+    }
+    if at_tokens:
+        hardest_there = _hardest(at_tokens)
+        found["ours"] += f"; at equal tokens {_ends(at_tokens)}"
+        found["detectable"] += f", at equal tokens {_of_loss(hardest_there.detectable)}"
+        if hardest_there.answer != hardest.answer:
+            found["verdict"] += f" at equal rows; {hardest_there.answer} at equal tokens"
+    return found
+
+
+def _hardest(against: Mapping[str, LengthAnswer]) -> LengthAnswer:
+    return max(against.values(), key=lambda answer: answer.difference)
+
+
+def _ends(against: Mapping[str, LengthAnswer]) -> str:
+    return "; ".join(
+        f"{percent(a.difference, a.low, a.high)} against the {name} rows"
+        + (f" ([{100 * a.low_prompts:+.1f}, {100 * a.high_prompts:+.1f}] for other prompts)"
+           if np.isfinite(a.low_prompts) else "")
+        for name, a in against.items()
+    )  # fmt: skip
+
+
+def _of_loss(difference: float) -> str:
+    if not np.isfinite(difference):
+        return "nothing"
+    return f"{100 * difference:.{1 if difference >= 0.001 else 2}f} % of the loss"
+
+
+def size_claim(
+    means: pd.DataFrame, best: int, rows: int, trials: pd.DataFrame | None = None,
+    limit: int | None = None,
+) -> dict[str, str]:
+    """Is the size that the search found better than the largest one of the curve?
+
+    means : `search.size_means`; best : rows, the search's winner; rows : of the pool; trials,
+    limit : `search.blendsearch`'s table and its largest allowed size, in rows. A search that
+    ended while its best was among the largest sizes it tried, below the limit, has found no
+    smallest loss: undecided, whatever the curve says.
+    """
+    chosen = means[means["method"] == "selected"].set_index("size")
+    largest = int(chosen.index.max())
+    here, there = chosen.loc[best], chosen.loc[largest]
+    gap = float(np.log(there["mean"] / here["mean"]))
+    df = int((chosen["n"] - 1).sum())  # one pooled variance a curve, as in size_means
+    half = float(np.hypot(*(np.log(end["high"] / end["mean"]) for end in (here, there))))
+    early = _ended_early(best, trials, limit)
+    verdict = UNDECIDED if early or best == largest or not abs(gap) > half else (
+        HOLDS if gap > 0 else FAILS)  # fmt: skip
+    numbers = percent(*(float(np.expm1(x)) for x in (gap, gap - half, gap + half)))
+    se = half / student.isf(0.025, df) if df else float("nan")
+    return {
+        "ours": f"search: {best} of {rows} rows{early}; the loss at {largest} rows differs from "
+        f"that at {best} by {numbers}; epochs are fixed, so more rows also mean more steps",
+        "detectable": _of_loss(detectable_difference(se, df)),
+        "verdict": f"{verdict}: the search ended early" if early else verdict,
+    }
+
+
+def _ended_early(best: int, trials: pd.DataFrame | None, limit: int | None) -> str:
+    """Words for a search whose best size lies within a fifth of the largest tried; "" if not."""
+    if trials is None or limit is None:
+        return ""
+    tried = int(trials["size"].max())
+    if tried >= 0.8 * limit or best < 0.8 * tried:
+        return ""
+    return (f", but its {len(trials)} trials went no higher than {tried} of the {limit} rows "
+            "allowed")  # fmt: skip
+
+
+def bump_claim(test, power: Mapping[float, float]) -> dict[str, str]:
+    """The size curve's test (`search.size_curve_test`) and its power by bump, in seed-sd.
+
+    power : bump -> power (`search.size_curve_power`); the smallest with 80 % is what could have
+    been seen.
+    """
+    enough = [bump for bump in sorted(power) if power[bump] >= 0.8]
+    bump = enough[0] if enough else max(power)
+    rise = f"{100 * np.expm1(bump * test.sd):.1f} % of the loss ({bump:g} seed-sd)"
+    return {
+        "ours": f"largest rise {100 * test.rise:+.1f} % of the loss, p = {test.p:.2f}",
+        "detectable": f"a rise of {rise}" if enough
+        else f"no rise up to {rise}, where the power is {power[bump]:.2f}",
+        "verdict": HOLDS if test.p < 0.05 else UNDECIDED,
+    }
+
+
+def judge_claim(net) -> dict[str, str]:
+    """The net win over prompts and pairs of models (`judge.net_win`).
+
+    With fewer than three pairs it is a finding about these models and none about the method.
+    """
+    verdict = HOLDS if net.low > 0 else FAILS if net.high < 0 else UNDECIDED
+    if verdict != UNDECIDED and net.scope != "the method":
+        verdict = f"{verdict}, for {net.scope}"
+    return {
+        "ours": f"net win {net.net:+.2f} [{net.low:+.2f}, {net.high:+.2f}], of {net.scope}, "
+        f"{net.pairs} {'pair' if net.pairs == 1 else 'pairs'} on {net.prompts} prompts",
+        "detectable": f"a net win of {net.detectable:.2f}",
+        "verdict": verdict,
+    }
+
+
+__all__ = [
+    "FAILS", "HOLDS", "NOT_ASKED", "UNDECIDED", "bump_claim", "clean_pool_claim",
+    "contrasts_claim", "defects_claim", "dose_claim", "front_page", "judge_claim", "length_claim",
+    "overall", "percent", "rule_claim", "size_claim", "transfer_claim", "verdicts",
+]  # fmt: skip
+
+QUESTIONS = {  # claims that the front page answers before its table
+    "beats_length": "Does the rule beat length alone?",
+    "finds_defects": "Does the rule find planted defects better than length does?",
+}
+
+
+def rule_claim(fit, permutation, noise) -> dict[str, str]:
+    """Do the indicators add to the source shares? (H0b, `inference.permutation`)
+
+    R² and its interval are of all indicators together, p of the search over subsets.
+    """
+    r2, low, high = r2_of(fit)
+    terms = min(4, len(fit.columns))
+    needed = r2_detectable(float(np.quantile(permutation.null, 0.95)), terms,
+                           fit.ols.df + len(fit.columns) - terms)  # fmt: skip
+    return {
+        "ours": f"R² {r2:.2f} [{low:.2f}, {high:.2f}] beyond the source shares (these sources); "
+        f"permutation of the whole search p = {permutation.p:.2g}",
+        "detectable": f"an R² of {needed:.2f}; the sd of a seed is {noise.sd:.4f} "
+        f"[{noise.low:.4f}, {noise.high:.4f}] in log loss",
+        "verdict": HOLDS if permutation.p < 0.05 else UNDECIDED,
+    }
+
+
+def transfer_claim(summary: pd.DataFrame) -> dict[str, str]:
+    """Held-out sources (`inference.summary`): does the rule fitted elsewhere predict them?"""
+    if summary["sources"].max() < 2:
+        return {"ours": "too few sets within a source to hold one out", "detectable": "-",
+                "verdict": NOT_ASKED}  # fmt: skip
+    r2, slope = summary.loc["r2"], summary.loc["slope"]
+    verdict = HOLDS if slope["low"] > 0 and r2["low"] > 0 else UNDECIDED
+    if slope["high"] < 0:
+        verdict = FAILS
+    return {
+        "ours": f"held-out R² {r2['mean']:.2f} [{r2['low']:.2f}, {r2['high']:.2f}], calibration "
+        f"slope {slope['mean']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}], "
+        f"{slope['sources']:.0f} sources",
+        "detectable": f"a slope of {_seen(slope['low'], slope['high'], slope['sources'] - 1):.2f}",
+        "verdict": verdict,
+    }
+
+
+def dose_claim(effects: pd.DataFrame) -> dict[str, str]:
+    """Which planted defects raise the loss (`embedded.truth`)."""
+    harmful = effects[effects["harms"].astype(bool)]
+    helpful = effects[effects["high"] < 0]
+    verdict = HOLDS if len(harmful) == len(effects) else f"{len(harmful)} of {len(effects)} kinds"
+    if len(helpful):
+        verdict += f"; {', '.join(helpful.index)} lower the loss"
+    seen = max(_seen(r.low, r.high, r.df) for r in effects.itertuples())
+    changes = [f"{r.Index} {percent(*np.expm1([r.slope, r.low, r.high]))}"
+               for r in effects.sort_values("slope", ascending=False).itertuples()]  # fmt: skip
+    return {
+        "ours": f"change of the loss at a full dose: {'; '.join(changes)}",
+        "detectable": f"{100 * np.expm1(seen):.1f} % of the loss" if seen > 0 else "nothing",
+        "verdict": verdict,
+    }
+
+
+def defects_claim(found: Mapping) -> dict[str, str]:
+    """Does the rule find planted defects better than length? (`truths.defects_found`)"""
+    low, high = found["low"], found["high"]
+    verdict = HOLDS if low > 0 else FAILS if high < 0 else UNDECIDED
+    word = {HOLDS: "better than", FAILS: "worse than"}.get(verdict, "not told from")
+    return {
+        "ours": f"AUC within twins {found['rule']} ({found['rows']}, kinds that no stand-in saw), "
+        f"{word} taking the {found['rival']} row: {found['difference']:+.2f} "
+        f"[{low:+.2f}, {high:+.2f}]; {found['why']}",
+        "detectable": f"an AUC difference of {_seen(low, high, found['sources'] - 1):.2f}",
+        "verdict": verdict,
+    }
+
+
+def clean_pool_claim(pools: pd.DataFrame) -> dict[str, str]:
+    """Where no row is defective, is there no win? (`truths.defect_pools`)"""
+    clean = pools[pools["defects"] == 0]
+    if clean.empty:
+        return {"ours": "no pool is free of defects", "detectable": "-", "verdict": NOT_ASKED}
+    row = clean.iloc[0]
+    better = row["verdict"].startswith("better")
+    word = FAILS if better else UNDECIDED if row["verdict"] == "undecided" else HOLDS
+    return {
+        "ours": f"selected against random without any defect: "
+        f"{percent(row['difference'], row['low'], row['high'])}, {row['verdict']}",
+        "detectable": f"{100 * row['detectable']:.1f} % of the loss",
+        "verdict": word,
+    }
+
+
+def _seen(low: float, high: float, df: float) -> float:
+    """What a t test finds with 80 % power, from a 95 % interval on df degrees of freedom."""
+    if not (np.isfinite([low, high]).all() and df > 0):
+        return float("nan")
+    return detectable_shift((high - low) / 2 / student.isf(0.025, df), df)
+
+
+def verdicts(study: Study) -> pd.DataFrame:
+    """Every claim of the paper with this run's finding; claims that no notebook asked are named."""
+    found = {}
+    try:
+        folder = study.find("claims")
+    except MissingInput:
+        folder = None
+    for path in sorted(folder.glob("*.json")) if folder else []:
+        found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for claim in paper.claims().to_dict("records"):
+        ours = found.get(claim["claim"], {"ours": "-", "detectable": "-", "verdict": NOT_ASKED})
+        rows.append({**claim, **{k: ours[k] for k in ("ours", "detectable", "verdict")}})
+    return pd.DataFrame(rows)
+
+
+def front_page(verdict: pd.DataFrame, profile: str, description: str) -> str:
+    """The front page's generated part, in Markdown: whose run it is, the answer, every verdict."""
+    rows = verdict.fillna("-").to_dict("records")
+    lines = [f"This copy shows the profile `{profile}`: {description}", ""]
+    for row in rows:
+        if row["claim"] in QUESTIONS and row["verdict"] != NOT_ASKED:
+            lines += [f"**{QUESTIONS[row['claim']]}** "
+                      f"{str(row['verdict']).capitalize()}: {row['ours']}.", ""]  # fmt: skip
+    lines += ["| claim | this run | could have seen | verdict |", "|---|---|---|---|"]
+    for row in rows:
+        cells = [f"**{row['statement']}**<br>the paper: {row['paper_value']}",
+                 str(row["ours"]).replace("; ", "<br>"),
+                 row["detectable"], f"**{row['verdict']}**"]  # fmt: skip
+        lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"

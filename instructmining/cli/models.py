@@ -1,0 +1,71 @@
+"""Which models a command may use: from a profile, from `--models`, stand-ins only if allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from instructmining_core.config import ModelRef
+from instructmining_core.indicators import ROLES
+
+from ..profile import load_profile
+
+if TYPE_CHECKING:
+    from ..study import Study
+
+DEFAULT_STANDINS = "laptop"  # the profile whose stand-ins `--models role=standin:...` means
+
+
+class ModelsError(ValueError):
+    """Models that were asked for in a way that cannot be followed."""
+
+
+def asked_models(profile: str | None, pairs: Sequence[str]) -> dict[str, ModelRef]:
+    """Role -> model: the profile's, overruled by "ROLE=ID" or "ROLE=ID@REVISION" pairs."""
+    roles = dict(load_profile(profile).models.roles()) if profile else {}
+    for pair in pairs:
+        role, _, name = pair.partition("=")
+        if role not in ROLES or not name:
+            known = ", ".join(ROLES)
+            raise ModelsError(f"--models {pair!r}: write ROLE=ID, with a role of {known}")
+        name, _, revision = name.partition("@")
+        roles[role] = ModelRef(name, revision or "main")
+    return roles
+
+
+def asked_form(profile: str | None, form: str | None) -> str:
+    """The reward model's input form: the one asked for, else the profile's, "" for its own."""
+    return form or (load_profile(profile).models.reward_form if profile else "")
+
+
+def is_standin(ref: ModelRef) -> bool:
+    """Whether a model is a stand-in: by its name, or by the mark in its folder."""
+    return ref.id.startswith("standin:") or (Path(ref.id) / "STAND_IN.json").is_file()
+
+
+def standin_folder(
+    profile: str | None, roles: Mapping[str, ModelRef], allowed: bool
+) -> Path | None:
+    """The folder of the stand-ins among `roles`, built if need be; None where there are none.
+
+    Raises ModelsError where stand-ins are asked for and not allowed.
+    """
+    found = [role for role, ref in roles.items() if is_standin(ref)]
+    if found and not allowed:
+        raise ModelsError(
+            f"the model of {', '.join(found)} is a stand-in: a small model built on the spot, for "
+            "trying the code; its scores say nothing of the paper's. Pass --allow-standins to use "
+            "it all the same, or name real models with --models or another --profile"
+        )
+    named = [ref for ref in roles.values() if ref.id.startswith("standin:")]
+    return opened_study(profile or DEFAULT_STANDINS).standins(*named) if named else None
+
+
+@lru_cache(maxsize=1)
+def opened_study(profile: str) -> Study:
+    """The study of a profile, opened once in a process: its data are costly to read."""
+    from ..study import Study
+
+    return Study.open(profile)

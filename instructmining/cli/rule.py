@@ -1,0 +1,212 @@
+"""`instructmining explain`, `fit` and `plan`: a rule used on one row, made, and planned for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from instructmining_core.indicators.score_table import read_scores
+from instructmining_core.regression.rule_card import RuleCard, load_rule
+from instructmining_core.selection.select import rank
+from instructmining_core.selection.support import intervals
+
+from ..reports import card_markdown
+
+
+class CommandError(ValueError):
+    """Options that do not go together, or name what is not there."""
+
+
+def explain(args: argparse.Namespace) -> None:
+    """Print a row's score as a sum, and where it stands among all rows."""
+    scores, rule = read_scores(args.scores), load_rule(args.rule)
+    differences = rule.check(scores.attrs, allow_mismatch=args.allow_mismatch)
+    if not (scores["id"].astype(str) == args.id).any():
+        some = ", ".join(scores["id"].astype(str).head(3))
+        raise CommandError(f"no row has the id {args.id!r} in {args.scores}; ids are like {some}")
+    ranked = rank(scores, rule)
+    found = ranked[ranked["id"].astype(str) == args.id].sort_index()
+    scored = int(ranked["score"].notna().sum())
+    pages = [explained(row, rule, scored) for _, row in found.iterrows()]
+    if differences:
+        pages.append("published form, other models or data; a ranking, no conclusion")
+    sys.stdout.write("\n\n".join(pages) + "\n")
+
+
+def explained(row: pd.Series, rule: RuleCard, scored: int) -> str:
+    """One row's page: its contributions, their sum, its rank among `scored` rows, its interval."""
+    frame = row.to_frame().T
+    added = rule.contributions(frame).iloc[0]
+    lines = [f"{row['id']}: {row['file']}, row {row['row']}",
+             f"  {'indicator':<18}{'value':>12}{'adds to log loss':>19}",
+             f"  {'(intercept)':<18}{'':>12}{rule.intercept:>+19.4f}"]  # fmt: skip
+    for name in rule.columns:
+        lines.append(f"  {name:<18}{_number(row[name], '12.4g')}{_number(added[name], '+19.4f')}")
+    if not np.isfinite(row["score"]):
+        return "\n".join([*lines, f"  no score: {row['reason']}"])
+    lines.append(f"  {'predicted log loss':<30}{row['score']:>+19.4f}")
+    lines += _interval(frame, rule)
+    better = 100 - row["percentile"]
+    lines.append(
+        f"  rank {int(row['rank']):,} of {scored:,} rows with a score: better than "
+        f"{row['percentile'] - 100 / scored:.1f} % of them"
+        f"{', worse than ' + format(better, '.1f') + ' %' if better > 0 else ''}"
+    )
+    noted = json.loads(row.get("reasons") or "{}")
+    return "\n".join([*lines, *(f"  note, {name}: {why}" for name, why in noted.items())])
+
+
+def _interval(frame: pd.DataFrame, rule: RuleCard) -> list[str]:
+    if not rule.data.get("uncertainty"):  # the published rules have no intervals
+        return []
+    found = intervals(rule, frame).iloc[0]
+    lines = []
+    if found["own_source"]:
+        lines.append(f"  with the constant of its own source: {found['predicted']:.4f}")
+    if np.isfinite(found["low_these"]):
+        whose = "its own source" if found["own_source"] else "a source like these"
+        lines.append(f"  95 % prediction, {whose}: {found['low_these']:.4f} to "
+                     f"{found['high_these']:.4f}")  # fmt: skip
+    if np.isfinite(found["low_new"]):
+        lines.append(f"  95 % prediction, a new source: {found['low_new']:.4f} to "
+                     f"{found['high_new']:.4f}")  # fmt: skip
+    if found["outside"]:
+        lines.append("  outside the range of the sets that the rule was fitted on")
+    return lines
+
+
+def _number(value: float, form: str) -> str:
+    width = int(form.lstrip("+").split(".")[0])
+    return f"{value:{form}}" if np.isfinite(float(value)) else f"{'NaN':>{width}}"
+
+
+def fit(args: argparse.Namespace) -> None:
+    """RuleFit the within-source rule with its inference and write the card."""
+    if bool(args.runs) == bool(args.profile):
+        raise CommandError("give either RUNS with --scores, or --profile")
+    card = _of_study(args) if args.profile else _of_tables(args)
+    card.save(args.out)
+    sys.stdout.write(card_markdown(card) + f"\nwritten to {args.out}\n")
+
+
+def _of_study(args: argparse.Namespace) -> RuleCard:
+    from ..study import Study
+
+    study = Study.open(args.profile)
+    columns = _names(args) or study.profile.rule_columns()
+    fitted_on = f"the sweep of profile {study.profile.name}"
+    return _fitted(args, study.sweep(), study.candidate_scores, columns, fitted_on)
+
+
+def _of_tables(args: argparse.Namespace) -> RuleCard:
+    if not args.scores:
+        raise CommandError("RUNS needs --scores: the rule is standardised on the pool's rows")
+    path = Path(args.runs)
+    runs = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    scores = read_scores(args.scores)
+    known = [c for c in scores.attrs.get("indicators", {}) if c in runs]
+    columns = _names(args) or known
+    missing = [c for c in ("log_loss", *columns) if c not in runs]
+    if missing or not columns:
+        raise CommandError(
+            f"{path} lacks {', '.join(missing) or 'every indicator'}: it holds one "
+            "row a run with log_loss, share_<source> and the sets' means"
+        )
+    return _fitted(args, runs, scores, columns, f"{path.name}, scores of {args.scores}")
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    return args.indicators.split(",") if args.indicators else []
+
+
+def _fitted(
+    args: argparse.Namespace, runs: pd.DataFrame, scores: pd.DataFrame, columns: list[str], on: str
+) -> RuleCard:
+    from instructmining_core import regression
+    from instructmining_core import regression as inference
+    from instructmining_core.regression.rule_card import make_card
+
+    from ..tables import jackknife
+
+    constants = regression.Standardizer.fit(scores, columns)
+    fitted = regression.fit_rule(runs, columns, constants)
+    test = inference.permutation(
+        runs, columns, constants, size=min(4, len(columns)), n_permutations=args.permutations
+    )
+    sets = f"{len(fitted.runs)} sets from {len(fitted.sources)} sources"
+    return make_card(
+        fitted, scores, fitted_on=f"{on}: {sets} ({', '.join(fitted.sources)})",
+        not_for=args.not_for, new_sources=jackknife(runs, columns, constants),
+        held_out=inference.held_out(runs, columns, constants), permutation=test,
+        auto_size=args.auto_size,
+    )  # fmt: skip
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Print the half-widths of a design's slopes by number of runs, and the runs a target needs."""
+    from .. import pilot
+    from ..study import Study
+
+    if args.pilot and args.sigma is not None:
+        raise CommandError("--pilot measures the noise that --sigma assumes: give one of them")
+    study = Study.open(args.profile)
+    frame = study.set_frame()
+    if args.pilot and not study.has_own("sets.parquet"):
+        raise CommandError("a pilot needs this profile's own sets: run `make study "
+                           f"PROFILE={args.profile}`, whose notebook 04 draws them")
+    seeds, fit, source = _noise(args, study)
+    noise = seeds if fit is None else pilot.replan(seeds, fit)
+    widths = pilot.in_cells(pilot.planned_half_widths(study, frame, noise))
+    sections = [
+        f"noise in log loss, {source}:\n{_table(pilot.noise_table(seeds, fit), True)}",
+        "half-widths of 95 % intervals, log loss per sd of a row, by number of runs, with their "
+        f"80 % band:\n{_table(widths, True)}",
+    ]  # fmt: skip
+    if fit is None:
+        sections.append("What a straight line misses comes on top of the noise between seeds: take "
+                        "these as the least, and plan anew after 30 runs.")
+    sections += (_needed(study, frame, noise, args.target)
+                 if frame["arm"].isin(pilot.ARMS["designed"]).any()
+                 else ["no sets within sources: fusion alone gives no slope within them"])
+    sys.stdout.write("\n\n".join(sections) + "\n")
+
+
+def _needed(study, frame: pd.DataFrame, noise, target: float) -> list[str]:
+    from .. import pilot
+
+    within = pilot.arm_plan(study, frame, noise, every=10)
+    between = pilot.arm_plan(study, frame, noise, kind="between")
+    needed, most = pilot.runs_needed(within, target), within.table["runs"].max()
+    return [
+        f"designed runs for a half-width of {target:g} (safe: with the upper end of the "
+        f"band; none: more than the {most} planned):\n{_table(needed, True)}",
+        f"within sources: {within.advice}", f"between sources: {between.advice}",
+    ]  # fmt: skip
+
+
+def _noise(args: argparse.Namespace, study):
+    """The noise between seeds, the sweep's fit where there is one, and where they come from."""
+    from .. import pilot
+
+    if args.sigma is not None:
+        return pilot.assumed(args.sigma), None, "assumed by --sigma"
+    swept, fit = pilot.sweep_noise(study)
+    where = ", and from the sweep that has been run" if fit is not None else ""
+    if args.pilot:
+        runs, seeds = len(pilot.pilot_plans(study)), pilot.run_pilot(study)
+        if seeds is None:
+            raise CommandError(f"the design of {study.name} repeats no set on further seeds, so "
+                               "that it has no pilot: set design.anchors, or give --sigma")
+        return seeds, fit, f"from a pilot of {runs} runs{where}"
+    if swept is not None:
+        return swept, fit, "from the sweep that has been run"
+    return pilot.assumed(0.01), fit, f"0.01 assumed, for want of --pilot or --sigma{where}"
+
+
+def _table(frame: pd.DataFrame, index: bool = False) -> str:
+    return frame.to_string(index=index, na_rep="none", float_format=lambda x: f"{x:.5g}")

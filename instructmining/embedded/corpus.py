@@ -1,0 +1,369 @@
+"""The embedded corpus: docstrings of the standard library and of installed packages as records.
+
+"What does scipy.signal.welch do?" is answered by the first words of its docstring; parameters,
+returned values, errors and notes give further kinds of question. Each library is a source. The text
+is real English that is already on the disk, so the default study needs no network.
+
+Which libraries the embedded corpus reads, where they lie, and which of their files count.
+
+Only what the study's own pinned constraints install is named. Packages are found with
+`importlib.util.find_spec` and files are parsed with `ast`: nothing is imported or run.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+import hashlib
+import json
+import os
+import platform
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import metadata, util
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from instructmining_core import files as paths
+
+from . import docstrings, splits
+
+STDLIB = "stdlib"
+STDLIB_MODULES = (
+    "abc argparse ast asyncio base64 bdb binascii bisect bz2 calendar cgi chunk cmd code codecs "
+    "codeop collections colorsys compileall concurrent configparser contextlib contextvars copy "
+    "copyreg cProfile csv ctypes curses dataclasses datetime dbm decimal difflib dis doctest email "
+    "enum filecmp fileinput fnmatch fractions ftplib functools genericpath getopt getpass gettext "
+    "glob graphlib gzip hashlib heapq hmac html http imaplib importlib inspect io ipaddress json "
+    "keyword linecache locale logging lzma mailbox mimetypes modulefinder multiprocessing netrc "
+    "ntpath numbers opcode operator optparse os pathlib pdb pickle pickletools pkgutil platform "
+    "plistlib poplib posixpath pprint profile pstats py_compile pyclbr pydoc queue quopri random "
+    "reprlib rlcompleter runpy sched secrets selectors shelve shlex shutil signal site smtplib "
+    "socket socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable "
+    "sysconfig tabnanny tarfile telnetlib tempfile textwrap threading timeit tkinter token "
+    "tokenize tomllib trace traceback tracemalloc turtle types typing unittest urllib uuid venv "
+    "warnings wave weakref webbrowser wsgiref xml xmlrpc zipapp zipfile zipimport zoneinfo"
+).split()
+CANDIDATES = (
+    STDLIB, "numpy", "scipy", "pandas", "statsmodels", "sklearn", "torch", "transformers",
+    "matplotlib", "seaborn", "sympy", "sphinx", "datasets", "huggingface_hub", "peft",
+    "fontTools",
+)  # fmt: skip
+UNSEEN = ("networkx", "sqlalchemy")
+STANDIN = (
+    "IPython", "docutils", "pydantic", "accelerate", "sentence_transformers",
+    "prompt_toolkit", "rich", "narwhals", "optuna", "flaml", "pyarrow", "fsspec", "joblib",
+    "tornado", "PIL", "anyio",
+)  # fmt: skip
+BASE_ONLY = (
+    "jinja2", "alembic", "traitlets", "click", "babel", "bs4", "pyparsing",
+    "requests", "urllib3", "jupytext", "nbformat", "jupyter_client", "ipykernel", "formulaic",
+    "pybtex", "myst_nb", "myst_parser", "jedi", "parso", "zmq", "packaging", "platformdirs",
+    "typer", "httpx2", "tokenizers", "attr", "markdown_it",
+)  # fmt: skip
+_LICENCES = {"torch": "BSD-3-Clause"}  # its metadata names none
+_SKIPPED = re.compile(
+    r"(^|/)(tests?|testing|_vendor|vendored|_vendored|externals|_extern|conftest|benchmarks|"
+    r"examples?|locale|array_api_\w+|site-packages|idle_test|test_\w+|_test_\w+)(/|\.py$)")
+_SKIPPED_OF = {
+    "torch": re.compile(r"(^|/)_\w+/|^onnx/_internal|^ao/|^distributed/elastic"),
+    "transformers": re.compile(r"^models/|testing_utils|^cli/"),
+    "pyarrow": re.compile(r"^src/"),
+    "sympy": re.compile(r"^parsing/(latex|autolev)/_|^polys/benchmarks"),
+}
+
+
+class CorpusError(RuntimeError):
+    """The installed packages do not give enough text."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """Where one source's files lie.
+
+    version : of the installed package; for the standard library the exact patch version of Python
+    """
+
+    name: str
+    version: str
+    licence: str
+    root: Path
+
+
+def find_library(name: str) -> Library | None:
+    """The installed library of that import name, None where it is not installed."""
+    if name == STDLIB:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        return Library(name, platform.python_version(), "PSF-2.0", root)
+    spec = util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    version, licence = _package_metadata(name)
+    return Library(name, version, licence, Path(list(spec.submodule_search_locations)[0]))
+
+
+def _package_metadata(name: str) -> tuple[str, str]:
+    """Version without its local part ("2.13.0", not "2.13.0+cpu") and licence."""
+    owners = _distributions().get(name) or [name]
+    try:
+        found = metadata.metadata(owners[0])
+    except metadata.PackageNotFoundError:
+        return "unknown", "unknown"
+    licence = found.get("License-Expression") or (found.get("License") or "").split("\n")[0]
+    if not licence or len(licence) > 60:
+        classes = [c for c in found.get_all("Classifier") or [] if c.startswith("License ::")]
+        licence = classes[0].split(" :: ")[-1] if classes else _LICENCES.get(name, "unknown")
+    return found["Version"].split("+")[0], licence
+
+
+@cache
+def _distributions() -> dict[str, list[str]]:
+    return dict(metadata.packages_distributions())
+
+
+def source_files(library: Library) -> dict[str, Path]:
+    """The library's source files by path relative to its root, without tests and vendored code."""
+    return {path.relative_to(library.root).as_posix(): path for path in _files(library)}
+
+
+def parse(path: Path) -> ast.Module:
+    """Syntax tree of a file; an empty one for a template or another Python's syntax."""
+    collecting = gc.isenabled()
+    gc.disable()  # a tree is thousands of small objects without cycles: half of the parse time
+    try:
+        return ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return ast.Module(body=[], type_ignores=[])
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _files(library: Library) -> Iterator[Path]:
+    if library.name == STDLIB:
+        for module in STDLIB_MODULES:
+            place = library.root / module
+            yield from [place.with_suffix(".py")] if place.with_suffix(".py").is_file() else (
+                _python_files(place, None) if place.is_dir() else [])
+        return
+    yield from _python_files(library.root, _SKIPPED_OF.get(library.name))
+
+
+def _python_files(folder: Path, skipped: re.Pattern | None) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*.py")):
+        relative = path.relative_to(folder).as_posix()
+        if not _SKIPPED.search(relative) and not (skipped and skipped.search(relative)):
+            yield path
+
+
+SEED = 20230711
+VERSION = "1"  # raised when code changes what is read; part of the corpus' name
+HASHES = Path(__file__).with_name("hashes.json")
+MIN_CANDIDATE_LIBRARIES = 12
+ROLES = {
+    **dict.fromkeys(CANDIDATES, "candidate"), **dict.fromkeys(UNSEEN, "unseen"),
+    **dict.fromkeys(STANDIN, "standin"), **dict.fromkeys(BASE_ONLY, "base"),
+}  # fmt: skip
+_PRIVATE_PARTS = {"core", "src", "python", "api", "base", "main", "py"}
+# Few fixed words beside the name: two questions share no run of 8 words merely because they were
+# asked in the same way.
+_WORDINGS = {
+    "class": ("What is {name}?", "Summarise {name}.", "{name}: what is it for?"),
+    "summary": ("What does {name} do?", "Summarise {name}.", "{name}: what is it for?"),
+    "long": ("Describe {name} in detail.", "Explain {name}.", "Tell me more about {name}."),
+    "parameter": ("{name}: what is `{about}`?", "In {name}, what does `{about}` do?",
+                  "{name}: explain `{about}`."),
+    "attribute": ("{name}: which attribute is `{about}`?", "In {name}, what holds `{about}`?"),
+    "returns": ("What does {name} return?", "What is returned by {name}?",
+                "{name}: what comes back?"),
+    "raises": ("When does {name} raise {about}?", "{name}: when is {about} raised?"),
+    "notes": ("What should one know about {name}?", "{name}: any notes?"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The embedded corpus.
+
+    table : record table (id, source, messages, file, row) with columns `symbol` (the function's
+        dotted name), `question` (kind of question), `prompt`, `response`, `split`, `group`
+        (near-copy group), and empty `kind` and `twin` (filled when defects are planted)
+    hashes : source -> hash of all its rows as read
+    versions : columns source, version, licence, rows, hash, held ("same" as the committed hash of
+        that version, "different" from it, or "unknown version": recorded, not a failure)
+    key : hash of versions, sizes and the code that reads: the cache's key
+    left_out : rows not used, by reason
+    """
+
+    table: pd.DataFrame
+    hashes: dict[str, str]
+    versions: pd.DataFrame
+    key: str
+    left_out: dict[str, int]
+
+    def split(self, name: str) -> pd.DataFrame:
+        """Rows of one split: base_text, standin, candidates, pool, eval_1 or eval_2."""
+        if name not in splits.SPLITS:
+            raise ValueError(f"Split {name!r} is unknown; known: {', '.join(splits.SPLITS)}.")
+        return self.table[self.table["split"] == name].reset_index(drop=True)
+
+
+def build_corpus(
+    size: str = "full",
+    *,
+    names: Sequence[str] | None = None,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> Corpus:
+    """The corpus of the installed libraries, from the cache when nothing has changed.
+
+    size : "full" or "smoke" (a few hundred rows of every split)
+    names : libraries to read; all of `ROLES` by default
+    folder : where the cache lies; `paths.cache() / "pydocs"` by default
+    Raises CorpusError if fewer than 12 of the candidate libraries are installed.
+    """
+    if size not in splits.SIZES:
+        raise ValueError(f"Corpus size {size!r} is unknown; known: {', '.join(splits.SIZES)}.")
+    found = [f for name in (names or ROLES) if (f := find_library(name))]
+    candidates = [f.name for f in found if ROLES[f.name] == "candidate"]
+    if names is None and len(candidates) < MIN_CANDIDATE_LIBRARIES:
+        raise CorpusError(
+            f"Only {len(candidates)} candidate libraries are installed ({', '.join(candidates)}), "
+            f"{MIN_CANDIDATE_LIBRARIES} are needed; install the pinned constraints (`make study`)."
+        )
+    key = _key(found, splits.SIZES[size])
+    folder = paths.cache() / "pydocs" if folder is None else folder
+    if not (folder / f"{key}.parquet").exists():
+        _write(folder, key, *_read_and_split(found, size, progress))
+    return _load(folder, key)
+
+
+def held_hashes() -> dict[str, dict[str, str]]:
+    """Committed hashes: source -> version -> hash of its rows."""
+    return json.loads(HASHES.read_text())
+
+
+def read_library(library: Library, most: int) -> pd.DataFrame:
+    """All usable rows of one library, before near copies are looked at.
+
+    most : rows after which no further file is opened; files come in the order of the hash of their
+        names, so a part of a library is a random part of it
+    returns : columns id, source, file (relative to the library), row (0-based line of the
+        definition), symbol, question, prompt, response; one row a piece of a docstring. Of two
+        definitions with one name the first is kept.
+    """
+    rows: list[tuple] = []
+    seen: set[str] = set()
+    files = source_files(library)
+    for relative in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if len(rows) >= most:
+            break
+        for qualified, node, docstring in _definitions(parse(files[relative])):
+            symbol = _symbol(library.name, relative, qualified)
+            if symbol in seen:
+                continue
+            seen.add(symbol)
+            is_class = isinstance(node, ast.ClassDef)
+            for piece in docstrings.pieces(docstring):
+                rows.append((
+                    f"{library.name}:{symbol}:{piece.question}:{piece.about}", library.name,
+                    relative, node.lineno - 1, symbol, piece.question,
+                    _prompt(symbol, is_class, piece), piece.text,
+                ))  # fmt: skip
+    columns = ["id", "source", "file", "row", "symbol", "question", "prompt", "response"]
+    return pd.DataFrame(rows, columns=columns).drop_duplicates("id", ignore_index=True)
+
+
+def source_hash(rows: pd.DataFrame) -> str:
+    """First 16 hex digits of the sha256 of a source's ids, prompts and responses."""
+    lines = sorted("\x1f".join(row) for row in rows[["id", "prompt", "response"]].to_numpy())
+    return hashlib.sha256("\x1e".join(lines).encode()).hexdigest()[:16]
+
+
+def _definitions(tree: ast.Module) -> Iterator[tuple[str, ast.AST, str]]:
+    """(qualified name, node, docstring) of public functions, classes and their methods."""
+    stack = [("", tree)]
+    while stack:
+        prefix, parent = stack.pop()
+        for node in parent.body:
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if node.name.startswith(("_", "test_")):
+                continue
+            if docstring := ast.get_docstring(node):
+                yield prefix + node.name, node, docstring
+            if isinstance(node, ast.ClassDef):
+                stack.append((f"{prefix}{node.name}.", node))
+
+
+def _symbol(library: str, file: str, qualified: str) -> str:
+    """The name users know: "scipy", "signal/_spectral_py.py", "welch" -> "scipy.signal.welch"."""
+    parts = [p for p in file.removesuffix(".py").split("/") if p != "__init__"]
+    public = [p for p in parts if not p.startswith("_") and p not in _PRIVATE_PARTS]
+    head = public[:1] if library == STDLIB else [library, *public[:1]]
+    return ".".join([*head, qualified])
+
+
+def _prompt(symbol: str, is_class: bool, piece: docstrings.Piece) -> str:
+    wordings = _WORDINGS["class" if is_class and piece.question == "summary" else piece.question]
+    pick = hashlib.sha256(f"{symbol}|{piece.question}|{piece.about}".encode()).digest()[0]
+    return wordings[pick % len(wordings)].format(name=symbol, about=piece.about)
+
+
+def _key(found: Sequence[Library], sizes: splits.SplitSizes) -> str:
+    names = [(f.name, f.version) for f in found]
+    # the standard library's text changes with the patch version alone
+    what = json.dumps([names, asdict(sizes), VERSION, SEED], sort_keys=True)
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+def _read_and_split(found: Sequence[Library], size: str, progress: bool) -> tuple:
+    sizes = splits.SIZES[size]
+    bar = tqdm(found, desc="reading docstrings", unit="library", disable=not progress)
+    frames = [read_library(library, sizes.read) for library in bar]
+    held = held_hashes() if size == "full" else {}
+    versions = []
+    for library, rows in zip(found, frames, strict=True):
+        digest = source_hash(rows)
+        known = held.get(library.name, {}).get(library.version)
+        state = "unknown version" if known is None else "same" if known == digest else "different"
+        versions.append((library.name, library.version, library.licence, len(rows), digest, state))
+    versions = pd.DataFrame(
+        versions, columns=["source", "version", "licence", "rows", "hash", "held"])
+    table = splits.split(pd.concat(frames, ignore_index=True), ROLES, sizes, SEED)
+    return table, versions
+
+
+def _write(folder: Path, key: str, table: pd.DataFrame, versions: pd.DataFrame) -> None:
+    """Versions first: a table in the cache always has its versions beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"versions": versions.to_dict("records"), "left_out": table.attrs["left_out"]}
+    part = folder / f"{key}.{os.getpid()}.part"
+    part.write_text(json.dumps(about, indent=1))
+    part.replace(folder / f"{key}.json")
+    table.to_parquet(part)
+    part.replace(folder / f"{key}.parquet")
+
+
+def _load(folder: Path, key: str) -> Corpus:
+    table = pd.read_parquet(folder / f"{key}.parquet")
+    about = json.loads((folder / f"{key}.json").read_text())
+    table["messages"] = messages(table["prompt"], table["response"])
+    table["kind"], table["twin"] = "", ""
+    versions = pd.DataFrame(about["versions"])
+    hashes = dict(zip(versions["source"], versions["hash"], strict=True))
+    table.attrs = {}
+    return Corpus(table, hashes, versions, key, about["left_out"])
+
+
+def messages(prompts: Sequence[str], responses: Sequence[str]) -> list[list[dict[str, str]]]:
+    """One conversation of two messages for each prompt and response."""
+    return [
+        [{"role": "user", "content": p}, {"role": "assistant", "content": r}]
+        for p, r in zip(prompts, responses, strict=True)
+    ]

@@ -1,0 +1,522 @@
+"""Answers of selected and random models to the same prompts, and what the reward model prefers.
+
+Which finetunes each question needs: plans, made from a study, that `Study.run` carries out.
+
+Every plan's label has the columns that the tables of `verify` and `figures` read: pool, method,
+size and seed.
+
+The rule's own uncertainty: rules refitted on bootstrapped ledgers, each with its own selection.
+
+A contrast of one rule's rows against random rows speaks of that one rule. The rule came out of a
+sweep that could have come out otherwise; rules refitted on resampled runs select other rows, and
+a contrast over them carries that uncertainty too (statistical plan, section 6).
+
+Which indicator carries the rule? Drop one, refit, select anew, finetune (the paper's Table 5).
+
+The paper (v3, Table 5) prints one loss a cell. Here every contrast has its interval, and a smaller
+rule is finetuned only where it selects other rows: where the selections are nearly the same, so is
+the loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from instructmining_core.config import FinetuneConfig, ModelRef
+from instructmining_core.data.records import row_hash
+from instructmining_core.finetuning.ledger import Ledger
+from instructmining_core.regression.intervals import r2_of
+from instructmining_core.regression.ols import RankError
+from instructmining_core.regression.rule import RuleFit, fit_rule
+from instructmining_core.regression.rule_card import RuleCard, make_card
+from instructmining_core.regression.run_table import DESIGNED, RunsError, Standardizer, pick_arms
+from instructmining_core.selection import beat_random
+from instructmining_core.selection.select import TOKENS, choose, choose_tokens
+
+from .study import PlannedRun, Study
+
+LOSSES = ["loss_eval_1", "loss_eval_2", "loss_eval_1_token", "loss_eval_2_token"]
+GATE_COLUMNS = ["run_id", "pool", "method", "size", "seed", *LOSSES, "rows", "steps",
+                "tokens_trained", "seconds"]  # fmt: skip
+DOSE_COLUMNS = ["run_id", "kind", "dose", "seed", *LOSSES]
+FREE_RIVALS = ("longest", "shortest", "lowest_ppl", "reward", "compression")
+
+
+def sweep_plans(study: Study) -> list[PlannedRun]:
+    """One finetune for each designed set and for each anchor's further seeds."""
+    wanted = study.profile.design.by_epoch
+    return [
+        PlannedRun(
+            one.row_hashes,
+            {"set_id": one.set_id, "arm": one.arm, "source": one.source, "anchor": one.anchor,
+             "shares": dict(one.shares), "tilt": list(one.tilt)},
+            one.init_seed,
+            one.order_seed,
+            by_epoch=wanted == "all" or (wanted == "anchors" and one.anchor),
+        )
+        for one in study.sets
+    ]  # fmt: skip
+
+
+def gate_plans(study: Study, rule: RuleCard) -> list[PlannedRun]:
+    """For every pool: the rule's best rows on several seeds, random draws, and each rival, at equal
+    rows and once more at equal tokens.
+    """
+    config = study.profile.selection
+    plans = []
+    for pool in study.data.pools:
+        counts = {"selected": config.seeds, "random": config.draws}
+        counts |= {method: config.baseline_seeds for method in FREE_RIVALS}
+        for method, repeats in counts.items():
+            plans += repeated(study, rule, pool, method, config.size, repeats)
+        plans += token_plans(study, rule, pool)
+        size = len(study.data.pools[pool])
+        plans += repeated(study, rule, pool, "full", size, config.baseline_seeds)
+    return plans
+
+
+def token_plans(study: Study, rule: RuleCard, pool: str) -> list[PlannedRun]:
+    """Random draws and rivals of one pool, each with as many target tokens as the selected rows.
+
+    Methods are named `<method>_tokens`. The label's size is that of the selected set, for the
+    tables; a set's own number of rows is what fits, so its number of steps is another one.
+    """
+    config, scores = study.profile.selection, study.pool_scores(pool)
+    cost = target_tokens(study, scores["row_hash"])
+
+    def tokens_of(rows: pd.DataFrame) -> list[int]:
+        return [cost[one] for one in rows["row_hash"]]
+
+    tokens = sum(tokens_of(choose(scores, "selected", config.size, rule=rule)))
+    counts = {"random": config.draws} | dict.fromkeys(FREE_RIVALS, config.baseline_seeds)
+    plans = []
+    for method, repeats in counts.items():
+        for seed in range(repeats):
+            rows = choose_tokens(scores, method, tokens, seed=seed, tokens_of=tokens_of)
+            label = {"pool": pool, "method": method + TOKENS, "size": config.size, "seed": seed}
+            plans.append(PlannedRun(tuple(rows["row_hash"]), label, init_seed=seed, order_seed=seed))
+    return plans
+
+
+def target_tokens(study: Study, hashes: Sequence[str]) -> dict[str, int]:
+    """Row hash -> tokens that count in the loss of one pass over the row, as it is trained on."""
+    encoded = study.encoded_rows(study.lm, study.profile.finetune, set(hashes))
+    return {one: int(sum(row.targets)) for one, row in encoded.items()}
+
+
+def per_example(
+    study: Study, runs: pd.DataFrame, evaluation: str = "eval_2"
+) -> dict[tuple[str, str, int], np.ndarray]:
+    """Losses by prompt of comparison runs: (pool, method, size) -> ndarray (runs, prompts).
+
+    runs : from `Study.run`, columns run_id, pool, method, size, seed. Runs stand in the order of
+    their seeds, diverged ones left out; nats per target token; prompts without any target token
+    are in no column. The mean of a row is that run's `loss_<evaluation>`.
+    """
+    ledger = Ledger(study.find("ledger"))
+    finished = runs.dropna(subset=[f"loss_{evaluation}"]).sort_values("seed", kind="stable")
+    found = {}
+    for key, part in finished.groupby(["pool", "method", "size"], sort=False):
+        examples = [ledger.read(one)["examples"][evaluation] for one in part["run_id"]]
+        nll = np.array([one["nll"] for one in examples], float)
+        tokens = np.array([one["tokens"] for one in examples], float)
+        asked = tokens[0] > 0
+        found[key] = nll[:, asked] / tokens[:, asked]
+    return found
+
+
+def repeated(
+    study: Study, rule: RuleCard, pool: str, method: str, size: int, repeats: int, first: int = 0
+) -> list[PlannedRun]:
+    """`repeats` finetunes of one method on one pool, seeds `first`, `first` + 1, ...
+
+    A random draw changes with its seed; every other method keeps its rows.
+    """
+    scores = study.pool_scores(pool)
+    plans = []
+    for seed in range(first, first + repeats):
+        rows = choose(scores, method, size, rule=rule, seed=seed)
+        label = {"pool": pool, "method": method, "size": len(rows), "seed": seed}
+        plans.append(PlannedRun(tuple(rows["row_hash"]), label, init_seed=seed, order_seed=seed))
+    return plans
+
+
+def describe(plans: Sequence[PlannedRun]) -> pd.DataFrame:
+    """How many finetunes each method gets in a pool, and the mean rows of one, by pool."""
+    labels = pd.DataFrame([{**plan.label, "rows": len(plan.row_hashes)} for plan in plans])
+    groups = labels.groupby(["method", "pool"], sort=False)
+    counts = groups.size().groupby("method", sort=False).max().rename("finetunes")
+    sizes = groups["rows"].mean().unstack("pool", sort=False)
+    return sizes.add_prefix("rows, ").join(counts)
+
+
+def overlap(plans: Sequence[PlannedRun]) -> pd.DataFrame:
+    """Mean Jaccard index over pools between the rows of the methods, each at its first seed."""
+    first = {
+        (plan.label["pool"], plan.label["method"]): set(plan.row_hashes)
+        for plan in plans
+        if plan.label["seed"] == 0
+    }
+    methods = list(dict.fromkeys(method for _, method in first))
+    pools = list(dict.fromkeys(pool for pool, _ in first))
+
+    def jaccard(a: str, b: str) -> float:
+        pairs = [(first[pool, a], first[pool, b]) for pool in pools]
+        return sum(len(x & y) / len(x | y) for x, y in pairs) / len(pairs)
+
+    return pd.DataFrame({a: {b: jaccard(a, b) for b in methods} for a in methods})
+
+
+def selected_means(study: Study, plans: Sequence[PlannedRun]) -> pd.DataFrame:
+    """Mean of each indicator over the rows that each method takes, over all pools."""
+    by_hash = study.scores.drop_duplicates("row_hash").set_index("row_hash")
+    columns = list(study.profile.indicators)
+    means = [
+        by_hash.loc[list(plan.row_hashes), columns].mean().rename(plan.label["method"])
+        for plan in plans
+        if plan.label["seed"] == 0
+    ]
+    frame = pd.DataFrame(means)
+    return frame.groupby(frame.index, sort=False).mean()
+
+
+def pool_rows(study: Study) -> pd.DataFrame:
+    """The scores of every pool's rows, each row once, with what made them in `.attrs`."""
+    rows = pd.concat([study.pool_scores(pool) for pool in study.data.pools], ignore_index=True)
+    rows = rows.drop_duplicates("row_hash", ignore_index=True)
+    rows.attrs = study.scores.attrs
+    return rows
+
+
+def size_pool(study: Study) -> str:
+    """The pool of the size curve and the robustness runs: the largest, the first of equals."""
+    return max(study.data.pools, key=lambda name: len(study.data.pools[name]))
+
+
+def size_trial(study: Study, rule: RuleCard, pool: str) -> Callable[[int], float]:
+    """For the search: size of the best rows -> loss on the reporting set, as in the paper."""
+
+    def trial(size: int) -> float:
+        runs = study.run("search", repeated(study, rule, pool, "selected", size, 1), progress=False)
+        return float(runs["loss_eval_2"].iloc[0])
+
+    return trial
+
+
+def size_plans(study: Study, rule: RuleCard, pool: str, best: int) -> list[PlannedRun]:
+    """Selected and random rows at each size, and at the size that the search found.
+
+    Seeds start at 1: the search used seed 0, and its winner has to be seen anew.
+    """
+    config = study.profile.size
+    most = len(study.data.pools[pool])
+    sizes = sorted({min(size, most) for size in (*config.sizes, best)})
+    return [
+        plan
+        for size in sizes
+        for method in ("selected", "random")
+        for plan in repeated(study, rule, pool, method, size, config.draws, first=1)
+    ]
+
+
+def robustness_plans(study: Study, rule: RuleCard) -> list[tuple[dict, list[PlannedRun]]]:
+    """Pairs of (arguments of `Study.run`, plans): each method of finetuning, and each base.
+
+    The label's pool names the setting, so that `verify.compare` sets each against its own random
+    draws.
+    """
+    config = study.profile.robustness
+    settings = [(f"{method}", {"config": _method(study, method)}) for method in config.methods]
+    settings += [
+        (f"base {ref.id.removeprefix('standin:')}", {"base": ref})
+        for ref in study.profile.models.ladder
+    ]
+    return [(arguments, _setting(study, rule, name)) for name, arguments in settings]
+
+
+def _method(study: Study, method: str) -> FinetuneConfig:
+    rate = study.profile.finetune.learning_rate
+    if method == "full" and study.profile.finetune.method != "full":
+        rate = study.profile.robustness.full_learning_rate
+    return dataclasses.replace(study.profile.finetune, method=method, learning_rate=rate)
+
+
+def _setting(study: Study, rule: RuleCard, name: str) -> list[PlannedRun]:
+    pool, size = size_pool(study), study.profile.selection.size
+    plans = [
+        plan
+        for method in ("selected", "random")
+        for plan in repeated(study, rule, pool, method, size, study.profile.robustness.seeds)
+    ]
+    return [
+        dataclasses.replace(plan, label={**plan.label, "pool": f"{name}, {pool}"})
+        for plan in plans
+    ]
+
+
+def ladder_sweep(study: Study, base: ModelRef) -> pd.DataFrame:
+    """The designed arm of the sweep on another base, without the anchors' repeats."""
+    plans = [p for p in sweep_plans(study) if p.label["arm"] in DESIGNED and not p.label["anchor"]]
+    return study.run("transfer", plans, base=base)
+
+
+TRIES = 100  # resamples that may fail to tell the set means apart, before it is an error
+
+
+def refit_cards(study: Study, n: int, seed: int = 0) -> list[RuleCard]:
+    """`n` rules, each fitted to the study's sweep with its sets drawn again.
+
+    Sets are resampled with replacement within their source, the mixed ones among themselves, so
+    that every refit has the design's sources; estimator, indicators and standardising constants
+    are those of the study's rule. A resample whose set means can't be told apart (too few
+    distinct sets) is drawn again. Raises RunsError where `TRIES` of them in a row can't.
+    """
+    columns, scores = study.profile.rule_columns(), study.candidate_scores
+    constants = Standardizer.fit(scores, columns)
+    sweep = study.sweep()
+    runs = pick_arms(sweep, DESIGNED)
+    rng = np.random.default_rng(seed)
+    cards = []
+    for i in range(n):
+        fit = _fitted(runs, columns, constants, rng)
+        cards.append(make_card(
+            fit, scores,
+            fitted_on=f"bootstrap {i} (seed {seed}) of the sweep of profile {study.profile.name}: "
+            f"{len(fit.runs)} sets drawn again from {fit.runs['drawn'].nunique()} "
+            f"({', '.join(fit.sources)})",
+            not_for="selecting: it shows how far the study's own rule is uncertain",
+        ))  # fmt: skip
+    return cards
+
+
+def resampled(runs: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
+    """One bootstrap of a sweep: rows drawn with replacement within `arm` and `source`.
+
+    runs : one row a set. Copies get set ids of their own, since a fit takes one run a set_id; the
+    id that was drawn is in `drawn`.
+    """
+    parts = [
+        part.iloc[rng.integers(len(part), size=len(part))]
+        for _, part in runs.groupby(["arm", "source"], sort=True)
+    ]
+    drawn = pd.concat(parts, ignore_index=True)
+    names = [f"{one}#{i}" for i, one in enumerate(drawn["set_id"])]
+    return drawn.assign(drawn=drawn["set_id"], set_id=names)
+
+
+def _fitted(
+    runs: pd.DataFrame, columns: Sequence[str], constants: Standardizer,
+    rng: np.random.Generator,
+):
+    for _ in range(TRIES):
+        try:
+            return fit_rule(resampled(runs, rng), columns, constants, arms=None)
+        except RankError:
+            continue
+    raise RunsError(
+        f"{TRIES} resamples of {len(runs)} sets left too few distinct ones for "
+        f"{len(columns)} slopes beside the source shares: more sets a source are needed"
+    )
+
+
+def refit_plans(study: Study, cards: Sequence[RuleCard]) -> list[PlannedRun]:
+    """For every pool one finetune a refitted rule, on its own best rows; method "refit".
+
+    The refit's number is the seed of its finetune, so that runs differ by rule *and* seed, as
+    random draws do by rows and seed.
+    """
+    size = study.profile.selection.size
+    return [
+        PlannedRun(
+            tuple(choose(study.pool_scores(pool), "selected", size, rule=card)["row_hash"]),
+            {"pool": pool, "method": "refit", "size": size, "seed": i},
+            init_seed=i,
+            order_seed=i,
+        )
+        for pool in study.data.pools
+        for i, card in enumerate(cards)
+    ]
+
+
+def agreement(plans: Sequence[PlannedRun], chosen: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """How much of the rule's selection the refits choose too, a row a pool.
+
+    chosen : pool -> row hashes that the study's rule selects. Columns refits, shared_mean,
+    shared_least : share of those rows that a refit selects, in [0, 1].
+    """
+    rows = []
+    for pool, own in chosen.items():
+        shares = [len(set(own) & set(plan.row_hashes)) / len(set(own))
+                  for plan in plans if plan.label["pool"] == pool]  # fmt: skip
+        rows.append({"pool": pool, "refits": len(shares), "shared_mean": np.mean(shares),
+                     "shared_least": min(shares)})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+SAME = 0.8  # Jaccard index from which two selections count as the same
+
+
+def smaller_fits(
+    runs: pd.DataFrame, scores: pd.DataFrame, columns: Sequence[str]
+) -> dict[str, RuleFit]:
+    """The rule without each indicator in turn, fitted on the same runs; empty for one column.
+
+    scores : the rows of the fitting pool, which standardise
+    """
+    found = {}
+    for dropped in columns if len(columns) > 1 else []:
+        kept = [c for c in columns if c != dropped]
+        found[dropped] = fit_rule(runs, kept, Standardizer.fit(scores, kept))
+    return found
+
+
+def smaller_rules(scores: pd.DataFrame, fits: Mapping[str, RuleFit]) -> dict[str, RuleCard]:
+    """A card for each of `smaller_fits`, so that all rules select by the same code."""
+    return {dropped: make_card(fit, scores, fitted_on=f"as the study's rule, without {dropped}",
+                               not_for="anything but the ablation")
+            for dropped, fit in fits.items()}  # fmt: skip
+
+
+def overlaps(
+    pool: pd.DataFrame, size: int, rule: RuleCard, smaller: Mapping[str, RuleCard],
+    fits: Mapping[str, RuleFit],
+) -> pd.DataFrame:
+    """How much of the full rule's selection each smaller rule keeps.
+
+    One row an indicator: without, jaccard, r2 of the smaller rule beyond the shares with r2_low
+    and r2_high (these sources), finetuned (whether the selections differ enough, see `SAME`).
+    Both selections are made by `selection.choose`.
+    """
+    whole = set(choose(pool, "selected", size, rule=rule)["row_hash"])
+    rows = []
+    for dropped, card in smaller.items():
+        part = set(choose(pool, "selected", size, rule=card)["row_hash"])
+        jaccard = len(part & whole) / len(part | whole)
+        r2, low, high = r2_of(fits[dropped])
+        rows.append({"without": dropped, "jaccard": jaccard, "r2": r2, "r2_low": low,
+                     "r2_high": high, "finetuned": jaccard < SAME})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def plans(study: Study, rule: RuleCard, smaller: Mapping[str, RuleCard]) -> list[PlannedRun]:
+    """Finetunes on the largest pool: the full rule, random draws, and each smaller rule given."""
+    pool, size = size_pool(study), study.profile.selection.size
+    seeds = study.profile.robustness.seeds
+    found = [plan for method in ("selected", "random")
+             for plan in repeated(study, rule, pool, method, size, seeds)]  # fmt: skip
+    scores = study.pool_scores(pool)
+    for dropped, card in smaller.items():
+        rows = tuple(choose(scores, "selected", size, rule=card)["row_hash"])
+        found += [
+            PlannedRun(rows, {"pool": pool, "method": f"without {dropped}", "size": len(rows),
+                        "seed": seed}, init_seed=seed, order_seed=seed)
+            for seed in range(seeds)
+        ]  # fmt: skip
+    return found
+
+
+def compared(runs: pd.DataFrame) -> pd.DataFrame:
+    """Each smaller rule against random rows, and the full rule's rows against it.
+
+    runs : of `plans`. Columns of `verify.compare`; the first row is the full rule against random.
+    Secondary contrasts, unadjusted: as many as there are indicators.
+    """
+    return beat_random.compare(runs, loss="loss_eval_2")
+
+
+def ablation(study: Study, rule: RuleCard) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Overlaps of every smaller rule; contrasts of those finetuned (`robustness.ablation`).
+
+    The second table is empty where the profile does not ask for the finetunes or no selection
+    differs enough.
+    """
+    fits = smaller_fits(study.sweep(), study.candidate_scores, study.profile.rule_columns())
+    smaller = smaller_rules(study.candidate_scores, fits)
+    pool = study.pool_scores(size_pool(study))
+    table = overlaps(pool, study.profile.selection.size, rule, smaller, fits)
+    if not study.profile.robustness.ablation or table.empty or not table["finetuned"].any():
+        return table, pd.DataFrame()
+    other = {name: smaller[name] for name in table.loc[table["finetuned"], "without"]}
+    return table, compared(study.run("ablation", plans(study, rule, other)))
+
+
+def generate_pairs(study: Study, rule: RuleCard, *, progress: bool = True) -> pd.DataFrame:
+    """Finetune pairs of models and let them answer the same prompts of eval_2, greedily.
+
+    The prompts are drawn from all sources by the profile's data seed (`draw_prompts`).
+    Returns columns pair (int), prompt_id, prompt (messages), selected, random (answers).
+    """
+    from instructmining_core.models.generation import generate
+
+    config = study.profile.judge
+    prompts = draw_prompts(study.data.eval_2, config.prompts, study.profile.data.seed)
+    questions = [messages[:-1] for messages in prompts["messages"]]
+    pool, size = size_pool(study), study.profile.selection.size
+    frames = []
+    for pair in range(config.model_pairs):
+        answers = {}
+        for method in ("selected", "random"):
+            plan = repeated(study, rule, pool, method, size, 1, first=pair)[0]
+            with study.tuned(plan) as tuned:
+                answers[method] = generate(
+                    tuned.lm, questions, max_new_tokens=config.max_new_tokens, progress=progress
+                )
+        frames.append(
+            pd.DataFrame({"pair": pair, "prompt_id": prompts["id"], "prompt": questions, **answers})
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def draw_prompts(table: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
+    """`count` rows of a record table, as equally from its sources as they allow, by seed.
+
+    The numbers from any two sources differ by at most one, unless one has no more rows. Rows keep
+    the table's order; all of them where the table has no more than `count`.
+    """
+    rng = np.random.default_rng(seed)
+    shuffled = table.iloc[rng.permutation(len(table))]
+    # one row of every source, then a second of every source, ...: which sources get one more
+    # is as random as the rows are
+    turn = shuffled.groupby("source", sort=False).cumcount()
+    first = shuffled.loc[turn.sort_values(kind="stable").index[:count]]
+    return table[table.index.isin(first.index)]
+
+
+def judge_with_reward(study: Study, pairs: pd.DataFrame) -> pd.DataFrame:
+    """The reward model's preference for each pair of answers, in both orders.
+
+    pairs : from `generate_pairs`; returns the frame of `judge.judge_pairs`, all pairs of models.
+    """
+    from instructmining_core.selection.judge import judge_pairs, reward_judge
+
+    conversations = [
+        [*row["prompt"], {"role": "assistant", "content": row[method]}]
+        for row in pairs.to_dict("records")
+        for method in ("selected", "random")
+    ]
+    rewards = _rewards(study, conversations)
+    judge = reward_judge(lambda messages: rewards[row_hash(messages)])
+    judged = [
+        judge_pairs(part["prompt"].tolist(), part["selected"].tolist(), part["random"].tolist(),
+                    judge, pair=pair)
+        for pair, part in pairs.groupby("pair")
+    ]  # fmt: skip
+    return pd.concat(judged, ignore_index=True)
+
+
+def _rewards(study: Study, conversations: list[list[dict]]) -> dict[str, float]:
+    """Reward by row hash, all conversations in one pass."""
+    from instructmining_core.indicators.scorer import score
+
+    table = pd.DataFrame({
+        "id": [str(i) for i in range(len(conversations))],
+        "source": "answers", "messages": conversations, "file": "",
+        "row": range(len(conversations)),
+    })  # fmt: skip
+    ref = study.profile.models.reward
+    scores = score(table, {"reward": ref}, indicators=("reward",), standins=study.standins(ref))
+    return dict(zip(map(row_hash, conversations), scores["reward"], strict=True))

@@ -1,0 +1,176 @@
+"""Figures of the data: indicators by source, their correlations, losses by source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+from .style import (
+    ARMS,
+    BLUE,
+    GREY,
+    INK,
+    LOG_SCALED,
+    MUTED,
+    UNITS,
+    WIDTH,
+    colours,
+    draw_interval,
+    grid,
+    label_of,
+    mean_interval,
+    name_of,
+    require,
+    rows_axis,
+    styled,
+    wrap,
+)
+
+
+@styled
+def indicator_distributions(
+    scores: pd.DataFrame, columns: Sequence[str] | None = None, *, by: str = "source"
+) -> Figure:
+    """Spread of each indicator by source: box = quartiles, whiskers = 5th to 95th percentile.
+
+    scores : one row an example, `by` and the indicator columns in their own units; NaN is left
+    out. columns : default, the known indicators that are there. Lengths and perplexity on a log
+    axis; the dotted line is the median over all rows.
+    """
+    columns = known_columns(scores, columns)
+    require(scores, [by, *columns], "indicator_distributions")
+    names = sorted(scores[by].astype(str).unique())
+    figure, axes = grid(len(columns), 3, 0.85 + 0.2 * len(names), sharey=True)
+    for ax, column in zip(axes, columns, strict=True):
+        groups = [scores.loc[scores[by].astype(str) == n, column].dropna() for n in names]
+        _boxes(ax, groups)
+        ax.axvline(scores[column].median(), color=MUTED, ls=":", lw=1.2, zorder=0)
+        if column in LOG_SCALED and scores[column].min() > 0:
+            _log_axis(ax)
+        ax.set_title(label_of(column, 30))
+        rows_axis(ax, names)
+    return figure
+
+
+def known_columns(frame: pd.DataFrame, columns: Sequence[str] | None) -> list[str]:
+    """The columns asked for, or all known indicators that the frame has."""
+    if columns is not None:
+        return list(columns)
+    return [c for c in UNITS if c in frame and not c.startswith("loss")]
+
+
+def _boxes(ax: Axes, groups: list[pd.Series]) -> None:
+    ax.boxplot(
+        [g.to_numpy() for g in groups], positions=range(len(groups)), orientation="horizontal",
+        widths=0.62, whis=(5, 95), showfliers=False, patch_artist=True, manage_ticks=False,
+        boxprops={"facecolor": BLUE, "alpha": 0.45, "edgecolor": BLUE},
+        medianprops={"color": INK, "lw": 1.4}, whiskerprops={"color": BLUE},
+        capprops={"color": BLUE},
+    )
+
+
+def _log_axis(ax: Axes) -> None:
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    few = np.log10(high / low) < 1.3
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1, 3), numticks=12))
+    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+@styled
+def correlation_map(
+    scores: pd.DataFrame, columns: Sequence[str] | None = None, *, by: str = "source"
+) -> Figure:
+    """Spearman correlations: above the diagonal over all rows, below it within sources.
+
+    scores : one row an example, `by` and the indicator columns. Within sources: of ranks taken
+    over all rows, less their mean in the source. A rule for single rows lives below the diagonal.
+    """
+    columns = known_columns(scores, columns)
+    require(scores, [by, *columns], "correlation_map")
+    ranks = scores[columns].rank()
+    over_all = ranks.corr().to_numpy()
+    inside = (ranks - ranks.groupby(scores[by]).transform("mean")).corr().to_numpy()
+    values = np.triu(over_all, 1) + np.tril(inside, -1)
+    np.fill_diagonal(values, np.nan)
+    names = [name_of(c) for c in columns]
+    side = 0.46 * len(names)
+    figure, ax = plt.subplots(figsize=(min(WIDTH, side + 2.9), side + 1.2))
+    sns.heatmap(
+        values, ax=ax, cmap="vlag", vmin=-1, vmax=1, annot=True, fmt=".2f",
+        annot_kws={"size": 7}, linewidths=0.8, linecolor="#fcfcfb", square=True,
+        xticklabels=[wrap(n, 20) for n in names], yticklabels=[wrap(n, 20) for n in names],
+        cbar_kws={"label": "Spearman correlation", "shrink": 0.6},
+    )
+    ax.grid(False)
+    ax.tick_params(axis="x", rotation=40, length=0)
+    ax.tick_params(axis="y", rotation=0, length=0)
+    plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
+    ax.set_title("above the diagonal: all rows; below: within sources")
+    return figure
+
+
+@styled
+def loss_by_source(
+    runs: pd.DataFrame, losses: Sequence[str] = ("loss_eval_1", "loss_eval_2")
+) -> Figure:
+    """Loss after finetuning on sets of a single source: each run, and mean with 95 % interval.
+
+    runs : one row a run, `source` ("" or missing for mixtures, which are left out of the rows and
+    shown as one row "mixtures") and the losses in nats per token. Rows are in order of the first
+    loss. The axis holds every run; the interval of a source with two or three runs may leave it.
+    """
+    losses = [c for c in losses if c in runs] or list(losses)
+    require(runs, ["source", *losses], "loss_by_source")
+    source = runs["source"].fillna("").astype(str).replace("", "mixtures")
+    means = runs.groupby(source)[losses[0]].mean().sort_values()
+    order = [n for n in means.index if n != "mixtures"]
+    order += ["mixtures"] * ("mixtures" in means.index)
+    figure, axes = grid(len(losses), 2, 0.9 + 0.24 * len(order), sharey=True)
+    rng = np.random.default_rng(0)
+    for ax, loss in zip(axes, losses, strict=True):
+        for y, name in enumerate(order):
+            values = runs.loc[source == name, loss].dropna()
+            colour = GREY if name == "mixtures" else BLUE
+            shift = rng.uniform(-0.22, 0.22, len(values))
+            ax.scatter(values, y + shift, s=11, color=colour, alpha=0.4, lw=0)
+            draw_interval(ax, y, *mean_interval(values), colour)
+        room = 0.08 * float(np.ptp(runs[loss].dropna())) or 0.1
+        ax.set(xlabel=label_of(loss), xlim=(runs[loss].min() - room, runs[loss].max() + room))
+        rows_axis(ax, order)
+    return figure
+
+
+@styled
+def two_losses(
+    runs: pd.DataFrame, losses: Sequence[str] = ("loss_eval_1", "loss_eval_2")
+) -> Figure:
+    """Loss on one evaluation set against loss on the other, a point a run, coloured by arm.
+
+    runs : the two losses (nats per token) and, if there, `arm`.
+    """
+    require(runs, losses, "two_losses")
+    figure, ax = plt.subplots(figsize=(4.6, 4.0))
+    arms = runs["arm"].fillna("").astype(str) if "arm" in runs else pd.Series("", runs.index)
+    palette = colours(list(dict.fromkeys(arms)), ARMS)
+    for arm, colour in palette.items():
+        part = runs[arms == arm]
+        ax.scatter(
+            part[losses[0]], part[losses[1]], s=22, color=colour, alpha=0.75, ec="#fcfcfb",
+            lw=0.5, label=arm,
+        )
+    if len(palette) > 1:
+        ax.legend(title="arm", loc="best")
+    r = runs[list(losses)].corr().iloc[0, 1]
+    ax.set_title(f"{len(runs)} runs, correlation {r:.2f}")
+    ax.set_xlabel(label_of(losses[0]))
+    ax.set_ylabel(label_of(losses[1]))
+    return figure

@@ -1,0 +1,276 @@
+"""Figures of the verdict: selected against random, size, dose and response, twins, the judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from instructmining_core.selection.judge import win_tie_lose
+from instructmining_core.selection.size_curve import size_means
+
+from .style import (
+    BLUE,
+    GREY,
+    INK,
+    MUTED,
+    OUTCOMES,
+    PAPER,
+    PURPLE,
+    RED,
+    TEAL,
+    WIDTH,
+    colours,
+    draw_interval,
+    grid,
+    label_of,
+    mean_interval,
+    name_of,
+    require,
+    rows_axis,
+    styled,
+    wrap,
+)
+
+_LOSSES = ("loss_eval_1", "loss_eval_2")
+
+
+@styled
+def selected_random(runs: pd.DataFrame, losses: Sequence[str] = _LOSSES) -> Figure:
+    """Loss of each method's runs by pool, with mean and 95 % interval; grey band: random's.
+
+    runs : one row a run, columns pool, method, size (rows), seed and the losses (nats/token). A
+    row of a panel is a method, and its size where the pool has several.
+    """
+    losses = [c for c in losses if c in runs] or list(losses)
+    require(runs, ["pool", "method", "size", *losses], "selected_random")
+    pools = list(dict.fromkeys(runs["pool"]))
+    lines = {pool: _lines(runs[runs["pool"] == pool]) for pool in pools}
+    heights = [0.55 + 0.26 * len(lines[p]) for p in pools]
+    figure, axes = plt.subplots(
+        len(pools), len(losses), figsize=(WIDTH, sum(heights) + 0.55), squeeze=False,
+        height_ratios=heights, sharex="col", sharey="row",
+    )
+    rng = np.random.default_rng(0)
+    for row, pool in zip(axes, pools, strict=True):
+        for ax, loss in zip(row, losses, strict=True):
+            _method_rows(ax, lines[pool], loss, rng)
+        row[0].set_title(wrap(pool, 60))
+    for ax, loss in zip(axes[-1], losses, strict=True):
+        ax.set_xlabel(label_of(loss))
+    return figure
+
+
+def _lines(part: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of one pool's panel: selected, random, then the others as they come."""
+    order = sorted(
+        part.groupby(["method", "size"], sort=False).groups,
+        key=lambda key: ({"selected": 0, "random": 1}.get(key[0], 2), key[1]),
+    )
+    # a size is told where a method has several, or is alone in having it, as "full" is
+    usual = part["size"].mode().iloc[0]
+    several = part.groupby("method")["size"].nunique()
+    return {
+        (f"{name_of(method)}, {size:,} rows" if several[method] > 1 or size != usual
+         else name_of(method)): part[(part["method"] == method) & (part["size"] == size)]
+        for method, size in order
+    }
+
+
+def _method_rows(
+    ax: Axes, lines: dict[str, pd.DataFrame], loss: str, rng: np.random.Generator
+) -> None:
+    for y, part in enumerate(lines.values()):
+        values, method = part[loss].dropna(), part["method"].iloc[0]
+        colour = colours([method])[method]
+        centre, low, high = mean_interval(values)
+        if method == "random" and np.isfinite(low):
+            ax.axvspan(low, high, color=GREY, alpha=0.16, lw=0, zorder=0)
+        shift = rng.uniform(-0.2, 0.2, len(values))
+        ax.scatter(values, y + shift, s=11, color=colour, alpha=0.45, lw=0)
+        draw_interval(ax, y, centre, low, high, colour)
+    rows_axis(ax, list(lines), 24)
+
+
+@styled
+def size_curve(runs: pd.DataFrame, losses: Sequence[str] = _LOSSES) -> Figure:
+    """Loss against set size, selected and random, each run and the mean with 95 % interval.
+
+    runs : columns pool, method, size (rows), seed, and the losses (nats/token). Intervals as in
+    `size_means`: the noise of a curve is pooled over its sizes.
+    """
+    losses = [c for c in losses if c in runs] or list(losses)
+    require(runs, ["pool", "method", "size", *losses], "size_curve")
+    pools = list(dict.fromkeys(runs["pool"]))
+    figure, axes = plt.subplots(
+        len(pools), len(losses), figsize=(WIDTH, 2.7 * len(pools) + 0.3), squeeze=False,
+        sharex=True,
+    )
+    palette = colours(list(dict.fromkeys(runs["method"])))
+    for row, pool in zip(axes, pools, strict=True):
+        for ax, loss in zip(row, losses, strict=True):
+            _curves(ax, runs[runs["pool"] == pool], loss, palette)
+            ax.set_ylabel(label_of(loss, 26))
+        row[0].set_title(wrap(pool, 60))
+    for ax in axes[-1]:
+        ax.set_xlabel("rows in the training set")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(palette))
+    return figure
+
+
+def _curves(ax: Axes, runs: pd.DataFrame, loss: str, palette: dict[str, str]) -> None:
+    finite = runs.dropna(subset=[loss])
+    means = size_means(finite, loss)
+    for method in dict.fromkeys(runs["method"]):
+        colour, part = palette[method], means[means["method"] == method].sort_values("size")
+        ax.plot(part["size"], part["mean"], "o-", ms=4, color=colour, label=name_of(method))
+        ax.fill_between(part["size"], part["low"], part["high"], color=colour, alpha=0.18, lw=0)
+        own = finite[finite["method"] == method]
+        ax.scatter(own["size"], own[loss], s=8, color=colour, alpha=0.4, lw=0)
+    size_axis(ax, "x")
+
+
+def size_axis(ax: Axes, which: str) -> None:
+    """A log axis of row counts with plain numbers that do not crowd."""
+    getattr(ax, f"set_{which}scale")("log")
+    axis = getattr(ax, f"{which}axis")
+    low, high = axis.get_view_interval()
+    subs = (1, 2, 5) if high / low < 60 else (1, 3) if high / low < 300 else (1,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+@styled
+def search_trials(trials: pd.DataFrame) -> Figure:
+    """The search step by step: loss of each trial with the best so far, and the size tried.
+
+    trials : from `search.blendsearch`, columns trial, size (rows), loss, best_loss (nats/token),
+    best_size. The paper's Fig. 2 (v3). Diverged trials have a size but no loss.
+    """
+    require(trials, ["trial", "size", "loss", "best_loss", "best_size"], "search_trials")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.9))
+    best = trials["best_loss"].replace(np.inf, np.nan)
+    left.step(trials["trial"], best, where="post", color=TEAL, label="best so far")
+    left.plot(trials["trial"], trials["loss"], "o", color=BLUE, ms=5, mec=PAPER, label="trial")
+    left.set(xlabel="trial", ylabel="loss searched on (nats/token)")
+    right.plot(trials["trial"], trials["size"], "o-", color=BLUE, ms=5, mec=PAPER, lw=0.8)
+    chosen = trials["best_size"].iloc[-1]
+    right.axhline(chosen, color=TEAL, lw=1.4)
+    right.annotate(f"best: {chosen:,.0f} rows", (1, chosen), (0, 4), ha="right",
+                   xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8)
+    right.set(xlabel="trial", ylabel="rows in the training set")
+    size_axis(right, "y")
+    for ax in (left, right):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.legend(loc="best")
+    return figure
+
+
+@styled
+def dose_response(
+    runs: pd.DataFrame, loss: str = "loss_eval_1", *, harms: Sequence[str] = (),
+    seen: Sequence[str] = (),
+) -> Figure:
+    """Loss against the share of rows replaced by defective twins, a panel a kind of defect.
+
+    runs : columns kind, dose (share in [0, 1] or per cent), seed and `loss` (nats/token). Points
+    are runs, the line joins means, bars are 95 % intervals. harms : the kinds that raise the loss,
+    by `embedded.truth.dose_effects`: red; the others are the negative controls: grey. Runs of kind
+    "clean" or "" (dose 0) are shared by all panels. seen : kinds that the stand-in models were
+    trained on, marked so.
+    """
+    require(runs, ["kind", "dose", "seed", loss], "dose_response")
+    of = runs["kind"].fillna("").astype(str).replace("clean", "")
+    kinds = [kind for kind in dict.fromkeys(of) if kind]
+    percent = 100 if runs["dose"].max() <= 1 else 1
+    columns = 4 if len(kinds) > 6 else 3
+    figure, axes = grid(len(kinds), columns, 2.1, sharex=True, sharey=True)
+    for i, (ax, kind) in enumerate(zip(axes, kinds, strict=True)):
+        part = runs[of.isin([kind, ""])].dropna(subset=[loss])
+        colour = RED if kind in set(harms) else GREY
+        ax.scatter(percent * part["dose"], part[loss], s=11, color=colour, alpha=0.45, lw=0)
+        rows = [(percent * d, *mean_interval(g)) for d, g in part.groupby("dose")[loss]]
+        x, centre, low, high = np.array(rows, float).T
+        ax.plot(x, centre, "o-", ms=4, color=colour)
+        ax.vlines(x, low, high, color=colour, lw=1.6)
+        mark = " (seen)" if kind in seen else ""
+        ax.set_title(wrap(name_of(kind) + mark, 26))
+        ax.set_xticks(sorted(set(x)))
+        if i % columns == 0:
+            ax.set_ylabel("loss (nats/token)")
+        if i >= len(kinds) - columns:
+            ax.set_xlabel("defective rows (%)")
+    return figure
+
+
+@styled
+def twin_auc(truth: pd.DataFrame) -> Figure:
+    """How often each scorer puts the clean twin before the defective one, by kind of defect.
+
+    truth : columns kind, scorer, auc, low, high (in [0, 1], 95 % over libraries) and, if there,
+    seen (bool: the stand-in models were trained on this kind). The line at ½ is chance.
+    """
+    require(truth, ["kind", "scorer", "auc", "low", "high"], "twin_auc")
+    seen = set(truth.loc[truth["seen"].astype(bool), "kind"]) if "seen" in truth else set()
+    kinds = sorted(dict.fromkeys(truth["kind"]), key=lambda kind: kind in seen)
+    scorers = list(dict.fromkeys(truth["scorer"]))
+    columns = 4 if len(kinds) > 6 else 3
+    figure, axes = grid(len(kinds), columns, 0.75 + 0.2 * len(scorers), sharex=True, sharey=True)
+    palette = colours(scorers)
+    for i, (ax, kind) in enumerate(zip(axes, kinds, strict=True)):
+        ax.axvline(0.5, color=MUTED, lw=1)
+        rows = truth[truth["kind"] == kind].set_index("scorer")
+        for y, scorer in enumerate(scorers):
+            if scorer in rows.index:
+                draw_interval(ax, y, *rows.loc[scorer, ["auc", "low", "high"]], palette[scorer])
+        ax.set_title(wrap(name_of(kind) + (" (seen)" if kind in seen else ""), 26))
+        ax.set(xlim=(-0.03, 1.03), xticks=[0, 0.5, 1])
+        if i >= len(kinds) - columns:
+            ax.set_xlabel("AUC within twins")
+        rows_axis(ax, [name_of(s) for s in scorers])
+    return figure
+
+
+@styled
+def judge_bars(judged: pd.DataFrame, *, ours: str = "selected", theirs: str = "random") -> Figure:
+    """Wins, ties and losses of each pair of models, and the net win with its 95 % interval.
+
+    judged : from `judge_pairs`, columns pair, prompt_id, score, outcome, consistent. A bar speaks
+    of its two models only.
+    """
+    require(judged, ["pair", "prompt_id", "score", "outcome", "consistent"], "judge_bars")
+    table = win_tie_lose(judged)
+    names = [f"pair {p}" if isinstance(p, (int, np.integer)) else str(p) for p in table.index]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(WIDTH, 1.25 + 0.38 * len(table)), width_ratios=(2, 1), sharey=True
+    )
+    words = {"win": f"{ours} wins", "tie": "tie or inconsistent", "lose": f"{theirs} wins",
+             "none": "no verdict"}
+    start = np.zeros(len(table))
+    for outcome, colour in OUTCOMES.items():
+        counts = table[outcome].to_numpy()
+        if not counts.any():
+            continue
+        left.barh(range(len(table)), counts, left=start, height=0.62, color=colour,
+                  label=words[outcome])
+        for y, (count, at) in enumerate(zip(counts, start, strict=True)):
+            if count >= 0.04 * len(judged) / len(table):
+                left.text(at + count / 2, y, str(count), ha="center", va="center", fontsize=8,
+                          color=INK if outcome in ("tie", "none") else "white")
+        start += counts
+    left.set_xlabel("prompts")
+    right.axvline(0, color=MUTED, lw=1)
+    for y, row in enumerate(table.itertuples()):
+        draw_interval(right, y, row.net, row.low, row.high, PURPLE)
+    right.set_xlabel("net win (share)")
+    rows_axis(right, names)
+    rows_axis(left, names)
+    figure.legend(loc="outside upper left", ncols=4)
+    return figure

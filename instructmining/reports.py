@@ -1,0 +1,359 @@
+"""The gate's verdict as a page: the answer first, a negative one as plainly as a positive one.
+
+A rule card as a page that a reader can judge.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from instructmining_core.regression.rule_card import RuleCard
+
+KIND_WORDS = {
+    "within": "slopes *within* sources: usable to rank rows inside a source or a mixed pool",
+    "between": "slopes *between* sources: they rank sources, not rows",
+    "pooled": "slopes *pooled* over rows and sources: what the paper's regression gives; they "
+              "can't be told from differences between the sources it was fitted on",
+}
+INTERVALS = (
+    "Both intervals hold the slope with 95 % confidence, each of something else. "
+    "*These sources*: the slope of the sources that the rule was fitted on, had other sets been "
+    "drawn and trained (HC3). "
+    "*New sources*: the slope of sources like these that were not seen, by leaving out one source "
+    "at a time (jackknife); this is the one to read before using the rule on other data. "
+    "VIF tells how many times wider collinearity makes a slope's variance. "
+    "An interval that holds 0 does not tell the direction of an effect."
+)
+
+
+def card_markdown(card: RuleCard) -> str:
+    """The card in Markdown: what it is, coefficients, held-out fit, reach, models, limits."""
+    data = card.data
+    lines = ["# Rule card", "", f"- Kind: **{card.kind}** ({KIND_WORDS[card.kind]}).",
+             f"- Fitted on: {_text(data['fitted_on'])}", f"- Not for: {_text(data['not_for'])}",
+             f"- {_permutation(data['permutation_p'])}",
+             f"- Content: `{card.content_hash}`, schema `{data['schema']}`"
+             + (f", made {_text(data['made_at'])}" if data.get("made_at") else "") + "."]
+    if data.get("auto_size"):
+        lines.append(f"- Number of rows found best by search: {data['auto_size']:,}.")
+    parts = (_coefficients, _held_out, _reach, _models)
+    return "\n".join([*lines, *(line for part in parts for line in ("", *part(card)))]) + "\n"
+
+
+def _coefficients(card: RuleCard) -> list[str]:
+    data, constants = card.data, card.data["standardisation"]
+    unit = "per sd of the pool's rows" if constants else "per raw unit"
+    start = (f"The pool's mean row is predicted at {data['intercept']:.4g}." if "intercept" in data
+             and constants else f"Intercept {data['intercept']:.4g}." if "intercept" in data
+             else "The card gives no intercept: it ranks, and predicts differences only.")
+    lines = ["## Coefficients", "", f"Change of the predicted {_text(_outcome(data))} {unit}; "
+             f"lower loss is better. {start}", ""]
+    lines += _table(["indicator", "estimate", "these sources, 95 % (HC3)",
+                     "new sources, 95 % (jackknife)", "VIF", "range of fitted set means"],
+                    [[_text(c.get("label") or c["name"]), f"{c['estimate']:.4g}",
+                      _bounds(c["interval_these_sources"]), _bounds(c["interval_new_sources"]),
+                      _number(c["vif"], ".1f"), _bounds(c["range"])]
+                     for c in data["coefficients"]])
+    lines += ["", INTERVALS]
+    if constants:
+        lines += ["", "An indicator enters as (value − mean) / sd of the fitting pool's rows.", ""]
+        lines += _table(["indicator", "mean", "sd", "version"],
+                        [[_text(c["name"]), *(f"{constants[c['name']][k]:.4g}"
+                                              for k in ("mean", "sd")),
+                          _text(c.get("version") or "not given")] for c in data["coefficients"]])
+    return lines
+
+
+def _held_out(card: RuleCard) -> list[str]:
+    if not card.data["held_out"]:
+        return ["## Held out", "", "No held-out fit is known for this rule."]
+    lines = ["## Held out", "", "Fitted without the source, tested on the sets inside it. R² is 1 "
+             "for a perfect prediction, 0 for one no better than the source's mean, below 0 where "
+             "the rule does harm; the calibration slope is 1 where effects are of the right size, "
+             "and its interval is for that source's own sets.", ""]
+    return lines + _table(["source", "sets", "R²", "calibration slope", "of it, 95 %"],
+                          [[_text(h["source"]), _number(h.get("n_sets"), "d"),
+                            _number(h["r2"], ".2f"), _number(h["slope"], ".2f"),
+                            _bounds(h.get("slope_interval"))]
+                           for h in card.data["held_out"]])
+
+
+def _reach(card: RuleCard) -> list[str]:
+    design, known = card.data.get("design"), card.data.get("uncertainty")
+    lines = ["## Reach and noise", ""]
+    if not (design and known):
+        return [*lines, "The card does not say how far its rule reaches: no distance, no "
+                "prediction interval."]
+    lines.append(f"Fitted on {design['sets']:,} sets; the furthest lies "
+                 f"{design['largest_distance']:.2f} from their centre (Mahalanobis). "
+                 f"What the rule leaves unexplained has an sd of {known['sigma']:.3g} "
+                 f"({known['df']} degrees of freedom).")
+    if known["source_sd"] is not None:
+        lines.append(f"The constants of its {known['sources']} sources have an sd of "
+                     f"{known['source_sd']:.3g}, which enters every prediction for a source that "
+                     "is not among them.")
+    return lines
+
+
+def _models(card: RuleCard) -> list[str]:
+    lines = ["## Models", ""]
+    lines += _table(["role", "id", "revision", "stand-in"],
+                    [[_text(m["role"]), _code(m["id"]), _code(m["revision"]) if m["revision"] else
+                      "not given", "**stand-in**" if m["stand_in"] else "no"]
+                     for m in card.data["models"]]
+                    ) if card.data["models"] else ["No indicator of this rule needs a model."]
+    if any(m["stand_in"] for m in card.data["models"]):
+        lines += ["", "A **stand-in** is a small model built on the spot: its values are no guide "
+                  "to those of a real model."]
+    reference: Mapping[str, Any] | None = card.data["knn_reference"]
+    if reference:
+        lines += ["", f"Neighbour distances are measured against {reference['size']:,} reference "
+                  f"rows, hash `{reference['hash']}`."]
+    return lines
+
+
+def _outcome(data: Mapping[str, Any]) -> str:
+    return str(data.get("outcome", "log_loss")).replace("_", " ")
+
+
+def _permutation(p: float | None) -> str:
+    if p is None:
+        return "Permutation test: none is known."
+    says = "the indicators add to the source shares" if p <= 0.05 else \
+        "**no evidence** that the indicators add anything to the source shares"
+    return f"Permutation of the whole procedure: p = {p:.3g}; {says}."
+
+
+def _bounds(pair: Sequence[float] | None) -> str:
+    return "not known" if pair is None else f"{pair[0]:.3g} … {pair[1]:.3g}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not known" if value is None else format(value, form)
+
+
+def _text(words: str) -> str:
+    """Text of others in one line, with nothing in it that Markdown would read as its own."""
+    return re.sub(r"([\\`*\[\]<>|$])", r"\\\1", " ".join(str(words).split()))
+
+
+def _code(words: str) -> str:
+    """As code; a table's cell can't hold a bar or a backtick even there."""
+    return "`" + " ".join(str(words).split()).replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+FITTED, KNOWN, UNSEEN, UNTOLD = (
+    "fitted rows", "unseen rows of a fitted source", "unseen source", "origin unknown",
+)  # fmt: skip
+BUDGETS = ("equal rows", "equal tokens")
+
+READING = """## How to read it
+
+- *Difference*: relative change of the loss on the evaluation set that the rule was not fitted on;
+  negative where the selected rows are better. In brackets the 95 % interval: these prompts, other
+  seeds and draws.
+- *Other prompts*: the 95 % interval that takes the prompts too as drawn at random.
+- *Could have seen*: the difference that this many runs find with 80 % power. A smaller one can be
+  there and go unseen.
+- *Within ±1 %*: two one-sided tests say that the difference is smaller than 1 %, whatever its sign.
+- *Equal rows*: the rivals have as many rows. *Equal tokens*: they have as many target tokens as
+  the selected rows, so another number of rows and of optimisation steps.
+"""
+
+
+@dataclass(frozen=True)
+class PoolKind:
+    """What a pool is to a rule. name : one of the four above; why : str, what was compared."""
+
+    name: str
+    why: str
+
+
+def card_sources(card: RuleCard) -> set[str]:
+    """Sources that a card says its rule was fitted on; empty where it names none.
+
+    They stand in brackets at the end of `fitted_on`, and in `held_out`.
+    """
+    named = re.search(r"sources? \(([^()]*)\)$|\d+ \(([^()]*)\)$", card.data["fitted_on"])
+    listed = (named.group(1) or named.group(2)).split(", ") if named else []
+    return {*listed, *(str(one["source"]) for one in card.data["held_out"])} - {""}
+
+
+def pool_kind(
+    scores: pd.DataFrame, card: RuleCard, fitted: pd.DataFrame | None = None
+) -> PoolKind:
+    """Whether the rule has seen a pool's rows, their sources, or neither.
+
+    scores : the pool, columns source and row_hash; fitted : the rows that the rule's sets were
+    drawn from, the same columns, where they can be had. Sources are compared by name, rows by
+    hash. One fitted row makes the pool "fitted rows".
+    """
+    sources = card_sources(card)
+    if fitted is not None:
+        hashes = set(fitted["row_hash"]) - {""}
+        same = int(scores["row_hash"].isin(hashes).sum())
+        if same:
+            why = f"{same} of {len(scores)} rows are among those that the rule's sets came from"
+            return PoolKind(FITTED, why)
+        sources |= set(fitted["source"])
+    if not sources:
+        return PoolKind(UNTOLD, "the card names no source, and its rows are not at hand")
+    met = sorted(set(scores["source"]) & sources)
+    rows = "no row is the same" if fitted is not None else "the fitted rows are not at hand"
+    if met:
+        return PoolKind(KNOWN, f"the rule was fitted on rows of {', '.join(met)}; {rows}")
+    why = f"none of its sources is among the {len(sources)} that the rule was fitted on; {rows}"
+    return PoolKind(UNSEEN, why)
+
+
+def verdict_markdown(
+    table: pd.DataFrame, pool_kind: PoolKind | Mapping[str, PoolKind], card: RuleCard
+) -> str:
+    """The page, in Markdown; its first line is the answer.
+
+    table : contrasts of `verify.compare_budgets` (or of `verify.compare`: equal rows); pool_kind :
+    of the one pool, or by pool.
+    """
+    table = table if "budget" in table else table.assign(budget=BUDGETS[0])
+    kinds = pool_kind if isinstance(pool_kind, Mapping) else dict.fromkeys(table["pool"], pool_kind)
+    data = card.data
+    lines = [headline(table), ""]
+    lines += [f"- Pool {pool}: **{kind.name}** ({kind.why})." for pool, kind in kinds.items()]
+    lines += [f"- Rule: {card.kind}; fitted on {data['fitted_on']}.",
+              f"- Not for: {data['not_for']}.", *_what_it_means(table), ""]  # fmt: skip
+    for budget in dict.fromkeys(table["budget"]):
+        part = table[table["budget"] == budget]
+        lines += [f"## Selected rows against rivals, at {budget}", "",
+                  *_rows(part[part["method"] == "selected"]), ""]  # fmt: skip
+        others = part[part["method"] != "selected"]
+        if len(others):
+            lines += [f"## Rivals against random rows, at {budget}", "", *_rows(others), ""]
+    return "\n".join(lines) + "\n" + READING
+
+
+def headline(table: pd.DataFrame) -> str:
+    """One line: is the selection better than random rows, at equal rows and at equal tokens?
+
+    It begins with "No evidence that" unless every pool is better at every budget that was run.
+    """
+    primary, better, found = _primary(table), {}, []
+    for budget, part in primary.groupby("budget", sort=False):
+        better[budget] = int(part["verdict"].str.startswith("better").sum())
+        found.append(_found(part, better[budget], budget))
+    pools, numbers = primary["pool"].nunique(), "; ".join(found)
+    whole = "the selected rows train a better model than random rows"
+    if all(number == pools for number in better.values()):
+        all_tiny = primary["verdict"].str.contains("within").all()
+        tiny = ", but by less than 1 %" if all_tiny else ""
+        return f"{whole[0].upper()}{whole[1:]}{tiny}: {numbers}."
+    if not any(better.values()):
+        return f"No evidence that {whole}: {numbers}."
+    failing = " and at ".join(budget for budget, number in better.items() if number < pools)
+    where = " in every pool" if pools > 1 else ""
+    return f"No evidence that {whole}{where} at {failing}: {numbers}."
+
+
+def budget_reading(table: pd.DataFrame, runs: pd.DataFrame) -> str:
+    """What equal rows and equal tokens say together, in words that follow from the verdicts.
+
+    table : `verify.compare_budgets`; runs : with `tokens_trained`, method and pool.
+    """
+    tokens = runs.groupby("method")["tokens_trained"].mean()
+    ratio = tokens["selected"] / tokens["random"]
+    first = f"At equal rows the selected sets hold {100 * ratio:.0f} % of the random draws' tokens."
+    primary = _primary(table)
+    if BUDGETS[1] not in set(primary["budget"]):
+        return f"{first} Nothing was run at equal tokens, so rows and tokens are not told apart."
+    wins = {
+        budget: set(part.loc[part["verdict"].str.startswith("better"), "pool"])
+        for budget, part in primary.groupby("budget")
+    }
+    pools = primary["pool"].nunique()
+    counts = ", ".join(f"{len(wins[b])} of {pools} pools at {b}" for b in BUDGETS)
+    only = {b: len(wins[b] - wins[o]) for b, o in (BUDGETS, BUDGETS[::-1])}
+    if not any(wins.values()):
+        end = "Neither comparison shows an advantage."
+    elif not any(only.values()):
+        end = "Both agree: the advantage is not one of the number of tokens trained on."
+    elif len(wins[BUDGETS[1]]) < len(wins[BUDGETS[0]]):
+        end = ("Where only equal rows show it, the advantage may be one of how many tokens are "
+               "trained on, and not of which.")  # fmt: skip
+    else:
+        end = ("At equal tokens the random sets have another number of rows and of optimisation "
+               "steps, which can be what is seen there; both are in the table.")  # fmt: skip
+    return f"{first} Better than random rows in {counts}. {end}"
+
+
+def verdict_said(row: Mapping) -> str:
+    """One contrast in a line: verdict, difference, interval, and what could have been seen."""
+    seen = f"could have seen {_percent(row['detectable'])}"
+    return (f"{row['verdict']}: {_signed(row['difference'])} "
+            f"[{_signed(row['low'])}, {_signed(row['high'])}], {seen}")  # fmt: skip
+
+
+def _primary(table: pd.DataFrame) -> pd.DataFrame:
+    table = table if "budget" in table else table.assign(budget=BUDGETS[0])
+    return table[table["role"] == "primary"]
+
+
+def _found(part: pd.DataFrame, better: int, budget: str) -> str:
+    if len(part) == 1:
+        return f"at {budget} {verdict_said(part.iloc[0])}"
+    worse = int(part["verdict"].str.startswith("worse").sum())
+    return (f"at {budget} better in {better} and worse in {worse} of {len(part)} pools, "
+            f"differences {_signed(part['difference'].min())} to "
+            f"{_signed(part['difference'].max())}, could have seen "
+            f"{_percent(part['detectable'].max())} in each")  # fmt: skip
+
+
+def _what_it_means(table: pd.DataFrame) -> list[str]:
+    part = _primary(table)
+    if part["verdict"].str.startswith("better").all():
+        return []
+    seen = part["detectable"].max()
+    if not np.isfinite(seen):
+        return ["- With one run a side there is no interval, and nothing could be detected."]
+    return [f"- What this rules out: an advantage of {_percent(seen)} or more would have been "
+            "found with 80 % power. A smaller one may be there. Until it is seen, random rows are "
+            "as good a choice, and cost nothing."]  # fmt: skip
+
+
+def _rows(part: pd.DataFrame) -> list[str]:
+    lines = ["| pool | contrast | runs | difference | other prompts | could have seen "
+             "| within ±1 % | verdict |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in part.to_dict("records"):
+        main = " (primary)" if row["role"] == "primary" else ""
+        cells = [
+            row["pool"], f"{row['method']} against {row['versus']}{main}",
+            f"{row['n']} against {row['n_versus']}",
+            f"{_signed(row['difference'])} {_interval(row['low'], row['high'])}",
+            _interval(row["low_prompts"], row["high_prompts"]), _percent(row["detectable"]),
+            "yes" if row["p_margin"] < 0.05 else "not shown", f"**{row['verdict']}**",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
+    return lines
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return f"[{_signed(low)}, {_signed(high)}]" if np.isfinite(low) else "none"
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+.1f} %" if np.isfinite(value) else "none"
+
+
+def _percent(value: float) -> str:
+    if not np.isfinite(value):
+        return "nothing (one run a side)"
+    return f"{100 * value:.{1 if value >= 0.001 else 2}f} %"

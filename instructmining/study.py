@@ -1,0 +1,374 @@
+"""One study, wired: where the rooms meet. The notebooks talk to this and to the rooms themselves.
+
+What a study has on disk: its results, and the committed evidence where they are not there.
+
+Results lie in `results/<profile>/`; a notebook opened without them reads the committed evidence of
+the same profile, or of any published one; a warning says so, and so does `notes`.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from instructmining_core import files
+from instructmining_core.config import FinetuneConfig, ModelRef
+from instructmining_core.data.records import row_hash
+from instructmining_core.finetuning.ledger import Ledger, RunSpec
+from instructmining_core.finetuning.sets import (
+    TrainingSet,
+    anchors,
+    equal_token_sets,
+    fusion_sets,
+    set_means,
+)
+from instructmining_core.regression.run_table import assemble
+
+from .design import designed_arm
+from .profile import Profile, load_profile
+from .study_data import StudyData, read_study_data
+
+
+class MissingInput(RuntimeError):
+    """A stage was opened before the one that makes its input, and no evidence is committed."""
+
+
+class StudyFiles:
+    """The files of one profile's study, found, read and written whole or not at all."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.folder = files.results(name)
+        self.notes: list[str] = []
+        self._asked: dict[str, list[str]] = {}
+
+    def find(self, name: str) -> Path:
+        """The file `name` of this study: from its results, else from the committed evidence.
+
+        Raises MissingInput naming the command that makes it.
+        """
+        here = self.folder / name
+        if here.exists():
+            return here
+        published = [files.evidence(self.name)]
+        published += sorted((files.root() / "evidence").glob("*"))
+        for folder in published:
+            if (folder / name).exists():
+                note = f"{name} is read from the committed evidence of `{folder.name}`."
+                if note not in self.notes:
+                    self.notes.append(note)
+                    warnings.warn(note, stacklevel=3)
+                return folder / name
+        raise MissingInput(
+            f"{here} is not there and no evidence holds it; run "
+            f"`make study PROFILE={self.name}`, or the notebooks before this one."
+        )
+
+    def has_own(self, name: str) -> bool:
+        """True where `find` gives this profile's own file, not another profile's evidence."""
+        return (self.folder / name).exists() or (files.evidence(self.name) / name).exists()
+
+    def frame(self, name: str) -> pd.DataFrame:
+        """A saved frame by file name (`.parquet` or `.csv`)."""
+        path = self.find(name)
+        return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+
+    def save(self, frame: pd.DataFrame, name: str) -> None:
+        """Write a frame whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / f"{name}.part"
+        if name.endswith(".csv"):
+            frame.to_csv(part, index=False)
+        else:
+            frame.to_parquet(part, index=False)
+        part.replace(self.folder / name)
+
+    def claim(self, claim: str, *, ours: str, detectable: str, verdict: str) -> None:
+        """Record what this run says of one of the paper's claims (`paper.claims`)."""
+        folder = self.folder / "claims"
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"claim": claim, "ours": ours, "detectable": detectable, "verdict": verdict}
+        part = folder / f"{claim}.part"
+        part.write_text(json.dumps(record, indent=2), encoding="utf-8")
+        part.replace(folder / f"{claim}.json")
+
+    def list_runs(self, purpose: str, run_ids: list[str]) -> None:
+        """Which runs a purpose asked for last: the ledger keeps those of earlier designs too.
+
+        A purpose may ask in several calls (one a base, one a trial): the list is of all that this
+        object has asked for.
+        """
+        asked = self._asked.setdefault(purpose, [])
+        asked += [run_id for run_id in run_ids if run_id not in asked]
+        folder = self.folder / "runs"
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"{purpose}.part"
+        part.write_text(json.dumps(asked), encoding="utf-8")
+        part.replace(folder / f"{purpose}.json")
+
+
+EVALS = ("eval_1", "eval_2")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One finetune to be done: which rows, which seeds, and what to call it."""
+
+    row_hashes: tuple[str, ...]
+    label: dict = field(default_factory=dict)  # goes to the ledger beside the run, not hashed
+    init_seed: int = 0
+    order_seed: int = 0
+    by_epoch: bool = False  # also evaluate after each epoch; names no other run
+
+
+class Study(StudyFiles):
+    """A profile with its data, models, scores, sets and runs, each made once and kept."""
+
+    def __init__(self, profile: Profile) -> None:
+        super().__init__(profile.name)
+        self.profile = profile
+
+    @classmethod
+    def open(cls, name_or_yaml: str | Path) -> Study:
+        """The study of a preset or of a profile file."""
+        return cls(load_profile(name_or_yaml))
+
+    # Data, models, scores
+
+    @cached_property
+    def data(self) -> StudyData:
+        """Candidates, pools and the two evaluation sets."""
+        if self.profile.data.kind == "embedded":
+            from .embedded.world import study_data
+
+            return study_data(self.profile.data)
+        return read_study_data(self.profile.data, files.root())
+
+    def standins(self, *refs: ModelRef) -> Path | None:
+        """The folder that holds the stand-ins among `refs`, built if they are not there.
+
+        None where `refs` names real models only.
+        """
+        parts = [r.id.removeprefix("standin:") for r in refs if r.id.startswith("standin:")]
+        if not parts:
+            return None
+        from .embedded.world import standin_folder
+
+        return standin_folder(self.profile, parts)
+
+    def load(self, ref: ModelRef):
+        """A base model, opened by the same code whether it is real or a stand-in."""
+        from instructmining_core.models.causal_lm import load_lm
+
+        return load_lm(ref, standins=self.standins(ref))
+
+    @cached_property
+    def lm(self):
+        """The base model that is finetuned, loaded once."""
+        return self.load(self.profile.models.base)
+
+    @property
+    def bank(self) -> Path:
+        """Where scores are kept between runs, for all profiles."""
+        return files.cache() / "bank"
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """Every candidate and pool row with its indicators (notebook 03)."""
+        from instructmining_core.indicators.scorer import read_scores
+
+        return read_scores(self.find("scores.parquet"))
+
+    @property
+    def candidate_scores(self) -> pd.DataFrame:
+        """The scores of the rows that the sets are drawn from."""
+        return self._of_role("candidates")
+
+    def pool_scores(self, pool: str) -> pd.DataFrame:
+        """The scores of one pool's rows."""
+        return self._of_role(pool)
+
+    def _of_role(self, role: str) -> pd.DataFrame:
+        roles = self.frame("roles.parquet")
+        wanted = roles.loc[roles["role"] == role, "id"]
+        by_id = self.scores.drop_duplicates("id").set_index("id", drop=False)
+        part = by_id.loc[wanted].reset_index(drop=True)
+        part.attrs = self.scores.attrs
+        return part
+
+    def scorer(self, *, progress: bool = True):
+        """The indicators with this study's models opened; knn_6 is measured against a fixed,
+        seeded sample of the candidates. What is in the bank is not computed again.
+        """
+        from instructmining_core.indicators.scorer import Scorer
+
+        roles = self.profile.models.roles()
+        scorer = Scorer(
+            roles,
+            indicators=(*self.profile.indicators, "compression"),  # a baseline of the gate
+            bank=self.bank,
+            standins=self.standins(*roles.values()),
+            reward_form=self.profile.models.reward_form,
+        )
+        rows = self.data.candidates
+        size = min(self.profile.models.reference_rows, len(rows))
+        scorer.make_reference(rows, size=size, seed=self.profile.data.seed, progress=progress)
+        return scorer
+
+    # Sets and runs
+
+    def draw_sets(self) -> list[TrainingSet]:
+        """Draw the design: fusion, designed and equal-token sets, the anchors' further seeds."""
+        plan, scores = self.profile.design, self.candidate_scores
+        fusion = fusion_sets(scores, plan.fusion, plan.size, plan.seed, on_short="redraw")
+        designed = designed_arm(scores, plan, self.profile.rule_columns())
+        further = range(1, plan.anchor_seeds + 1)
+        repeats = anchors(designed, plan.anchors, tuple(further))
+        return fusion + designed + self._equal_tokens() + repeats
+
+    def _equal_tokens(self) -> list[TrainingSet]:
+        """Sets of as many response tokens as an average set of the design's number of rows."""
+        plan, scores = self.profile.design, self.candidate_scores
+        if not plan.tokens:
+            return []
+        tokens = round(plan.size * float(scores["len_out"].mean()))
+        return equal_token_sets(scores, scores, plan.tokens, tokens, plan.strength, plan.seed,
+                                columns=self.profile.rule_columns())
+
+    @cached_property
+    def sets(self) -> list[TrainingSet]:
+        """The designed training sets (notebook 04)."""
+        frame = self.frame("sets.parquet")
+        return [TrainingSet.from_dict(json.loads(text)) for text in frame["set"]]
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """This study's run records."""
+        return Ledger(files.ledger(self.profile.name))
+
+    def run(
+        self,
+        purpose: str,
+        plans: Sequence[PlannedRun],
+        *,
+        config: FinetuneConfig | None = None,
+        base: ModelRef | None = None,
+        tables: Sequence[pd.DataFrame] = (),
+        listed: str = "",
+        progress: bool = True,
+    ) -> pd.DataFrame:
+        """Finetune and evaluate every plan that the ledger does not hold; one row a plan.
+
+        config, base : in place of the profile's; tables : further rows that the plans may name;
+        listed : name of the list of runs, where it is not the purpose (which run ids depend on)
+        """
+        from instructmining_core.finetuning.sweep import run_sweep
+
+        lm = self.lm if base is None else self.load(base)
+        config = config or self.profile.finetune
+        evals = self.encoded_evals(lm, config)
+        specs = [
+            RunSpec.of(
+                purpose, lm, config, plan.row_hashes, evals,
+                init_seed=plan.init_seed, order_seed=plan.order_seed, label=plan.label,
+            )
+            for plan in plans
+        ]  # fmt: skip
+        hashes = {h for plan in plans for h in plan.row_hashes}
+        rows = self.encoded_rows(lm, config, hashes, tables)
+        self.list_runs(listed or purpose, [spec.run_id for spec in specs])
+        by_epoch = [s.run_id for s, plan in zip(specs, plans, strict=True) if plan.by_epoch]
+        return run_sweep(
+            specs, lm, rows, evals, self.ledger, by_epoch=by_epoch, progress=progress
+        )  # fmt: skip
+
+    @contextmanager
+    def tuned(self, plan: PlannedRun) -> Iterator:
+        """One finetune, kept open for answering; the base is given back at the end."""
+        from instructmining_core.finetuning.finetune import finetune
+
+        config = self.profile.finetune
+        rows = self.encoded_rows(self.lm, config, set(plan.row_hashes))
+        tuned = finetune(
+            self.lm, [rows[h] for h in plan.row_hashes], config,
+            init_seed=plan.init_seed, order_seed=plan.order_seed,
+        )  # fmt: skip
+        try:
+            yield tuned
+        finally:
+            tuned.close()
+
+    def encoded_rows(
+        self, lm, config: FinetuneConfig, hashes: set[str], tables: Sequence[pd.DataFrame] = ()
+    ) -> dict:
+        """Training rows, tokenised once, by row hash."""
+        from instructmining_core.data.tokenization import encode
+
+        tables = [self.data.candidates, *self.data.pools.values(), *tables]
+        found = {}
+        for table in tables:
+            for messages in table["messages"]:
+                key = row_hash(messages)
+                if key in hashes and key not in found:
+                    found[key] = encode(lm.tokenizer, messages, max_tokens=config.max_tokens)
+        return found
+
+    def encoded_evals(self, lm, config: FinetuneConfig) -> dict[str, list]:
+        """The two evaluation sets, tokenised."""
+        from instructmining_core.data.tokenization import encode
+
+        longest = self.profile.data.eval_tokens or config.max_tokens
+
+        return {
+            name: [
+                encode(lm.tokenizer, messages, max_tokens=longest)
+                for messages in getattr(self.data, name)["messages"]
+            ]
+            for name in EVALS
+        }
+
+    def runs(self, purpose: str) -> pd.DataFrame:
+        """Finished runs that a purpose asked for, from the ledger (or the committed evidence)."""
+        listed = self.find(f"runs/{purpose}.json")
+        wanted = json.loads(listed.read_text(encoding="utf-8"))
+        # the ledger beside the list: a pilot's runs alone are not those of the evidence's list
+        frame = Ledger(listed.parent.parent / "ledger").load()
+        return frame[frame["run_id"].isin(wanted) & (frame["status"] == "done")]
+
+    def base_of_sweep(self) -> dict[str, str]:
+        """Id, revision and dtype of the base that the sweep finetuned, from its first record."""
+        listed = self.find("runs/sweep.json")
+        first = json.loads(listed.read_text(encoding="utf-8"))[0]
+        return Ledger(listed.parent.parent / "ledger").read(first)["spec"]["base"]
+
+    def sweep(self) -> pd.DataFrame:
+        """The regression's view: one row a run with `log_loss`, shares and set means."""
+        return self.joined(self.runs("sweep"))
+
+    def joined(self, runs: pd.DataFrame, scores: pd.DataFrame | None = None) -> pd.DataFrame:
+        """Runs of designed sets with the sets' means, shares and three log losses."""
+        scores = self.scores if scores is None else scores
+        means = set_means(self.sets, scores, list(self.profile.indicators))
+        frame = assemble(runs, means, "loss_eval_1")
+        frame["log_loss_token"] = np.log(frame["loss_eval_1_token"])
+        frame["log_loss_eval_2"] = np.log(frame["loss_eval_2"])
+        return frame.sort_values(["set_id", "init_seed"]).reset_index(drop=True)
+
+    def set_frame(self) -> pd.DataFrame:
+        """One row a set, before any run: `set_id`, `arm`, `share_<source>` and indicator means."""
+        planned = [
+            {"set_id": s.set_id, "arm": s.arm, "source": s.source, "shares": dict(s.shares),
+             "loss": 1.0}
+            for s in self.sets
+            if not s.anchor
+        ]
+        means = set_means(self.sets, self.scores, list(self.profile.indicators))
+        return assemble(pd.DataFrame(planned), means, "loss").drop(columns=["loss", "log_loss"])

@@ -1,0 +1,462 @@
+"""From a study's runs to the tables of notebooks 07, 10 and 12: inference, put side by side.
+
+How much of a set's loss is mere vocabulary: a smoothed unigram model of its responses.
+
+How sure each number of the rule is: tables that put an interval beside what has no slope.
+
+Does the rule carry over, to other evaluation prompts and to other bases? Slopes and a map.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from instructmining_core import regression
+from instructmining_core import regression as inference
+from instructmining_core.data.records import assistant_turns, row_hash
+from instructmining_core.finetuning.sets import TrainingSet
+from instructmining_core.regression.checks import transfer_slope
+from instructmining_core.regression.inference import effective_dimensions
+from instructmining_core.regression.intervals import (
+    median_interval,
+    r2_interval,
+    r2_of,
+    share_interval,
+)
+from instructmining_core.regression.paper_rule import fit_paper
+from instructmining_core.regression.permutation import Permutation
+from instructmining_core.regression.rule import NEW_SOURCES, THESE_SOURCES, RuleFit, fit_rule
+from instructmining_core.regression.rule_card import RuleCard
+from instructmining_core.regression.run_table import (
+    RunsError,
+    Standardizer,
+    one_per_set,
+    standardised,
+)
+
+from .embedded.ground_truth import permuted_within_source
+from .experiments import ladder_sweep
+from .paper import R_SQUARED
+from .study import Study
+
+WORDS = re.compile(r"\w+|[^\w\s]")
+
+
+def words(text: str) -> list[str]:
+    """Case-folded words and single punctuation marks."""
+    return WORDS.findall(text.casefold())
+
+
+def unigram_losses(sets: Sequence[TrainingSet], responses: Mapping[str, str],
+                   evaluation: Sequence[str], smoothing: float = 0.1) -> pd.Series:
+    """Loss of the evaluation responses under each set's own unigram model; index set_id.
+
+    responses : row hash -> response text (several turns joined); evaluation : response texts;
+    smoothing : count added to every word of the joint vocabulary of evaluation and all sets.
+    Mean over prompts of the mean negative log probability per word, in nats.
+    """
+    if not evaluation:
+        raise ValueError("no evaluation responses to score")
+    distinct = {s.set_id: s for s in sets}
+    needed = {h for s in distinct.values() for h in s.row_hashes}
+    lacking = [h for h in needed if h not in responses]
+    if lacking:
+        raise ValueError(f"{len(lacking)} rows have no response text, the first is {lacking[0]}")
+    counted = {h: Counter(words(responses[h])) for h in needed}
+    prompts = [Counter(words(text)) for text in evaluation]
+    prompts = [p for p in prompts if p]
+    vocabulary = {w for c in (*counted.values(), *prompts) for w in c}
+    asked = sorted({w for p in prompts for w in p})
+    position = {w: i for i, w in enumerate(asked)}
+    weight = np.zeros(len(asked))
+    for prompt in prompts:
+        total = sum(prompt.values()) * len(prompts)
+        for w, c in prompt.items():
+            weight[position[w]] += c / total
+    losses = {}
+    for name, one in distinct.items():
+        have, total = np.zeros(len(asked)), 0
+        for h in one.row_hashes:
+            total += sum(counted[h].values())
+            for w, c in counted[h].items():
+                if w in position:
+                    have[position[w]] += c
+        probability = (have + smoothing) / (total + smoothing * len(vocabulary))
+        losses[name] = float(-weight @ np.log(probability))
+    return pd.Series(losses, name="unigram").rename_axis("set_id")
+
+
+def failure_table(null: pd.DataFrame) -> pd.DataFrame:
+    """What simulated studies without any effect find (`simulate.null_r2`), with intervals.
+
+    One row a number of sources: studies; the median R² and the median rank correlation of two
+    repeats, bounds by order statistics; shares of studies that reach the paper's R² and in which
+    every chosen term is "significant", bounds by Wilson.
+    """
+    rows = {}
+    for sources, part in null.groupby("n_sources"):
+        shares = {"R² as large as the paper's": part["r2"] >= R_SQUARED,
+                  "every term “significant”": part["all_significant"]}  # fmt: skip
+        medians = {"median R²": part["r2"],
+                   "median rank correlation": part["repeat_rank_correlation"]}  # fmt: skip
+        found = {n: (v.median(), *median_interval(v)) for n, v in medians.items()}
+        found |= {n: (v.mean(), *share_interval(v.sum(), len(v))) for n, v in shares.items()}
+        rows[sources] = {"studies": str(len(part))} | {
+            name: f"{value:.2f} [{low:.2f}, {high:.2f}]"
+            for name, (value, low, high) in found.items()
+        }
+    return pd.DataFrame(rows).T.rename_axis("sources")
+
+
+def paper_table(
+    runs: pd.DataFrame, columns: Sequence[str], constants: Standardizer, size: int
+) -> pd.DataFrame:
+    """The paper's procedure on all arms at equal rows, and on its own design, fusion alone.
+
+    One row a design and chosen term: estimate, low, high, p_paper, and the fit's r2 with r2_low
+    and r2_high. All of it takes the choice as given: not valid after selection.
+    """
+    parts = []
+    for name, arms in (("all arms", None), ("fusion, the paper's own design", ("fusion",))):
+        sets = runs.loc[runs["arm"].isin(arms or set(runs["arm"])), "set_id"].nunique()
+        if sets <= size + 2:  # smoke's two mixtures leave nothing to choose from
+            continue
+        found = fit_paper(runs, columns, constants, size=size, arms=arms)
+        r2, low, high = r2_of(found.fit)
+        part = found.table()[["estimate", "low", "high", "p_paper"]]
+        parts.append(part.assign(design=name, runs=len(found.fit.runs), r2=r2, r2_low=low,
+                                 r2_high=high).reset_index())  # fmt: skip
+    return pd.concat(parts).set_index(["design", "column"])
+
+
+def dimensions(runs: pd.DataFrame, fit: RuleFit) -> pd.DataFrame:
+    """Effective dimensions of the rule's design beside its shares, and of fusion's."""
+    found = {"designed sets, beside the source shares":
+             effective_dimensions(fit.indicators, fit.controls)}  # fmt: skip
+    fusion = one_per_set(runs[runs["arm"] == "fusion"])
+    if len(fusion) > 2:
+        means = standardised(fusion, fit.columns, fit.standardisation)
+        found["fusion sets, the paper's design"] = effective_dimensions(means)
+    return pd.DataFrame(found).T
+
+
+def tests_table(tests: Sequence[Permutation], fit: RuleFit, size: int) -> pd.DataFrame:
+    """The permutation tests with what belongs to them.
+
+    One row a test: R² of the best `size` terms (where shared rows are counted, of the whitened
+    runs), its bounds (these sources; the choice is taken as given, so the lower one is too high),
+    the R² that 95 % of the permutations stay below, p and what the number of permutations leaves
+    open of it (Wilson), and the share of the errors that belongs to rows.
+    """
+    rows = []
+    for test in tests:
+        spent = fit.controls.shape[1] if test.hypothesis == "H0b" else 1
+        low, high = r2_interval(test.statistic, size, len(fit.runs) - spent - size)
+        n = len(test.null)
+        reached = int((test.null >= test.statistic - 1e-12).sum())
+        p_low, p_high = share_interval(reached, n)
+        rows.append({
+            "hypothesis": test.meaning, "largest R²": test.statistic, "low": low, "high": high,
+            "95 % of permutations below": np.quantile(test.null, 0.95), "p": test.p,
+            "p low": p_low, "p high": p_high, "permutations": n,
+            "share of rows": "not counted" if test.row_share is None else f"{test.row_share:.2f}",
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def choice_table(chosen: pd.DataFrame, draws: int) -> pd.DataFrame:
+    """`inference.bootstrap_choice` with Wilson bounds of each frequency over `draws` draws."""
+    bounds = [share_interval(f * draws, draws) for f in chosen["frequency"]]
+    frame = chosen.copy()
+    frame.insert(1, "low", [low for low, _ in bounds])
+    frame.insert(2, "high", [high for _, high in bounds])
+    return frame
+
+
+def line_enough(found: dict[str, float]) -> str:
+    """`inference.lack_of_fit` in one sentence."""
+    said = ("more than seeds explain, so that the slopes are averages over what the line misses"
+            if found["p"] < 0.05 else "no more than seeds explain")
+    return (f"What the line leaves over has {found['ratio']:.1f} times the sd of a seed "
+            f"[{found['ratio_low']:.1f}, {found['ratio_high']:.1f}], p = {found['p']:.2g}: {said}.")
+
+
+SAME_SETS = ("Every slope is taken over the very sets that the rule was fitted on: it says whether "
+             "the rule carries to another base or to other prompts, not whether it holds for new "
+             "sets, which is what held-out sources are for.")
+EVALUATIONS = {"eval_1": "log_loss", "eval_2": "log_loss_eval_2"}
+
+# (base, evaluation set) -> the runs, with `log_loss` and `log_loss_eval_2`
+Settings = Mapping[tuple[str, str], pd.DataFrame]
+
+
+def settings(study: Study) -> Settings:
+    """The runs of every base at hand, once for each evaluation set; the first is the rule's own.
+
+    The other evaluation set costs nothing, its losses are in the ledger. The further bases of the
+    profile's ladder are finetuned on the designed sets where `robustness.transfer` asks for it.
+    """
+    by_base = {study.base_of_sweep()["id"]: study.sweep()}
+    if study.profile.robustness.transfer:
+        for ref in study.profile.models.ladder:
+            by_base[ref.id] = study.joined(ladder_sweep(study, ref))
+    return {(base, name): runs for base, runs in by_base.items() for name in EVALUATIONS}
+
+
+def transfer_table(found: Settings, rule: RuleCard) -> pd.DataFrame:
+    """The score of the rule against the loss of every setting, beside the source shares.
+
+    One row a setting: base, evaluation, sets, slope (1 where the rule carries over whole, 0 where
+    nothing does; the first row's is 1 by construction) with low and high (these sources), r2
+    beyond the shares with r2_low and r2_high, carries. `.attrs["note"]` is to be printed with it.
+    """
+    rows = []
+    for (base, name), runs in found.items():
+        fit = transfer_slope(rule.predict(runs), runs, outcome=EVALUATIONS[name])
+        one = fit.table().iloc[0]
+        r2, r2_low, r2_high = r2_of(fit)
+        rows.append({
+            "base": base, "evaluation": name, "sets": len(fit.runs), "slope": one["estimate"],
+            "low": one["low"], "high": one["high"], "r2": r2, "r2_low": r2_low,
+            "r2_high": r2_high, "carries": carries(one["low"], one["high"]) if rows else "fitted",
+        })  # fmt: skip
+    table = pd.DataFrame(rows)
+    table.attrs["note"] = SAME_SETS
+    return table
+
+
+def carries(low: float, high: float) -> str:
+    """The interval of a transfer slope in words."""
+    if high < 0:
+        return "reversed"
+    if not low > 0:
+        return "not seen"
+    return "in part" if high < 1 else "whole" if low <= 1 else "amplified"
+
+
+def fits(
+    found: Settings, columns: Sequence[str], constants: Standardizer
+) -> dict[str, RuleFit]:
+    """The rule fitted anew in every setting, by "base, evaluation set"."""
+    return {
+        f"{base}, {name}": fit_rule(runs, columns, constants, outcome=EVALUATIONS[name])
+        for (base, name), runs in found.items()
+    }
+
+
+def coefficient_map(fits: Mapping[str, RuleFit]) -> pd.DataFrame:
+    """Which slopes hold, setting by setting; the first of `fits` is the one that makes claims.
+
+    One row a setting and indicator: setting, name, estimate, low, high (these sources),
+    same_sign (as in the first), holds: "claims nothing" where the first interval holds zero, else
+    "holds" or "reversed" (the interval here leaves out zero too, on the same or the other side), or
+    "not seen".
+    The first setting's own rows are "claimed" or "claims nothing".
+    """
+    tables = {name: fit.table() for name, fit in fits.items()}
+    first = next(iter(tables.values()))
+    claimed = first["low"] * first["high"] > 0
+    parts = []
+    for name, table in tables.items():
+        same = np.sign(table["estimate"]) == np.sign(first["estimate"])
+        clear = table["low"] * table["high"] > 0
+        holds = np.select([~claimed, clear & same, clear], ["claims nothing", "holds", "reversed"],
+                          "not seen")
+        if table is first:
+            holds = np.where(claimed, "claimed", "claims nothing")
+        part = table[["estimate", "low", "high"]].assign(setting=name, same_sign=same, holds=holds)
+        parts.append(part.rename_axis("name").reset_index())
+    frame = pd.concat(parts, ignore_index=True)
+    return frame[["setting", "name", "estimate", "low", "high", "same_sign", "holds"]]
+
+
+def transfer_said(found: pd.DataFrame) -> str:
+    """The map in one sentence: of the slopes claimed, how many hold in every other setting."""
+    claimed = list(found.loc[found["holds"] == "claimed", "name"])
+    others = found[found["name"].isin(claimed) & (found["holds"] != "claimed")]
+    everywhere = [n for n in claimed if (others.loc[others["name"] == n, "holds"] == "holds").all()]
+    turned = list(dict.fromkeys(others.loc[others["holds"] == "reversed", "name"]))
+    return (f"{len(claimed)} of {found['name'].nunique()} slopes are claimed "
+            f"({', '.join(claimed) or 'none'}); of these {len(everywhere)} hold in every other "
+            f"setting ({', '.join(everywhere) or 'none'}), and {len(turned)} turn somewhere "
+            f"({', '.join(turned) or 'none'}).")
+
+
+COUNTED, PLAIN = "shared rows counted", "shared rows not counted"
+
+
+def jackknife(runs: pd.DataFrame, columns: Sequence[str], constants: Standardizer):
+    """Intervals for new sources, or None where a deletion leaves too little to fit."""
+    try:
+        return inference.jackknife_sources(runs, columns, constants)
+    except (RunsError, regression.RankError):
+        return None
+
+
+def coefficient_table(fit: RuleFit, jack) -> pd.DataFrame:
+    """Every slope (log loss per sd of a row) with both intervals, raw slope with bounds, VIF."""
+    table = fit.table()
+    frame = table[["label", "estimate", "low", "high"]].rename(
+        columns={"low": "low, these sources", "high": "high, these sources"}
+    )
+    low, high = (jack.table["low"], jack.table["high"]) if jack else (np.nan, np.nan)
+    frame["low, new sources"], frame["high, new sources"] = low, high
+    sd = fit.standardisation.sd[list(fit.columns)]
+    raw = table[["raw", "low", "high"]].copy()
+    raw[["low", "high"]] = raw[["low", "high"]].div(sd, axis=0)
+    frame[["raw", "raw low", "raw high"]] = raw  # bounds for these sources
+    frame["vif"] = table["vif"]
+    return frame
+
+
+def coefficient_frame(fit: RuleFit, jack, by_paper) -> pd.DataFrame:
+    """The coefficients in long form for the figure: name, estimate, low, high, kind."""
+    parts = [fit.table().assign(kind=f"within, {THESE_SOURCES.split(':')[0]}")]
+    if jack:
+        parts.append(jack.table.assign(kind=f"within, {NEW_SOURCES.split(':')[0]}"))
+    parts.append(by_paper.table().assign(kind="the paper's procedure (not valid after selection)"))
+    frame = pd.concat(part.rename_axis("name").reset_index() for part in parts)
+    return frame[["name", "estimate", "low", "high", "kind"]].reset_index(drop=True)
+
+
+def predictions(fit: RuleFit) -> pd.DataFrame:
+    """Each set's measured and fitted log loss, with its arm and source."""
+    frame = fit.runs[[c for c in ("set_id", "arm", "source") if c in fit.runs]].copy()
+    frame["measured"] = fit.ols.y
+    frame["predicted"] = fit.ols.y - fit.ols.residuals
+    return frame
+
+
+def mundlak(
+    study: Study, runs: pd.DataFrame, columns: Sequence[str], constants: Standardizer
+) -> tuple[pd.DataFrame, str]:
+    """Slopes between and within sources, and the test of their equality in one sentence.
+
+    An empty table, and why, where the sources are too few for it.
+    """
+    means = study.candidate_scores.groupby("source")[list(columns)].mean()
+    try:
+        split = regression.mundlak(runs, columns, means, constants)
+    except (RunsError, regression.RankError) as error:
+        return pd.DataFrame(), str(error)
+    found = ("they differ: a rule fitted to mixtures is not a rule for rows here"
+             if split.p < 0.05 else "no difference is seen, which does not prove them equal")
+    differ = split.table[split.table["low"] * split.table["high"] > 0].index
+    named = f"; one at a time the interval leaves out zero for {', '.join(differ)}"
+    return split.table, (f"Between and within: F({split.df1}, {split.df2}) = {split.f:.2f}, "
+                         f"p = {split.p:.2g}, {found}{named if len(differ) else ''}.")
+
+
+def baselines(
+    study: Study, runs: pd.DataFrame, columns: Sequence[str], constants: Standardizer
+) -> pd.DataFrame:
+    """How much of the loss a unigram model and the number of training tokens explain."""
+    responses = {
+        row_hash(messages): "\n".join(answer for _, answer in assistant_turns(messages))
+        for messages in study.data.candidates["messages"]
+    }
+    asked = [assistant_turns(messages)[-1][1] for messages in study.data.eval_1["messages"]]
+    # with other package versions than the run's, the corpus lacks some of its rows: ValueError
+    try:
+        losses = unigram_losses(study.sets, responses, asked)
+        frame = runs.assign(
+            unigram=runs["set_id"].map(losses), log_tokens=np.log(runs["tokens_trained"])
+        )
+        return regression.baseline_comparison(frame, columns, ["unigram", "log_tokens"], constants)
+    except ValueError as error:
+        return pd.DataFrame({"not to be had here": [str(error)]})
+
+
+def rows_of_sets(study: Study) -> dict[str, tuple[str, ...]]:
+    """set_id -> row hashes, by which `inference.permutation` counts shared rows."""
+    return {one.set_id: one.row_hashes for one in study.sets}
+
+
+def negative_control(study: Study) -> pd.DataFrame:
+    """The whole procedure on indicators that mean nothing: rows shuffled within their source.
+
+    The sets keep their rows and losses; which indicators belong to which row is shuffled, many
+    times, and every shuffle is tested with the shared rows counted and without. Two rows, COUNTED
+    and PLAIN: shuffles, how many are "significant" at 5 %, their share with Wilson bounds, p of
+    the study by the same test; for PLAIN also the shuffles' median and largest R², the study's, and
+    its p against the shuffles, which share rows in just the same way (whitened R² can't be compared
+    over shuffles). The control stops at the test: nothing is selected by it.
+    """
+    columns, settings = study.profile.rule_columns(), study.profile.inference
+    runs, rows, size = study.runs("sweep"), rows_of_sets(study), min(4, len(columns))
+
+    def tests(table: pd.DataFrame, draws: int) -> dict[str, inference.Permutation]:
+        constants = Standardizer.fit(table, columns)
+        joined = study.joined(runs, scores=table)
+        return {
+            name: inference.permutation(joined, columns, constants, size=size,
+                                        n_permutations=draws, rows=known)
+            for name, known in ((COUNTED, rows), (PLAIN, None))
+        }  # fmt: skip
+
+    own = tests(study.scores, settings.permutations)
+    shuffled = [tests(permuted_within_source(study.scores, columns, seed), 199)
+                for seed in range(settings.shuffles)]  # fmt: skip
+    return control_table(own, shuffled)
+
+
+def control_table(
+    own: Mapping[str, inference.Permutation],
+    shuffled: Sequence[Mapping[str, inference.Permutation]],
+) -> pd.DataFrame:
+    """See `negative_control`; own, shuffled : the tests by name, of the study and the shuffles."""
+    table, n = {}, len(shuffled)
+    for name, test in own.items():
+        rejected = sum(one[name].p < 0.05 for one in shuffled)
+        low, high = share_interval(rejected, n)
+        table[name] = {"shuffles": n, "significant at 5 %": rejected,
+                       "share significant": rejected / n, "low": low, "high": high,
+                       "p of the study": test.p}  # fmt: skip
+    found, observed = np.array([one[PLAIN].statistic for one in shuffled]), own[PLAIN].statistic
+    table[PLAIN] |= {"median R² of the shuffles": np.median(found), "largest": found.max(),
+                     "R² of the study": observed,
+                     "p against the shuffles": (1 + (found >= observed).sum()) / (1 + n)}
+    return pd.DataFrame(table).T
+
+
+def control_said(control: pd.DataFrame) -> str:
+    """The negative control in words: which permutation test keeps its level, and the p then."""
+    said = []
+    for name, row in control.iterrows():
+        kept = ("agrees with one in twenty" if row["low"] <= 0.05 <= row["high"] else
+                "is more than one in twenty, so that its p is not to be believed"
+                if row["low"] > 0.05 else "is fewer than one in twenty: the test is cautious")
+        said.append(f"With {name}, {row['significant at 5 %']:.0f} of {row['shuffles']:.0f} "
+                    f"shuffles are significant at 5 %, {100 * row['share significant']:.0f} % "
+                    f"[{100 * row['low']:.0f}, {100 * row['high']:.0f}], which {kept}; the "
+                    f"study's p is {row['p of the study']:.2g}.")  # fmt: skip
+    plain = control.loc[PLAIN]
+    said.append(f"Held against the shuffles themselves the study's R² of "
+                f"{plain['R² of the study']:.2f} has p = {plain['p against the shuffles']:.3f}; "
+                f"the smallest that {plain['shuffles']:.0f} shuffles can give is "
+                f"{1 / (1 + plain['shuffles']):.3f}.")
+    return " ".join(said)
+
+
+def rule_card(study: Study, fit: RuleFit, jack, held: pd.DataFrame, test) -> RuleCard:
+    """The card of the study's rule, with all that is needed to use it or to refuse to."""
+    from instructmining_core.regression.rule_card import make_card
+
+    profile = study.profile
+    base = study.base_of_sweep()
+    stand_in = base["id"].startswith("standin:")
+    sources = ", ".join(fit.sources)
+    return make_card(
+        fit, study.candidate_scores,
+        fitted_on=f"profile {profile.name}: {len(fit.runs)} sets of {profile.design.size} rows "
+        f"from {len(fit.sources)} sources ({sources})",
+        not_for="other models, other reference sets, other languages; rows outside the range "
+        "of the fitted sets" + ("; models of any use: these are stand-ins" * stand_in),
+        new_sources=jack, held_out=held, permutation=test,
+        base={"id": base["id"], "revision": base["revision"], "stand_in": stand_in},
+    )  # fmt: skip

@@ -1,0 +1,208 @@
+"""Instruction data in: any published format becomes one table of conversations.
+
+A *record table* is a DataFrame with one row a conversation:
+
+`id` str, the record's own, else "<source>-<row>"; not made unique: rows are known by (file, row,
+part); `source` str; `messages` list of {"role": "user" | "assistant" | "system", "content": str};
+`file` str as it was named; `row` int, the record's position in that file, 0-based and counting
+malformed ones; `part` int, 0 but for records that hold several conversations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import orjson
+import pandas as pd
+
+from .formats import FormatError, Messages, conversations, record_id
+from .readers import (
+    SUFFIXES,
+    Raw,
+    RecordError,
+    file_sha256,
+    is_hub_name,
+    read_raw,
+    read_set,
+    resolve_set,
+)
+
+__all__ = [
+    "Problem",
+    "RecordError",
+    "assistant_turns",
+    "file_sha256",
+    "iter_records",
+    "iter_rows",
+    "read_records",
+    "row_hash",
+]
+
+CHUNK_CHARACTERS = 64_000_000  # a chunk ends here too, so that long texts stay within memory
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A malformed record: where it is, what was expected, what stood there."""
+
+    file: str
+    line: int  # 1-based
+    expected: str
+    got: str
+    unit: str = "line"  # "line", or "record" where the format has no lines
+    row: int = -1  # position in the file, 0-based, as in the table's `row`
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.unit} {self.line}: expected {self.expected}, got {self.got}"
+
+
+def row_hash(messages: Messages) -> str:
+    """The identity of a conversation: first 32 hex digits of the sha256 of its canonical JSON.
+
+    Only roles and contents count. Lone surrogates are hashed as they are.
+    """
+    plain = [{"content": m["content"], "role": m["role"]} for m in messages]
+    try:
+        text = orjson.dumps(plain)
+    except TypeError:
+        # orjson refuses lone surrogates; the two writers agree on everything else.
+        text = json.dumps(plain, ensure_ascii=False, separators=(",", ":"))
+        text = text.encode("utf-8", "surrogatepass")
+    return hashlib.sha256(text).hexdigest()[:32]
+
+
+def assistant_turns(messages: Messages) -> list[tuple[list[dict], str]]:
+    """(context, response) of each assistant turn; the context is every message before it."""
+    return [
+        (list(messages[:i]), message["content"])
+        for i, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+
+
+def iter_rows(
+    where: str | Path,
+    *,
+    revision: str = "main",
+    paths: str = "best",
+    stdin: BinaryIO | None = None,
+    only: Container[int] | None = None,
+) -> Iterator[tuple[str, Raw, list[Messages]]]:
+    """(file, raw record, its conversations) for every record in order, malformed ones included.
+
+    only : positions that are wanted; the others are passed over.
+
+    A malformed record has no conversations and `raw.error` set. `file` is `where`, or for a hub
+    name the name with the commit that was read. Raises RecordError as `read_raw` does.
+    """
+    if paths not in ("best", "all"):
+        raise ValueError(f"paths is {paths!r}; it is 'best' or 'all'")
+    name = str(where)
+    hub = is_hub_name(name)
+    if hub:
+        name = resolve_set(name, revision)
+    for raw in read_set(name) if hub else read_raw(name, stdin):
+        if only is not None and raw.row not in only:
+            continue
+        found = []
+        if raw.error is None:
+            try:
+                found = conversations(raw.value, paths)
+            except FormatError as error:
+                raw = raw._replace(error=error)
+        yield name, raw, found
+
+
+def iter_records(
+    where: str | Path,
+    *,
+    chunk_rows: int = 10_000,
+    source: str | None = None,
+    revision: str = "main",
+    on_error: str = "raise",
+    paths: str = "best",
+    limit: int | None = None,
+    stdin: BinaryIO | None = None,
+) -> Iterator[tuple[pd.DataFrame, list[Problem]]]:
+    """The record table in chunks of at most `chunk_rows` rows (fewer where texts are long).
+
+    where : a file (JSON, JSONL, CSV, TSV, Parquet, each also gzipped), "-" for standard input, or
+        a hub name "owner/name[/config][@revision][:split]".
+    source : name for the `source` column; the file's stem or the set's name unless given.
+    on_error : "raise" stops at a malformed record; "collect" leaves it out of the table and lists
+        it; "keep" lists it and keeps an empty row in its place, with the text of the problem in
+        an extra column `problem` ("" elsewhere).
+    paths : "best" or "all", for OASST trees.
+    limit : at most that many records.
+
+    Yields (table, problems of this chunk). Raises RecordError; ValueError for a bad argument.
+    """
+    if on_error not in ("raise", "collect", "keep"):
+        raise ValueError(f"on_error is {on_error!r}; it is 'raise', 'collect' or 'keep'")
+    rows, problems, characters = [], [], 0
+    stem = source if source is not None else source_name(where)
+    records = iter_rows(where, revision=revision, paths=paths, stdin=stdin)
+    for file, raw, found in islice(records, limit):
+        note = ""
+        if raw.error is not None:
+            problem = Problem(file, raw.line, raw.error.expected, raw.error.got, raw.unit, raw.row)
+            if on_error == "raise":
+                raise RecordError(str(problem))
+            problems.append(problem)
+            if on_error == "keep":
+                note, found = str(problem), [[]]
+        name = record_id(raw.value, f"{stem}-{raw.row}")
+        for part, messages in enumerate(found):
+            own = f"{name}#{part}" if part else name
+            rows.append((own, stem, messages, file, raw.row, part, note))
+            characters += sum(len(message["content"]) for message in messages)
+        if len(rows) >= chunk_rows or characters > CHUNK_CHARACTERS:
+            yield _table(rows, on_error), problems
+            rows, problems, characters = [], [], 0
+    if rows or problems:
+        yield _table(rows, on_error), problems
+
+
+def read_records(
+    where: str | Path,
+    *,
+    source: str | None = None,
+    revision: str = "main",
+    on_error: str = "raise",
+    paths: str = "best",
+    limit: int | None = None,
+) -> tuple[pd.DataFrame, list[Problem]]:
+    """The whole record table of one file or hub set and its problems; see `iter_records`."""
+    chunks = list(
+        iter_records(
+            where, source=source, revision=revision, on_error=on_error, paths=paths, limit=limit
+        )
+    )
+    tables = [table for table, _ in chunks] or [_table([], on_error)]
+    problems = [problem for _, found in chunks for problem in found]
+    return pd.concat(tables, ignore_index=True), problems
+
+
+def source_name(where: str | Path) -> str:
+    """A short name for a file or hub set: "data/alpaca.jsonl.gz" is "alpaca"."""
+    text = str(where)
+    if text == "-":
+        return "stdin"
+    if is_hub_name(text):
+        return text.split("@")[0].rsplit(":", 1)[0].split("/", 1)[1]
+    name = Path(text).name.encode("utf-8", "backslashreplace").decode()
+    while Path(name).suffix.lower() in SUFFIXES and Path(name).stem:
+        name = Path(name).stem
+    return name
+
+
+def _table(rows: list[tuple], on_error: str) -> pd.DataFrame:
+    columns = ["id", "source", "messages", "file", "row", "part", "problem"]
+    table = pd.DataFrame(rows, columns=columns).astype({"row": "int64", "part": "int64"})
+    return table if on_error == "keep" else table.drop(columns="problem")

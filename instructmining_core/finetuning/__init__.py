@@ -1,0 +1,1 @@
+"""A training set becomes a model; many sets become a ledger of runs."""

@@ -1,0 +1,302 @@
+"""The equal-token arm: tilted sets with the same number of training tokens instead of rows.
+
+Training sets for the sweep: the paper's fusion, sets tilted within a source, anchors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import pandas as pd
+from scipy.stats import norm
+
+MAX_ROW_SHARE = 0.4  # share of a source's rows that one designed set may use
+SETS_FOR_HELD_OUT = 6  # within-source sets that a source needs to be tested alone
+
+
+class SubsetError(ValueError):
+    """A training set can't be drawn as asked."""
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """One set of rows to finetune on, with how it was drawn.
+
+    set_id : str, first 16 hex of the hash of arm and row hashes; the same rows, the same id
+    arm : "fusion", "within", "mixed" or "tokens" (equal number of training tokens)
+    row_hashes : tuple of str, each row once, in drawing order
+    shares : dict source -> share of the set's rows, sums to one, sources present only
+    tilt : tuple of float, unit direction in the standardised indicator space; () if untilted
+    source : str, the one source of a within-source set, else ""
+    init_seed, order_seed : int, seeds of the adapter and of the row order in training
+    anchor : bool, True for a repeat of another set on further seeds
+    """
+
+    set_id: str
+    arm: str
+    row_hashes: tuple[str, ...]
+    shares: Mapping[str, float]
+    tilt: tuple[float, ...] = ()
+    source: str = ""
+    init_seed: int = 0
+    order_seed: int = 0
+    anchor: bool = False
+
+    def as_dict(self) -> dict:
+        """Plain types only; `from_dict` gives an equal set back."""
+        return {**asdict(self), "row_hashes": list(self.row_hashes), "tilt": list(self.tilt)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping) -> TrainingSet:
+        """The set that `as_dict` described, also after a trip through JSON."""
+        lists = {k: tuple(record[k]) for k in ("row_hashes", "tilt")}
+        return cls(**{**record, **lists})
+
+
+def set_id(arm: str, row_hashes: Sequence[str]) -> str:
+    """First 16 hex of sha256 over the arm and the ordered row hashes."""
+    text = "\n".join([arm, *row_hashes])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def largest_remainder(shares: np.ndarray, size: int) -> np.ndarray:
+    """Whole counts, shape of `shares`, that sum to exactly `size` (Hamilton's method)."""
+    exact = np.asarray(shares, float) / np.sum(shares) * size
+    counts = np.floor(exact).astype(int)
+    # argsort is stable on the negated remainder, so ties go to the first source
+    for i in np.argsort(-(exact - counts), kind="stable")[: size - counts.sum()]:
+        counts[i] += 1
+    return counts
+
+
+def pool_rows(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Distinct row hashes of each source, sources sorted; a row met twice keeps its first source.
+
+    Needs the columns `source` and either `row_hash` or `messages`.
+    """
+    if "row_hash" in table:
+        hashes = table["row_hash"]
+    elif "messages" in table:
+        from ..data.records import row_hash
+
+        hashes = table["messages"].map(row_hash)
+    else:
+        raise SubsetError("the table has neither `row_hash` nor `messages`; read it with records")
+    frame = pd.DataFrame({"source": table["source"].astype(str).to_numpy(),
+                          "row_hash": np.asarray(hashes, dtype=object)})
+    frame = frame.drop_duplicates("row_hash")
+    return {name: part["row_hash"].to_numpy(object)
+            for name, part in frame.groupby("source", sort=True)}
+
+
+def fusion_sets(table: pd.DataFrame, n: int, size: int, seed: int, *,
+                on_short: str = "raise") -> list[TrainingSet]:
+    """The paper's fusion: `n` sets of `size` rows, source i giving size·r_i/Σr, r_i uniform.
+
+    Paper v3, section on fusion; the distribution of r_i is not published, uniform is our choice.
+    A source with fewer rows than its part is a SubsetError; on_short="redraw" draws the whole
+    r again instead (at most 1,000 times), which makes r uniform over what can be delivered.
+    """
+    rng = np.random.default_rng(seed)
+    pool = pool_rows(table)
+    names = list(pool)
+    have = np.array([len(pool[s]) for s in names])
+    made = []
+    for _ in range(n):
+        counts = largest_remainder(rng.uniform(size=len(names)), size)
+        tries = 0
+        while (counts > have).any() and on_short == "redraw" and tries < 1000:
+            counts = largest_remainder(rng.uniform(size=len(names)), size)
+            tries += 1
+        if (counts > have).any():
+            i = int(np.argmax(counts - have))
+            raise SubsetError(f"source {names[i]!r} has {have[i]} rows but a fusion set of {size} "
+                              f"asks it for {counts[i]}: lower the size, leave the source out, "
+                              "or pass on_short='redraw'")
+        rows = [rng.choice(pool[s], c, replace=False) for s, c in zip(names, counts, strict=True)]
+        made.append(training_set("fusion", names, counts, rows))
+    return made
+
+
+def training_set(arm: str, names: Sequence[str], counts: Sequence[int],
+                 rows: Sequence[np.ndarray], tilt: Sequence[float] = (),
+                 source: str = "") -> TrainingSet:
+    """A TrainingSet of `counts[i]` rows, hashes `rows[i]`, from source `names[i]`."""
+    hashes = tuple(str(h) for h in np.concatenate(rows))
+    total = len(hashes)
+    shares = {s: int(c) / total for s, c in zip(names, counts, strict=True) if c > 0}
+    return TrainingSet(set_id(arm, hashes), arm, hashes, shares, tuple(float(t) for t in tilt),
+                       source)
+
+
+def directions(n: int, dim: int, rng: np.random.Generator) -> np.ndarray:
+    """Unit directions, shape (n, dim): +q and −q in turn over random orthonormal frames."""
+    found = []
+    while 2 * len(found) < n:
+        q, r = np.linalg.qr(rng.standard_normal((dim, dim)))
+        # signs of R's diagonal make the frame uniform over rotations (Mezzadri 2007)
+        found.extend((q * np.sign(np.diag(r))).T)
+    pairs = np.array([sign * q for q in found for sign in (1.0, -1.0)])
+    return pairs[:n]
+
+
+def normal_scores(values: np.ndarray) -> np.ndarray:
+    """Blom's normal scores Φ⁻¹((rank − 3/8)/(n + 1/4)), mean near 0, sd near 1."""
+    ranks = pd.Series(values).rank().to_numpy()
+    return norm.ppf((ranks - 0.375) / (len(values) + 0.25))
+
+
+def tilted_order(values: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Positions in the order of a draw without replacement with weight exp(strength·q).
+
+    q is the normal score of `values`, shape (n,). Adding Gumbel noise to the log weight and
+    sorting equals drawing one by one (Efraimidis & Spirakis 2006).
+    """
+    keys = strength * normal_scores(values) + rng.gumbel(size=len(values))
+    return np.argsort(-keys, kind="stable")
+
+
+def within_space(scores: pd.DataFrame, pool: Mapping[str, np.ndarray],
+                 columns: Sequence[str]) -> dict[str, np.ndarray]:
+    """Indicators standardised inside each source: source -> (rows, columns), row order of `pool`.
+
+    A missing value counts as the source's mean (0), a constant indicator as 0: neither tilts.
+    """
+    rows = scores.drop_duplicates("row_hash")
+    values = rows[list(columns)].to_numpy(float)
+    place = {h: i for i, h in enumerate(rows["row_hash"].to_numpy(object))}
+    space = {}
+    for source, hashes in pool.items():
+        at = np.array([place.get(h, -1) for h in hashes])
+        if (at < 0).any():
+            raise SubsetError(f"{int((at < 0).sum())} rows of source {source!r} have no scores, "
+                              f"the first is {hashes[at < 0][0]}: score the whole pool first")
+        raw = values[at]
+        finite = np.where(np.isfinite(raw), raw, np.nan)
+        seen = np.maximum(np.isfinite(finite).sum(axis=0), 1)
+        mean = np.nansum(finite, axis=0) / seen
+        sd = np.sqrt(np.nansum((finite - mean) ** 2, axis=0) / seen)
+        space[source] = np.nan_to_num((finite - mean) / np.where(sd > 0, sd, np.inf))
+    return space
+
+
+def designed_sets(table: pd.DataFrame, scores: pd.DataFrame, n_within: int, n_mixed: int,
+                  size: int, strength: float = 1.5, seed: int = 0, *,
+                  columns: Sequence[str] | None = None, min_sources: int = 8,
+                  sets_per_source: int = SETS_FOR_HELD_OUT) -> list[TrainingSet]:
+    """The designed arm: `n_within` tilted sets of one source, then `n_mixed` of two or three.
+
+    table, scores : one row an example, joined on `row_hash`; columns : the indicators to tilt
+    (default: every numeric column of `scores` but `row`); strength : tilt in normal scores.
+    No source gives more than 40 % of its rows to a set, so a source with fewer than size/0.4
+    rows enters mixed sets only. At most n_within // sets_per_source sources get within-source
+    sets, drawn at random, so that each has enough of them to be tested alone.
+    Errors: SubsetError where the pool can't deliver. See statistics.md, section 2.
+    """
+    rng = np.random.default_rng(seed)
+    pool = pool_rows(table)
+    if len(pool) < min_sources:
+        raise SubsetError(f"the pool has {len(pool)} sources, the design wants {min_sources}: add "
+                          "sources, or pass min_sources and keep to within-source claims")
+    columns = list(columns or scores.select_dtypes("number").columns.difference(["row"]))
+    space = within_space(scores, pool, columns)
+    caps = {s: int(MAX_ROW_SHARE * len(rows)) for s, rows in pool.items()}
+    eligible = [s for s in pool if caps[s] >= size]
+    if n_within and not eligible:
+        raise SubsetError(f"no source has the {int(np.ceil(size / MAX_ROW_SHARE))} rows that a "
+                          f"tilted set of {size} needs; largest: {max(map(len, pool.values()))}")
+    wanted = max(1, min(len(eligible), n_within // max(sets_per_source, 1)))
+    eligible = [eligible[i] for i in rng.permutation(len(eligible))[:wanted]]
+    made = []
+    for i, tilt in enumerate(directions(n_within, len(columns), rng)):
+        source = eligible[(i // 2) % len(eligible)]  # // 2: a source gets both signs of a direction
+        chosen = tilted_order(space[source] @ tilt, strength, rng)[:size]
+        made.append(training_set("within", [source], [size], [pool[source][chosen]], tilt, source))
+    for tilt in directions(n_mixed, len(columns), rng):
+        names, counts = _mixture(list(pool), caps, size, rng)
+        rows = [pool[s][tilted_order(space[s] @ tilt, strength, rng)[:c]]
+                for s, c in zip(names, counts, strict=True)]
+        made.append(training_set("mixed", names, counts, rows, tilt))
+    return made
+
+
+def _mixture(names, caps, size, rng, tries=1000) -> tuple[list[str], np.ndarray]:
+    """Two or three sources and their row counts, Dirichlet(2), redrawn until all can deliver."""
+    for _ in range(tries):
+        k = min(int(rng.integers(2, 4)), len(names))
+        chosen = [names[i] for i in rng.choice(len(names), k, replace=False)]
+        counts = largest_remainder(rng.dirichlet(np.full(k, 2.0)), size)
+        if k > 1 and counts.min() > 0 and all(
+                c <= caps[s] for s, c in zip(chosen, counts, strict=True)):
+            return chosen, counts
+    raise SubsetError(f"no mixture of two or three sources delivers {size} rows while each gives "
+                      f"at most {MAX_ROW_SHARE:.0%} of its own: lower the size or add rows")
+
+
+def anchors(sets: Sequence[TrainingSet], k: int = 8,
+            seeds: Sequence[int] = (1, 2)) -> list[TrainingSet]:
+    """Repeats of `k` designed sets, spread evenly over the list, on each of `seeds`.
+
+    A repeat keeps its set_id, so that the seed variance is the variance within a set_id.
+    """
+    designed = [s for s in sets if s.arm != "fusion" and not s.anchor] or list(sets)
+    if k > len(designed):
+        raise SubsetError(f"{k} anchors asked from {len(designed)} sets")
+    chosen = [designed[i] for i in np.linspace(0, len(designed) - 1, k).round().astype(int)]
+    return [replace(s, init_seed=seed, order_seed=seed, anchor=True)
+            for s in chosen for seed in seeds]
+
+
+def set_means(sets: Sequence[TrainingSet], scores: pd.DataFrame,
+              columns: Sequence[str]) -> pd.DataFrame:
+    """Mean of each indicator over a set's rows, in the indicator's own units; index set_id.
+
+    Rows without a value are left out of that mean; the largest share left out of any set's mean
+    is in `.attrs["missing"]`, by column.
+    """
+    by_hash = scores.drop_duplicates("row_hash").set_index("row_hash")[list(columns)].astype(float)
+    distinct = {s.set_id: s for s in sets}
+    means, missing = [], []
+    for one in distinct.values():
+        try:
+            part = by_hash.loc[list(one.row_hashes)]
+        except KeyError as error:
+            raise SubsetError(f"set {one.set_id}: some rows have no scores ({error})") from error
+        means.append(part.mean())
+        missing.append(part.isna().mean())
+    frame = pd.DataFrame(means, index=pd.Index(distinct, name="set_id"), columns=list(columns))
+    frame.attrs["missing"] = pd.DataFrame(missing).max().to_dict()
+    return frame
+
+
+def equal_token_sets(table: pd.DataFrame, scores: pd.DataFrame, n: int, tokens: int,
+                     strength: float = 1.5, seed: int = 0, *, columns: Sequence[str] | None = None,
+                     length: str = "len_out") -> list[TrainingSet]:
+    """Tilted sets of one source with the same number of response tokens instead of rows.
+
+    Rows are drawn as in `designed_sets` until their `length` sums to `tokens`; the last row is
+    kept where that comes nearer. At a fixed number of rows mean length is the number of training
+    tokens, so only this arm (24 sets or more) can tell the two apart.
+    """
+    rng = np.random.default_rng(seed)
+    pool = pool_rows(table)
+    columns = list(columns or scores.select_dtypes("number").columns.difference(["row"]))
+    space = within_space(scores, pool, columns)
+    lengths = scores.drop_duplicates("row_hash").set_index("row_hash")[length].astype(float)
+    own = {s: lengths.loc[rows].fillna(0).to_numpy() for s, rows in pool.items()}
+    eligible = [s for s in pool if own[s].sum() * MAX_ROW_SHARE >= tokens]
+    if not eligible:
+        raise SubsetError(f"no source holds {tokens / MAX_ROW_SHARE:.0f} tokens of responses, "
+                          f"which a set of {tokens} needs; lower the number of tokens")
+    made = []
+    for i, tilt in enumerate(directions(n, len(columns), rng)):
+        source = eligible[(i // 2) % len(eligible)]
+        order = tilted_order(space[source] @ tilt, strength, rng)
+        summed = np.cumsum(own[source][order])
+        last = int(np.argmin(np.abs(summed - tokens))) + 1
+        rows = pool[source][order[:last]]
+        made.append(training_set("tokens", [source], [last], [rows], tilt, source))
+    return made

@@ -1,0 +1,351 @@
+"""Load a causal LM; the negative log-likelihood of responses, the same at every batch size.
+
+Logits are made at target positions only and in chunks: 8 x 2,048 tokens x 152k vocabulary would be
+5 GB in bfloat16.
+
+How a causal LM turns hidden states into logits, found out by trying.
+
+The loss needs logits at target positions only, so the decoder and the output projection are called
+apart. Some families change the logits after the projection: Gemma caps them
+(`final_logit_softcapping`), Cohere multiplies (`logit_scale`), Granite divides by `logits_scaling`
+where another family multiplies by the same name. So names are hints only: each candidate is held
+against the model's own logits on a few tokens, and a model that fits none uses its own forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from ..data.tokenization import Encoded
+from . import hub
+from .attention import quickest
+from .batching import Failed, TokenMeter, map_batches, pad
+from .distributed import own_device, sharding
+from .memory import SHARE, fitting_tokens, free_bytes, keep_freed_memory
+
+if TYPE_CHECKING:
+    from ..config import ModelRef
+
+
+class HeadError(RuntimeError):
+    """A model whose logits cannot be had."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states to logits.
+
+    way : "direct" (projection as it is), "softcap", "scale", "divide" (with the projection), or
+        "forward" (the model's own forward with `logits_to_keep`, slower, always right).
+    """
+
+    way: str
+    project: Callable[[Tensor], Tensor] | None  # (n, dim) -> (n, vocabulary), model's dtype
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The Hugging Face causal LM inside a PeftModel (adapters stay injected), or `model`."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The part of a causal LM that ends in hidden states, last norm included."""
+    inner = unwrapped(model)
+    return inner.base_model
+
+
+def find_head(model: nn.Module) -> Head:
+    """How `model`'s logits come from its decoder's hidden states; see the module's text.
+
+    Tries on 8 made-up tokens, in evaluation mode. Raises HeadError where the model's own logits
+    there are not finite: nothing could be compared.
+    """
+    inner = unwrapped(model)
+    training, device = inner.training, next(inner.parameters()).device
+    inner.eval()
+    try:
+        with torch.no_grad():
+            vocabulary = inner.get_input_embeddings().weight.shape[0]
+            ids = (torch.arange(8, device=device)[None] * 7 + 3) % vocabulary
+            own = inner(input_ids=ids, use_cache=False).logits[0]
+            if not torch.isfinite(own).all():
+                raise HeadError("The model's logits are not finite on a plain input; its weights "
+                                "are broken, or its dtype overflows (try float32).")
+            return _matching(inner, ids, own)
+    finally:
+        inner.train(training)
+
+
+def _matching(inner: nn.Module, ids: Tensor, own: Tensor) -> Head:
+    linear = inner.get_output_embeddings()
+    if linear is not None and inner.base_model is not inner:
+        hidden = inner.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        for way, project in _candidates(inner, linear):
+            if hidden.shape[-1] == linear.weight.shape[-1] and _same(project(hidden), own):
+                return Head(way, project)
+    return Head("forward", None)
+
+
+def _same(ours: Tensor, own: Tensor) -> bool:
+    # bfloat16 keeps 8 bits: two orders of the same scaling may differ in the last one.
+    tolerance = 1e-5 if own.dtype == torch.float32 else 2e-2
+    return torch.allclose(ours.float(), own.float(), rtol=tolerance, atol=tolerance)
+
+
+def _candidates(inner, linear) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    text = inner.config.get_text_config()
+
+    def plain(hidden: Tensor) -> Tensor:
+        return linear(hidden.to(linear.weight.dtype))  # some decoders end in float32
+
+    yield "direct", plain
+    cap = getattr(text, "final_logit_softcapping", None)
+    if cap:
+        yield "softcap", lambda h: torch.tanh(plain(h) / cap) * cap
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        scale = getattr(text, name, None)
+        if isinstance(scale, (int, float)) and scale:
+            yield "scale", lambda h, s=scale: plain(h) * s
+            yield "divide", lambda h, s=scale: plain(h) / s
+
+
+FIRST = 64  # target tokens of the `nll_first64` column
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # padded tokens of a batch at most, if none are asked
+_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits made at once, tokens x vocabulary
+COLUMNS = ("nll", "tokens", "nll_first64", "tokens_first64", "nll_eos", "tokens_eos", "reason")
+
+
+@dataclass
+class LM:
+    """A causal LM with all that a loss needs.
+
+    model : Hugging Face causal LM, or a PeftModel around one. dtype : of its weights.
+    batch_limit : padded tokens of a batch, once memory ran out; later calls do not try more.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    resolved: hub.Resolved
+    device: str
+    dtype: torch.dtype
+    batch_limit: int | None = None
+    _found: tuple[nn.Module, Head] | None = field(default=None, repr=False)
+
+    @property
+    def head(self) -> Head:
+        """How logits come from hidden states; found once for each model object."""
+        if self._found is None or self._found[0] is not self.model:
+            self._found = (self.model, find_head(self.model))
+        return self._found[1]
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills rows; masked, so any id does where the tokenizer has no pad token."""
+        pad_id = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad_id is None else pad_id
+
+
+def load_lm(ref: ModelRef, device: str | None = None, *, standins=None) -> LM:
+    """Load tokenizer and weights, pinned, without remote code; sdpa attention where it has it.
+
+    ref, standins : as in `hub.resolve`; `ref.dtype` as in `hub.pick_dtype`.
+    device : "cpu", "cuda", "cuda:1"; None takes a GPU where there is one. Of several processes
+        (`accelerate launch`) each takes its own GPU for "cuda"; where the base is to be cut up
+        among them the weights stay on the CPU until `sharded.cut`.
+    """
+    keep_freed_memory()
+    device = own_device(device or hub.pick_device())
+    dtype = hub.pick_dtype(ref.dtype, device)
+    resolved = hub.fetch(hub.resolve(ref, standins=standins))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolved.folder, trust_remote_code=False)
+        model = _load_model(resolved.folder, dtype).to("cpu" if sharding() else device).eval()
+    except ValueError as error:
+        if "trust_remote_code" not in str(error) and "model type" not in str(error):
+            raise
+        raise hub.HubError(
+            f"{ref.id} needs its own code, which is never run here, or its model type is not known "
+            "to the installed transformers. Choose a model that transformers has."
+        ) from error
+    return LM(model, tokenizer, resolved, device, dtype)
+
+
+def _load_model(folder, dtype: torch.dtype) -> nn.Module:
+    options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **options)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def response_nll(
+    lm: LM,
+    rows: Sequence[Encoded],
+    *,
+    batch_tokens: int | None = None,
+    progress: bool | TokenMeter = False,
+    padding_side: str = "right",
+    on_batch: Callable[[np.ndarray, Sequence[tuple]], None] | None = None,
+) -> pd.DataFrame:
+    """Negative log-likelihood of each row's target tokens.
+
+    rows : token ids with target marks; `templates.encode` makes them.
+    batch_tokens : padded tokens of a batch, halved when memory runs out; None takes `BATCH_TOKENS`
+        (on a CPU small ones, whose activations stay in its caches: twice as fast as 16,384), or
+        fewer where the free memory holds fewer.
+    progress : a bar of tokens; or a meter that is told of them.
+    padding_side : "right"; "left" is there to show that it does not matter.
+    on_batch : called with row numbers and their tuples (in the order of `COLUMNS`) of each batch.
+
+    Returns one row for each of `rows`, in their order:
+        nll : float64, sum over target tokens, nats; NaN with a `reason` where it cannot be had.
+        tokens : number of target tokens.
+        nll_first64, tokens_first64 : the same over the first 64 target tokens.
+        nll_eos, tokens_eos : the same over the eos that ends a response; NaN and 0 if it was cut.
+        reason : "" or why `nll` is NaN.
+
+    In float32 a row's values agree at any batch size, order and padding side to 1e-5 relative.
+    The log-softmax is float32 also where the weights are not. The first token of a row has no
+    prediction, so it must not be a target.
+    """
+    lm.model.eval()
+    limit = max_positions(lm)
+    found = [_nan(_unusable(row, limit)) for row in rows]
+    chosen = np.array([i for i, row in enumerate(rows) if not _unusable(row, limit)], dtype=int)
+    lengths = [len(rows[i].ids) for i in chosen]
+
+    def batch(numbers: np.ndarray) -> list[tuple]:
+        return _batch_rows(lm, [rows[i] for i in chosen[numbers]], padding_side)
+
+    def keep(numbers: np.ndarray, results: Sequence) -> None:
+        results = [_nan(r.reason) if isinstance(r, Failed) else r for r in results]
+        for row, result in zip(chosen[numbers], results, strict=True):
+            found[row] = result
+        if on_batch is not None:
+            on_batch(chosen[numbers], results)
+
+    def halved(tokens: int) -> None:
+        lm.batch_limit = tokens
+
+    if lengths:
+        with quickest(unwrapped(lm.model), lm.device):
+            map_batches(
+                batch, lengths, _budget(lm, batch_tokens), progress, f"loss of {len(rows)} rows",
+                on_batch=keep, on_halved=halved,
+            )  # fmt: skip
+    return pd.DataFrame(found, columns=list(COLUMNS))
+
+
+def _budget(lm: LM, asked: int | None) -> int:
+    """Padded tokens of the first batch: what was asked for, else what memory holds up to a cap."""
+    most = asked
+    if most is None:
+        kind = torch.device(lm.device).type
+        config = unwrapped(lm.model).config.get_text_config()
+        at_once = float("inf") if lm.head.way == "forward" else _logit_rows(lm, kind)
+        free = SHARE[kind] * free_bytes(lm.device)
+        most = min(BATCH_TOKENS[kind], fitting_tokens(config, lm.dtype.itemsize, free, at_once))
+    return min(most, lm.batch_limit or most)
+
+
+def _logit_rows(lm: LM, kind: str) -> int:
+    """Tokens whose logits are made at once."""
+    vocabulary = int(unwrapped(lm.model).config.get_text_config().vocab_size)
+    return max(1, _CHUNK[kind] // vocabulary)
+
+
+def max_positions(lm: LM) -> float:
+    """Tokens that a row may have; infinite where the model's configuration names no limit."""
+    config = unwrapped(lm.model).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or float("inf")
+
+
+def _unusable(row: Encoded, limit: float) -> str:
+    """Why a row cannot have a loss, or ""."""
+    if len(row.ids) > limit:
+        return f"{len(row.ids)} tokens are more than the model's {limit} positions"
+    if any(row.targets[1:]):
+        return ""
+    return "no response token within max_tokens" if row.truncated else "no response token"
+
+
+def _nan(reason: str) -> tuple:
+    return (np.nan, 0, np.nan, 0, np.nan, 0, reason)
+
+
+def _batch_rows(lm: LM, rows: Sequence[Encoded], side: str) -> list[tuple]:
+    ids, mask = pad([row.ids for row in rows], lm.pad_id, side)
+    wanted, _ = pad([row.targets for row in rows], 0, side)
+    wanted[:, 0] = 0
+    nll = token_nll(lm, ids, mask, wanted.astype(bool)).double().cpu().numpy()
+    cuts = np.cumsum(wanted.sum(1))[:-1]
+    eos = lm.tokenizer.eos_token_id
+    return [_summary(row, part, eos) for row, part in zip(rows, np.split(nll, cuts), strict=True)]
+
+
+def _summary(row: Encoded, nll: np.ndarray, eos: int) -> tuple:
+    n = len(row.ids)
+    ends = [row.ids[i] == eos and (i + 1 == n or not row.targets[i + 1])
+            for i in range(1, n) if row.targets[i]]
+    at_end = np.array(ends, dtype=bool)
+    first = nll[:FIRST]
+    reason = "" if np.isfinite(nll).all() else "the model's loss is not finite on this row"
+    total = nll.sum() if not reason else np.nan
+    eos_nll = nll[at_end].sum() if at_end.any() else np.nan
+    return (total, len(nll), first.sum(), len(first), eos_nll, int(at_end.sum()), reason)
+
+
+@torch.inference_mode()
+def token_nll(lm: LM, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> Tensor:
+    """Negative log-likelihood of each wanted token, row by row.
+
+    ids, mask, wanted : shape (rows, width); token ids, 1 at real tokens, True at target tokens
+        (never in the first column). Returns float32, shape (number of wanted tokens,), nats.
+    """
+    device = next(lm.model.parameters()).device
+    inputs = _inputs(ids, mask, device)
+    before = torch.from_numpy(np.roll(wanted, -1, axis=1)).to(device)
+    goal = torch.from_numpy(ids[wanted]).to(device)
+    if lm.head.way == "forward":
+        return _forward_nll(lm, inputs, before, goal)
+    hidden = decoder(lm.model)(**inputs).last_hidden_state[before]
+    step = _logit_rows(lm, device.type)
+    parts = [
+        nn.functional.cross_entropy(lm.head.project(h).float(), g, reduction="none")
+        for h, g in zip(hidden.split(step), goal.split(step), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _inputs(ids: np.ndarray, mask: np.ndarray, device) -> dict:
+    inputs = {"input_ids": torch.from_numpy(ids).to(device), "use_cache": False}
+    if not mask[:, 0].all():
+        # Padding at the left: real tokens would see it, and their positions would be shifted.
+        inputs["attention_mask"] = torch.from_numpy(mask).to(device)
+        positions = (mask.cumsum(1) - 1).clip(min=0)
+        inputs["position_ids"] = torch.from_numpy(positions).to(device)
+    # With padding at the right no real token can see it: the causal mask alone is exact, and
+    # without a padding mask attention takes its fast path.
+    return inputs
+
+
+def _forward_nll(lm: LM, inputs: dict, before: Tensor, goal: Tensor) -> Tensor:
+    """By the model's own forward, for heads that `heads.find_head` cannot take apart."""
+    inner = unwrapped(lm.model)
+    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+        keep = before.any(0).nonzero()[:, 0]
+        logits, before = inner(**inputs, logits_to_keep=keep).logits, before[:, keep]
+    else:
+        logits = inner(**inputs).logits
+    return nn.functional.cross_entropy(logits[before].float(), goal, reduction="none")

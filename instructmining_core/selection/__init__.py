@@ -1,0 +1,1 @@
+"""From a rule to rows, and whether they are better than others."""

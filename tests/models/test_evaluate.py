@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from instructmining_core.config import ModelRef
+from instructmining_core.data.tokenization import encode_many
+from instructmining_core.models.causal_lm import COLUMNS, load_lm, response_nll
+from instructmining_core.models.loss import evaluate, losses
+
+
+def frame(*rows):
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+SHORT = (6.0, 3, 6.0, 3, 1.0, 1, "")  # 2 nats a token; 2.5 without eos
+LONG = (100.0, 100, 128.0, 64, np.nan, 0, "")  # 1 nat a token; 2 over the first 64; cut, no eos
+
+
+def test_every_mean_by_hand():
+    found = losses(frame(SHORT, LONG), response_bytes=[12, 41])
+    assert found["prompt_mean"] == pytest.approx(1.5)
+    assert found["token_mean"] == pytest.approx(106 / 103)
+    assert found["first64"] == pytest.approx(2.0)
+    assert found["without_eos"] == pytest.approx((2.5 + 1) / 2)
+    assert found["effective_n"] == pytest.approx(103**2 / (9 + 10_000))
+    assert found["nats_per_byte"] == pytest.approx(106 / 53)
+    assert (found["rows"], found["missing"]) == (2, 0)
+
+
+def test_rows_without_response_are_left_out_and_counted():
+    empty = (np.nan, 0, np.nan, 0, np.nan, 0, "no response token within max_tokens")
+    found = losses(frame(SHORT, empty), response_bytes=[12, 5])
+    assert found["prompt_mean"] == pytest.approx(2.0)
+    assert found["nats_per_byte"] == pytest.approx(0.5)
+    assert (found["rows"], found["missing"]) == (1, 1)
+
+
+@pytest.mark.parametrize("bad", [
+    (np.nan, 0, np.nan, 0, np.nan, 0, "out of memory on one row of 9 tokens: x"),
+    (np.nan, 5, np.nan, 5, np.nan, 1, "the model's loss is not finite on this row"),
+])
+def test_a_row_that_failed_makes_every_mean_nan(bad):
+    found = losses(frame(SHORT, bad))
+    for name in ("prompt_mean", "token_mean", "first64", "without_eos"):
+        assert np.isnan(found[name]), name
+
+
+def test_an_eos_alone_is_no_text():
+    found = losses(frame(SHORT, (4.0, 1, 4.0, 1, 4.0, 1, "")))
+    assert found["without_eos"] == pytest.approx(2.5) and found["prompt_mean"] == pytest.approx(3.0)
+
+
+def test_no_row_is_nan_not_zero():
+    assert np.isnan(losses(frame())["prompt_mean"])
+
+
+def test_evaluate_is_losses_of_the_frame(tiny_lm_folder):
+    lm = load_lm(ModelRef(str(tiny_lm_folder), dtype="float32"))
+    talks = [[{"role": "user", "content": "Sort."}, {"role": "assistant", "content": t}]
+             for t in ("the list", "an axis, one by one")]
+    rows = encode_many(lm.tokenizer, talks, max_tokens=64)
+    found, per_row = evaluate(lm, rows)
+    pd.testing.assert_frame_equal(per_row, response_nll(lm, rows))
+    assert found == losses(per_row)
+    assert found["prompt_mean"] == pytest.approx((per_row["nll"] / per_row["tokens"]).mean())

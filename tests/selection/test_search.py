@@ -1,0 +1,157 @@
+"""BlendSearch over one size, and the size curve's test, on functions whose shape is known."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from instructmining_core.selection import size_curve, size_search
+
+
+def bowl(size: int) -> float:
+    return 1 + 0.05 * (math.log(size) - math.log(2500)) ** 2
+
+
+def curve(truth, draws=5, sd=0.01, seed=0, method="selected", sizes=None) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    sizes = sizes or [128 * 2**i for i in range(len(truth))]
+    return pd.DataFrame([
+        {"pool": "p", "method": method, "size": size, "seed": draw,
+         "loss_eval_1": math.exp(level + rng.normal(0, sd))}
+        for size, level in zip(sizes, truth, strict=True) for draw in range(draws)
+    ])
+
+
+def test_search_starts_cheap_and_comes_near_the_minimum():
+    trials = size_search.blendsearch(bowl, 512, 10_000, 25, seed=1)
+    assert list(trials["trial"]) == list(range(1, 26))
+    assert trials["size"].iloc[0] == 512
+    assert trials["size"].between(512, 10_000).all()
+    best = trials["best_size"].iloc[-1]
+    assert abs(math.log(best / 2500)) < 0.15
+    assert trials["best_loss"].iloc[-1] == pytest.approx(bowl(best))
+    assert (trials["cost"].diff().dropna() == trials["size"].iloc[1:]).all()
+
+
+def test_same_seed_same_path_and_another_seed_another_path():
+    first, again, other = (
+        size_search.blendsearch(bowl, 100, 5000, 10, seed=s)["size"].tolist() for s in (3, 3, 4)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_a_stopped_search_goes_on_where_it_was():
+    whole = size_search.blendsearch(bowl, 100, 5000, 10, seed=3)
+    cache: dict[int, float] = {}
+
+    def dies(size: int) -> float:
+        if len(cache) == 4:
+            raise KeyboardInterrupt
+        return bowl(size)
+
+    with pytest.raises(KeyboardInterrupt):
+        size_search.blendsearch(dies, 100, 5000, 10, seed=3, cache=cache)
+    told = []
+    resumed = size_search.blendsearch(
+        bowl, 100, 5000, 10, seed=3, cache=cache, on_trial=lambda *trial: told.append(trial)
+    )
+    pd.testing.assert_frame_equal(whole.drop(columns="cached"), resumed.drop(columns="cached"))
+    assert resumed["cached"].tolist() == [True] * 4 + [False] * 6
+    assert told == list(zip(resumed["size"][4:], resumed["loss"][4:], strict=True))
+
+
+def test_a_small_range_ends_when_it_is_used_up():
+    trials = size_search.blendsearch(bowl, 10, 13, 20, seed=0)
+    assert sorted(trials["size"]) == [10, 11, 12, 13]
+
+
+def test_a_diverged_trial_never_wins():
+    trials = size_search.blendsearch(lambda n: math.nan if n < 550 else bowl(n), 512, 9000, 8, seed=0)
+    assert math.isnan(trials["loss"].iloc[0])
+    assert math.isinf(trials["best_loss"].iloc[0])
+    assert trials["best_size"].iloc[-1] >= 550 and np.isfinite(trials["best_loss"].iloc[-1])
+
+
+def test_search_is_silent_and_leaves_the_log_levels(capfd):
+    logging.getLogger("optuna").setLevel(logging.INFO)
+    before = logging.getLogger("optuna").level
+    size_search.blendsearch(bowl, 10, 14, 6, seed=0)
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+    assert logging.getLogger("optuna").level == before
+
+
+def test_search_refuses_an_empty_space():
+    for low, high, trials in ((10, 10, 3), (0, 10, 3), (10, 20, 0)):
+        with pytest.raises(size_search.SearchError, match="need 1 <= low"):
+            size_search.blendsearch(bowl, low, high, trials, seed=0)
+
+
+def test_double_descent_is_found_and_a_u_and_a_fall_are_not():
+    double = [0.0, -0.04, -0.08, -0.02, 0.03, -0.03, -0.08, -0.12]
+    found = size_search.size_curve_test(curve(double), draws=4000)
+    assert found.falls_rises_falls and found.p < 0.01 and found.isotonic_p < 0.01
+    assert found.sizes[1:3] == (512, 2048)
+    assert found.rise == pytest.approx(math.expm1(0.11), abs=0.015)
+    u = size_search.size_curve_test(curve([0.1, 0.05, 0.0, 0.0, 0.05, 0.1, 0.15, 0.2]), draws=4000)
+    assert not u.falls_rises_falls and u.isotonic_p < 0.01
+    fall = size_search.size_curve_test(curve(-0.02 * np.arange(8)), draws=4000)
+    assert not fall.falls_rises_falls and fall.isotonic_p > 0.05
+    assert (fall.df, fall.sd) == (32, pytest.approx(0.01, rel=0.3))
+
+
+def test_max_min_statistic_by_hand():
+    """Means 3 1 2 0 with two draws each: steps 2, 1 and 2 over a standard error of 1."""
+    quads = np.array([[0, 1, 2, 3]])
+    value, _ = size_curve._max_min(np.array([[3.0, 1.0, 2.0, 0.0]]), np.full(4, 2), quads)
+    assert value[0] == pytest.approx(1.0)
+
+
+def test_level_holds_at_every_boundary_shape_and_power_is_as_planned():
+    counts, df, rng = np.full(8, 5), 32, np.random.default_rng(5)
+    quads = np.array([[a, b, c, d] for a in range(8) for b in range(a + 1, 8)
+                      for c in range(b + 1, 8) for d in range(c + 1, 8)])
+    double = size_curve.size_curve_test(curve(np.zeros(8)), draws=20_000)
+    shapes = size_curve._boundary_shapes(8)
+    shapes += [np.zeros(8), 5.0 * np.arange(8), np.r_[50, 0, 9, 9, 9, 9, 9, 50.0]]
+    for shape in shapes:
+        null = size_curve._simulate(shape, counts, df, quads, 4000, rng)
+        assert (null > double.critical).mean() <= 0.06
+    assert size_search.size_curve_power(2, studies=2000) == pytest.approx(0.63, abs=0.06)
+    assert size_search.size_curve_power(3, studies=2000) >= 0.94
+
+
+def test_size_curve_needs_sizes_and_repeats():
+    with pytest.raises(size_curve.CurveError, match="at least 4 sizes"):
+        size_search.size_curve_test(curve([0, 1, 2]))
+    with pytest.raises(size_curve.CurveError, match="repeats"):
+        size_search.size_curve_test(curve([0, 1, 2, 3], draws=1))
+
+
+def test_size_means_pools_the_noise_of_one_curve():
+    runs = curve([0.0, 0.1], draws=2)
+    table = size_search.size_means(runs)
+    logs = np.log(runs["loss_eval_1"].to_numpy()).reshape(2, 2)
+    sd = math.sqrt(logs.var(axis=1, ddof=1).mean())
+    reach = stats.t.isf(0.025, 2) * sd / math.sqrt(2)
+    assert table["mean"].to_numpy() == pytest.approx(np.exp(logs.mean(1)))
+    assert table["high"].to_numpy() == pytest.approx(np.exp(logs.mean(1) + reach))
+    assert size_search.size_means(curve([0.0, 0.1], draws=1))["low"].isna().all()
+
+
+def test_gap_trend_recovers_a_shrinking_gap():
+    random = curve([0.0] * 5, method="random", sd=0.001)
+    gap = -0.08 + 0.01 * np.arange(5)
+    both = pd.concat([random, curve(gap, sd=0.001, seed=1)])
+    trend = size_search.gap_trend(both)
+    assert trend["slope"] == pytest.approx(0.01, abs=0.001)
+    assert trend["gap"] == pytest.approx(math.expm1(-0.06), abs=0.001)
+    assert trend["low"] < 0.01 < trend["high"] and trend["df"] == 50 - 7
+    with pytest.raises(size_curve.CurveError, match="both methods"):
+        size_search.gap_trend(random)

@@ -1,0 +1,276 @@
+"""A study in miniature on a tiny real model: sweep, `fit`, `plan`, gate, `select --verify`."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from instructmining import experiments, reports
+from instructmining import experiments as refits
+from instructmining.cli import main
+from instructmining.experiments import draw_prompts
+from instructmining.study import Study
+from instructmining_core.indicators.scorer import score, write_scores
+from instructmining_core.regression.rule_card import load_rule
+from instructmining_core.selection import beat_random
+from instructmining_core.selection.select import TOKENS
+
+WORDS = np.array("sort list file path item value key row index name open close read write".split())
+PROFILE = """extends: smoke
+name: mini
+data:
+  kind: files
+  folder: ""
+  sources: [{{name: a, where: a.jsonl}}, {{name: b, where: b.jsonl}}, {{name: c, where: c.jsonl}}]
+  unseen: [{{name: d, where: d.jsonl}}, {{name: e, where: e.jsonl}}]
+  eval_1: {{name: x, where: x.jsonl}}
+  eval_2: {{name: y, where: y.jsonl}}
+  pool_rows: 30
+  eval_prompts: 6
+models: {{base: {{id: {base}, dtype: float32}}, ladder: []}}
+design: {{size: 8, fusion: 0, within: 9, mixed: 3, tokens: 0, anchors: 1, anchor_seeds: 1}}
+finetune: {{max_tokens: 96}}
+indicators: [len_in, len_out]
+inference: {{columns: [len_out], permutations: 19}}
+selection: {{size: 6, seeds: 2, draws: 2, baseline_seeds: 2}}
+"""
+
+
+def write_rows(path, count: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    with open(path, "w") as stream:
+        for _ in range(count):
+            asked, told = (" ".join(rng.choice(WORDS, n)) for n in rng.integers(2, 9, 2))
+            stream.write(json.dumps({"instruction": asked, "output": told}) + "\n")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, tiny_lm_folder):
+    """A folder with the files, the profile, and a finished sweep; the current one."""
+    folder = tmp_path_factory.mktemp("mini")
+    for seed, name in enumerate("abcdexy"):
+        write_rows(folder / f"{name}.jsonl", 6 if name in "xy" else 40, seed)
+    (folder / "mini.yaml").write_text(PROFILE.format(base=tiny_lm_folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("INSTRUCTMINING_HOME", str(folder))
+        study = Study.open("mini.yaml")
+        columns = (*study.profile.indicators, "compression")
+        write_scores(score(study.data.everything, {}, indicators=columns),
+                     study.folder / "scores.parquet")  # fmt: skip
+        study.save(study.data.roles, "roles.parquet")
+        sets = study.draw_sets()
+        study.save(pd.DataFrame({"set_id": [s.set_id for s in sets],
+                                 "set": [json.dumps(s.as_dict()) for s in sets]}),
+                   "sets.parquet")  # fmt: skip
+        study.run("sweep", experiments.sweep_plans(study), progress=False)
+        arguments = ["fit", "--profile", "mini.yaml", "-o", "rule.json", "--permutations", "19"]
+        assert main(arguments) == 0
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def study(home):
+    return Study.open("mini.yaml")
+
+
+@pytest.fixture(scope="module")
+def gate(study):
+    """(plans, runs) of the gate on the first pool, with two rivals."""
+    rule, pool = load_rule("rule.json"), next(iter(study.data.pools))
+    plans = experiments.repeated(study, rule, pool, "selected", 6, 2)
+    plans += experiments.repeated(study, rule, pool, "random", 6, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "FREE_RIVALS", ("longest",))
+        plans += experiments.token_plans(study, rule, pool)
+    return plans, study.run("gate", plans, progress=False)
+
+
+def test_fit_profile_fits_the_sweep_of_the_study(home, study):
+    from instructmining_core.regression.rule import fit_rule
+    from instructmining_core.regression.run_table import Standardizer
+
+    card = load_rule("rule.json")
+    constants = Standardizer.fit(study.candidate_scores, ["len_out"])
+    by_hand = fit_rule(study.sweep(), ["len_out"], constants)
+    assert card.data["coefficients"][0]["estimate"] == pytest.approx(by_hand.slopes["len_out"])
+    assert reports.card_sources(card) == {"a", "b", "c"}
+
+
+def test_plan_profile_prints_the_half_widths_of_the_design(home, capsys):
+    def half_width(sigma):
+        assert main(["plan", "--profile", "mini.yaml", "--sigma", sigma]) == 0
+        return float(re.search(r"len_out +([0-9.]+)", capsys.readouterr().out).group(1))
+
+    assert half_width("0.2") == pytest.approx(2 * half_width("0.1"), abs=2e-4)
+
+
+def test_losses_by_prompt_are_those_of_the_runs(study, gate):
+    _, runs = gate
+    found = experiments.per_example(study, runs)
+    groups = dict(list(runs.groupby(["pool", "method", "size"])))
+    assert set(found) == set(groups)
+    for key, matrix in found.items():
+        by_seed = groups[key].sort_values("seed")["loss_eval_2"]
+        assert matrix.shape == (len(by_seed), 6)
+        assert matrix.mean(axis=1) == pytest.approx(by_seed.to_numpy(), rel=1e-5)
+
+
+def test_token_plans_hold_the_selected_rows_tokens(study, gate):
+    plans, runs = gate
+    cost = experiments.target_tokens(study, [one for plan in plans for one in plan.row_hashes])
+    selected = sum(cost[one] for one in plans[0].row_hashes)
+    tokens = runs.set_index("method")["tokens_trained"]
+    assert tokens["selected"].iloc[0] == selected, "one epoch: what was counted is what is trained"
+    for plan in plans:
+        if plan.label["method"].endswith(TOKENS):
+            got = [cost[one] for one in plan.row_hashes]
+            assert abs(sum(got) - selected) <= max(cost.values()) / 2
+            assert plan.label["size"] == 6, "told by the set whose tokens they have"
+    table = beat_random.compare_budgets(runs, experiments.per_example(study, runs), loss="loss_eval_2")
+    primary = table[table["role"] == "primary"]
+    assert primary["budget"].tolist() == ["equal rows", "equal tokens"]
+    assert primary["low_prompts"].notna().all()
+
+
+def test_refits_are_rules_of_resampled_sweeps(study):
+    cards = refits.refit_cards(study, 3, seed=1)
+    slopes = [card.data["coefficients"][0]["estimate"] for card in cards]
+    assert len(set(slopes)) == 3 and np.isfinite(slopes).all()
+    own = load_rule("rule.json")
+    assert cards[0].data["standardisation"] == own.data["standardisation"], "the same constants"
+    again = refits.refit_cards(study, 3, seed=1)
+    assert [card.data["coefficients"] for card in again] == [c.data["coefficients"] for c in cards]
+    plans = refits.refit_plans(study, cards)
+    assert len(plans) == 3 * len(study.data.pools)
+    assert {plan.label["method"] for plan in plans} == {"refit"}
+    chosen = {plan.label["pool"]: plan.row_hashes for plan in plans if plan.label["seed"] == 0}
+    shared = refits.agreement(plans[:1] + plans[3:4], chosen)
+    assert shared["shared_least"].tolist() == [1.0, 1.0], "a refit shares all rows with itself"
+
+
+def test_resampling_keeps_to_arm_and_source_and_makes_new_ids():
+    runs = pd.DataFrame({
+        "set_id": [f"s{i}" for i in range(9)], "arm": ["within"] * 6 + ["mixed"] * 3,
+        "source": ["a"] * 4 + ["b"] * 2 + [""] * 3,
+    })  # fmt: skip
+    drawn = refits.resampled(runs, np.random.default_rng(0))
+    sizes = drawn.groupby(["arm", "source"]).size()
+    assert sizes.to_dict() == runs.groupby(["arm", "source"]).size().to_dict()
+    assert drawn["set_id"].is_unique and drawn["drawn"].duplicated().any()
+    home_of = runs.set_index("set_id")["source"]
+    assert (drawn["drawn"].map(home_of) == drawn["source"]).all()
+
+
+def test_select_verify_from_end_to_end(home, capsys):
+    assert main(["score", "d.jsonl", "-o", "s.parquet", "--quiet", "--indicators",
+                 "len_in,len_out,compression"]) == 0  # fmt: skip
+    capsys.readouterr()
+    assert main(["select", "s.parquet", "--rule", "rule.json", "--top", "6", "-o", "best.jsonl",
+                 "--verify", "--profile", "mini.yaml", "--quiet"]) == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    verdict = json.load(open("best.jsonl.report.json"))["verdict"]
+    page = open("best.jsonl.verdict.md").read()
+    assert verdict["pool"] == "unseen source" and "**unseen source**" in page
+    table = pd.DataFrame(verdict["contrasts"])
+    primary = table[table["role"] == "primary"]
+    assert primary["budget"].tolist() == ["equal rows", "equal tokens"]
+    assert primary[["n", "n_versus"]].to_numpy().tolist() == [[2, 2], [2, 2]]
+    assert primary[["low_prompts", "detectable"]].notna().all(axis=None)
+    against = table[(table["method"] == "selected") & (table["budget"] == "equal rows")]
+    assert set(against["versus"]) == {"random", "longest", "shortest", "compression", "full"}
+    first = page.splitlines()[0]
+    won = primary["verdict"].str.startswith("better")
+    assert first.startswith("The selected rows train" if won.all() else "No evidence that")
+    assert first in printed and "could have seen" in printed
+    for row in table.to_dict("records"):
+        assert f"{row['method']} against {row['versus']}" in page and row["verdict"] in page
+
+
+def contrasts(*verdicts, budgets=("equal rows", "equal tokens"), **changes):
+    """One primary contrast a verdict, the budgets in turn."""
+    rows = [
+        {"budget": budgets[i % len(budgets)], "pool": f"p{i // len(budgets)}", "role": "primary",
+         "method": "selected", "versus": "random", "n": 3, "n_versus": 3, "difference": -0.02,
+         "low": -0.03, "high": -0.01, "low_prompts": -0.04, "high_prompts": 0.01,
+         "detectable": 0.015, "p_margin": 0.4, "verdict": word, **changes}
+        for i, word in enumerate(verdicts)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_the_first_line_is_the_answer():
+    head = reports.headline
+    assert head(contrasts("better", "better")).startswith("The selected rows train a better model")
+    assert "but by less than 1 %" not in head(contrasts("better", "better"))
+    tiny = contrasts("better, and within ±1 %", "better, and within ±1 %")
+    assert head(tiny).startswith("The selected rows train a better model than random rows, but by")
+    part = head(contrasts("better", "undecided"))
+    assert part.startswith("No evidence that") and "than random rows at equal tokens:" in part
+    none = head(contrasts("undecided", "worse", "undecided", "undecided"))
+    assert none.startswith("No evidence that") and "worse in 1 of 2 pools" in none
+    some = head(contrasts("better", "undecided", budgets=("equal rows",)))
+    assert some.startswith("No evidence that") and "in every pool at equal rows" in some
+    assert "better in 1 and worse in 0 of 2 pools" in some
+
+
+def test_a_negative_page_says_what_it_rules_out():
+    card = load_rule("v3")
+    kind = reports.PoolKind("unseen source", "by name")
+    page = reports.verdict_markdown(contrasts("undecided", "undecided"), kind, card)
+    assert "an advantage of 1.5 % or more would have been found with 80 % power" in page
+    row = "| -2.0 % [-3.0 %, -1.0 %] | [-4.0 %, +1.0 %] | 1.5 % | not shown | **undecided** |"
+    assert row in page
+    assert "rules out" not in reports.verdict_markdown(contrasts("better", "better"), kind, card)
+    nan = dict.fromkeys(("low", "high", "low_prompts", "high_prompts", "detectable"), np.nan)
+    alone = reports.verdict_markdown(contrasts("undecided", "undecided", **nan), kind, card)
+    assert "nothing could be detected" in alone and "nan" not in alone
+
+
+def test_pools_are_named_by_what_the_rule_has_seen():
+    card = SimpleNamespace(data={"fitted_on": "x: 9 sets from 2 sources (a, b)", "held_out": []})
+    fitted = pd.DataFrame({"source": ["a", "b"], "row_hash": ["1", "2"]})
+
+    def kind(source, row, rows=fitted, card=card):
+        pool = pd.DataFrame({"source": [source, source], "row_hash": [row, "9"]})
+        return reports.pool_kind(pool, card, rows)
+
+    assert kind("z", "2").name == "fitted rows" and kind("z", "2").why.startswith("1 of 2")
+    assert kind("a", "3").name == "unseen rows of a fitted source"
+    assert kind("z", "3").name == "unseen source"
+    assert kind("a", "3", rows=None).name == "unseen rows of a fitted source"
+    assert "not at hand" in kind("z", "3", rows=None).why
+    silent = SimpleNamespace(data={"fitted_on": "a test", "held_out": []})
+    assert kind("z", "3", rows=None, card=silent).name == "origin unknown"
+    assert reports.card_sources(load_rule("v3")) == set()
+
+
+def test_the_reading_of_rows_and_tokens_follows_from_the_verdicts():
+    runs = pd.DataFrame({"method": ["selected", "random"], "tokens_trained": [45.0, 100.0]})
+
+    def read(*words):
+        return reports.budget_reading(contrasts(*words), runs)
+
+    assert "hold 45 % of the random draws' tokens" in read("better", "better")
+    assert "not one of the number of tokens" in read("better", "better")
+    assert "may be one of how many tokens" in read("better", "undecided")
+    assert "another number of rows" in read("undecided", "better")
+    assert "Neither" in read("undecided", "worse")
+    alone = reports.budget_reading(contrasts("better", budgets=("equal rows",)), runs)
+    assert "Nothing was run at equal tokens" in alone
+
+
+def test_prompts_for_the_judge_come_from_all_sources():
+    table = pd.DataFrame({"source": ["a"] * 50 + ["b"] * 30 + ["c"] * 2, "id": range(82)})
+    drawn = draw_prompts(table, 20, seed=3)
+    counts = drawn["source"].value_counts()
+    assert counts["c"] == 2 and {counts["a"], counts["b"]} == {9}
+    assert drawn["id"].is_monotonic_increasing and drawn["id"].is_unique
+    assert drawn["id"].tolist() == draw_prompts(table, 20, seed=3)["id"].tolist()
+    assert drawn["id"].tolist() != draw_prompts(table, 20, seed=4)["id"].tolist()
+    assert len(draw_prompts(table, 1, seed=0)) == 1 and len(draw_prompts(table, 99, seed=0)) == 82

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+
+from instructmining.profile import load_profile, preset_names
+from instructmining_core.config import ProfileError
+
+
+def test_every_preset_loads_and_names_itself():
+    assert set(preset_names()) == {
+        "smoke", "laptop", "thorough", "colab", "paper", "replication"
+    }  # fmt: skip
+    for name in preset_names():
+        assert load_profile(name).name == name
+
+
+def test_laptop_is_the_papers_number_of_runs():
+    profile = load_profile("laptop")
+    assert (profile.design.runs(), profile.design.tokens) == (129 + 24, 24)
+    assert profile.finetune.steps(profile.design.size) == 24
+
+
+def test_paper_profile_is_the_papers_setting():
+    profile = load_profile("paper")
+    assert (profile.design.fusion, profile.design.within, profile.design.size) == (129, 0, 1000)
+    tune = profile.finetune
+    assert (tune.method, tune.epochs, tune.batch_size) == ("full", 3, 128)
+    assert (tune.learning_rate, tune.betas, tune.schedule) == (2e-5, (0.9, 0.999), "cosine")
+    assert tune.steps(1000) == 24
+
+
+def test_a_profile_extends_another(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: laptop\ndesign: {size: 64}\nmodels: {base: some/model}\n")
+    profile = load_profile(mine)
+    assert profile.name == "mine"
+    assert (profile.design.size, profile.design.fusion) == (64, 33)
+    assert profile.models.base.id == "some/model"
+    assert profile.hash() != load_profile("laptop").hash()
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        ("design: {siez: 3}", "design has no field 'siez'"),
+        ("design: {size: big}", "design.size must be int, not 'big'"),
+        ("design: {size: true}", "design.size must be int"),
+        ("finetune: {learning_rate: 2e-3}", "YAML wants 2.0e-5"),
+        ("finetune: {method: magic}", "must be one of lora"),
+        ("data: {kind: files}", "needs data.sources"),
+        ("indicators: len_in", "indicators must be a list"),
+        ("finetune: {epochs: 0}", "must be >= 1"),
+    ],
+)
+def test_errors_name_the_field(tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ProfileError, match="bad.yaml") as caught:
+        load_profile(path)
+    assert words in str(caught.value)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ProfileError, match="laptop"):
+        load_profile("desktop")

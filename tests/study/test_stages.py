@@ -1,0 +1,97 @@
+"""The runner of the notebooks, on notebooks of its own."""
+
+from __future__ import annotations
+
+import json
+
+import jupytext
+import nbformat
+import pytest
+
+from instructmining import book as pages
+from instructmining import book as stages
+from instructmining_core import files
+
+NOTEBOOK = """\
+# %% tags=["parameters"]
+profile = "smoke"
+
+# %%
+from pathlib import Path
+with open({log!r}, "a") as log:
+    log.write({name!r} + " ")
+{more}
+"""
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A home with two notebooks that write down when they are run."""
+    monkeypatch.setenv("INSTRUCTMINING_HOME", str(tmp_path))
+    (tmp_path / "notebooks").mkdir()
+    write(tmp_path, "01_first")
+    write(tmp_path, "02_second")
+    return tmp_path
+
+
+def write(home, name, more=""):
+    text = NOTEBOOK.format(log=str(home / "log"), name=name, more=more)
+    script = home / "notebooks" / f"{name}.py"
+    script.write_text(text)
+    book = jupytext.read(script)
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "x", "language": "python"}
+    nbformat.write(book, script.with_suffix(".ipynb"))
+
+
+def ran(home):
+    log = (home / "log").read_text().split()
+    (home / "log").unlink()
+    return log
+
+
+def test_a_stage_runs_once_and_a_change_runs_it_and_what_follows(house):
+    stages.run("smoke", with_book=False)
+    assert ran(house) == ["01_first", "02_second"]
+    stages.run("smoke", with_book=False)
+    assert not (house / "log").exists()
+    write(house, "02_second", "changed = 1")
+    stages.run("smoke", with_book=False)
+    assert ran(house) == ["02_second"]
+    write(house, "01_first", "changed = 1")
+    stages.run("smoke", with_book=False)
+    assert ran(house) == ["01_first", "02_second"]
+
+
+def test_a_failing_notebook_is_named_and_has_no_stamp(house):
+    write(house, "02_second", "raise RuntimeError('the well is dry')")
+    with pytest.raises(stages.StageError, match="02_second failed.*") as caught:
+        stages.run("smoke", with_book=False)
+    assert "the well is dry" in str(caught.value)
+    assert not (files.results("smoke") / "stamps" / "02_second.json").exists()
+    assert (files.results("smoke") / "notebooks" / "01_first.ipynb").is_file()
+
+
+def test_publish_refuses_an_unfinished_run(house):
+    with pytest.raises(stages.StageError, match="lacks 01_first.ipynb"):
+        stages.publish("smoke")
+
+
+def test_pages_carry_no_machine_path_and_no_progress_bars(house):
+    cell = nbformat.v4.new_code_cell(f"# {house}/results")
+    bar = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
+    cell.outputs = [
+        nbformat.v4.new_output("stream", name="stderr", text="a warning"),
+        nbformat.v4.new_output("display_data", data=bar),
+        nbformat.v4.new_output("stream", name="stdout", text="kept"),
+    ]
+    book = nbformat.v4.new_notebook(cells=[cell])
+    book.metadata["papermill"] = {"input_path": str(house)}
+    nbformat.write(book, house / "executed.ipynb")
+    pages.write_page(house / "executed.ipynb", house / "book" / "page.ipynb")
+    page = json.loads((house / "book" / "page.ipynb").read_text())
+    assert str(house) not in json.dumps(page) and "papermill" not in page["metadata"]
+    assert [output["text"] for output in page["cells"][0]["outputs"]] == [["kept"]]
+
+
+def test_the_projects_own_notebooks_keep_their_manners():
+    stages.check()
