@@ -12,7 +12,14 @@ COLUMNS = (
 REFERENCE_ROWS = 2048  # default size of the sample that neighbours are looked for in
 
 
-class ProfileError(ValueError):
+class InstructMiningError(ValueError):
+    """What the project raises: the message says what is wrong, where, and what to do.
+
+    A subclass is there only where somebody catches it.
+    """
+
+
+class ProfileError(InstructMiningError):
     """A profile that cannot be found, read or believed."""
 
 
