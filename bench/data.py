@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from instructmining_core.files import being_written
+
 CACHE = Path(__file__).resolve().parent.parent / "results" / "bench"
 ALPACA_ROWS, PART = 52_000, 1_000  # rows that are embedded; of one kept file
 TEXT_TEMPLATE = "instruction, blank line, input"  # how a row's prompt is put together
@@ -82,9 +84,8 @@ def _embedded_alpaca(rows: int) -> np.ndarray:
         texts = [embedding.text_of(read(messages)) for messages in conversations(ALPACA_ROWS)[0]]
         for start, path in zip(starts, kept, strict=True):
             if not path.exists():
-                part = path.with_suffix(".part.npy")
-                np.save(part, embedding.embed(model, texts[start : start + PART]))
-                part.replace(path)
+                with being_written(path) as part, part.open("wb") as stream:
+                    np.save(stream, embedding.embed(model, texts[start : start + PART]))
     return np.concatenate([np.load(path) for path in kept])[:rows]
 
 

@@ -13,6 +13,8 @@ import string
 from collections.abc import Iterable
 from pathlib import Path
 
+from instructmining_core.files import write_atomic
+
 GOALS = {
     "ppl_vs_file_order": 2.3,
     "ppl_vs_row": 2.0,
@@ -57,10 +59,7 @@ def write(rows: list[dict], path: Path) -> list[dict]:
     """Merge `rows` into the file, written whole or not at all."""
     old = json.loads(path.read_text()) if path.exists() else []
     rows = merged(old, rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(rows, indent=1))
-    part.replace(path)
+    write_atomic(path, json.dumps(rows, indent=1))
     return rows
 
 

@@ -25,7 +25,6 @@ import time
 from pathlib import Path
 
 from instructmining_core import files
-from instructmining_core import files as paths
 from instructmining_core.finetuning.progress import sweep_bar
 
 from .profile import Profile, load_profile, profile_path
@@ -141,7 +140,7 @@ class StageError(RuntimeError):
 
 def notebooks() -> list[Path]:
     """The source notebooks `notebooks/NN_*.ipynb`, in order."""
-    return sorted((paths.root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    return sorted((files.root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
 def stage_hash(notebook: Path, profile: Profile, before: str) -> str:
@@ -165,7 +164,7 @@ def run(name_or_yaml: str, only: list[str] | None = None, with_book: bool = True
     Raises StageError naming the notebook, the cell's error and where the broken copy lies.
     """
     profile = load_profile(name_or_yaml)
-    folder = paths.results(profile.name)
+    folder = files.results(profile.name)
     (folder / "notebooks").mkdir(parents=True, exist_ok=True)
     before, ran = "", 0
     for notebook in notebooks():
@@ -179,7 +178,7 @@ def run(name_or_yaml: str, only: list[str] | None = None, with_book: bool = True
             continue
         started = time.monotonic()
         _execute(notebook, folder, name_or_yaml)
-        _write_atomically(stamp, json.dumps({"hash": wanted}))
+        files.write_atomic(stamp, json.dumps({"hash": wanted}))
         ran += 1
         _say(f"{notebook.stem}: done in {time.monotonic() - started:.0f} s")
     index = folder / "html" / "index.html"
@@ -196,17 +195,17 @@ def publish(name_or_yaml: str, beside: bool = False) -> None:
     No text of others' data travels: scores are numbers and hashes, the ledger has hashes.
     """
     profile = load_profile(name_or_yaml)
-    folder, evidence = paths.results(profile.name), paths.evidence(profile.name)
+    folder, evidence = files.results(profile.name), files.evidence(profile.name)
     missing = [n.name for n in notebooks() if not (folder / "notebooks" / n.name).is_file()]
     if missing:
         raise StageError(f"{folder} lacks {missing[0]}; run `make study PROFILE={name_or_yaml}`.")
     if beside:
-        write_summary(folder, profile, paths.root() / "book")
+        write_summary(folder, profile, files.root() / "book")
     else:
         for notebook in notebooks():
             name = notebook.name
-            write_page(folder / "notebooks" / name, paths.root() / "book" / "notebooks" / name)
-        write_front_page(folder, profile, paths.root() / "book")
+            write_page(folder / "notebooks" / name, files.root() / "book" / "notebooks" / name)
+        write_front_page(folder, profile, files.root() / "book")
     shutil.rmtree(evidence, ignore_errors=True)
     shutil.copytree(folder / "ledger", evidence / "ledger", ignore=_not_json)
     for part in ("claims", "runs"):
@@ -234,7 +233,7 @@ def repository_url() -> str:
     """The one constant that names the repository, from `_config.yml`."""
     import yaml
 
-    config = yaml.safe_load((paths.root() / "_config.yml").read_text(encoding="utf-8"))
+    config = yaml.safe_load((files.root() / "_config.yml").read_text(encoding="utf-8"))
     return config["repository"]["url"]
 
 
@@ -292,19 +291,12 @@ def _data_files(profile: Profile) -> list[Path]:
     data = profile.data
     named = [source.where for source in (*data.sources, *data.unseen, data.eval_1, data.eval_2)
              if source]  # fmt: skip
-    files = [paths.root() / data.folder / name for name in (*named, *profile.models.standin_text)]
-    return [path for path in files if path.is_file()]
+    paths = [files.root() / data.folder / name for name in (*named, *profile.models.standin_text)]
+    return [path for path in paths if path.is_file()]
 
 
 def _stamped(stamp: Path) -> str:
     return json.loads(stamp.read_text())["hash"] if stamp.is_file() else ""
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def _not_json(folder: str, names: list[str]) -> list[str]:

@@ -83,22 +83,16 @@ class StudyFiles:
 
     def save(self, frame: pd.DataFrame, name: str) -> None:
         """Write a frame whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{name}.part"
-        if name.endswith(".csv"):
-            frame.to_csv(part, index=False)
-        else:
-            frame.to_parquet(part, index=False)
-        part.replace(self.folder / name)
+        with files.being_written(self.folder / name) as part:
+            if name.endswith(".csv"):
+                frame.to_csv(part, index=False)
+            else:
+                frame.to_parquet(part, index=False)
 
     def claim(self, claim: str, *, ours: str, detectable: str, verdict: str) -> None:
         """Record what this run says of one of the paper's claims (`paper.claims`)."""
-        folder = self.folder / "claims"
-        folder.mkdir(parents=True, exist_ok=True)
         record = {"claim": claim, "ours": ours, "detectable": detectable, "verdict": verdict}
-        part = folder / f"{claim}.part"
-        part.write_text(json.dumps(record, indent=2), encoding="utf-8")
-        part.replace(folder / f"{claim}.json")
+        files.write_atomic(self.folder / "claims" / f"{claim}.json", json.dumps(record, indent=2))
 
     def list_runs(self, purpose: str, run_ids: list[str]) -> None:
         """Which runs a purpose asked for last: the ledger keeps those of earlier designs too.
@@ -108,11 +102,7 @@ class StudyFiles:
         """
         asked = self._asked.setdefault(purpose, [])
         asked += [run_id for run_id in run_ids if run_id not in asked]
-        folder = self.folder / "runs"
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{purpose}.part"
-        part.write_text(json.dumps(asked), encoding="utf-8")
-        part.replace(folder / f"{purpose}.json")
+        files.write_atomic(self.folder / "runs" / f"{purpose}.json", json.dumps(asked))
 
 
 EVALS = ("eval_1", "eval_2")

@@ -1,6 +1,7 @@
-"""JSON files that are there whole or not at all, whenever the process is killed.
+"""Where things are, and files that are there whole or not at all, whenever a process is killed.
 
-Where things are. Every module and notebook takes its absolute paths from here.
+Every module and notebook takes its absolute paths from here, and writes what others read through
+`write_atomic`, or `being_written` where it streams.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
+OLD = 600.0  # seconds: no write takes so long
 
 
 def root() -> Path:
@@ -25,11 +25,16 @@ def root() -> Path:
     checkout is there; an installed package has no checkout and writes below the current folder.
     `INSTRUCTMINING_HOME` overrides both.
     """
+    return _home() or Path.cwd()
+
+
+def _home() -> Path | None:
+    """The folder named by the environment, else the checkout, else None."""
     named = os.environ.get("INSTRUCTMINING_HOME")
     if named:
         return Path(named).resolve()
     checkout = Path(__file__).resolve().parent.parent
-    return checkout if (checkout / "notebooks").is_dir() else Path.cwd()
+    return checkout if (checkout / "notebooks").is_dir() else None
 
 
 def results(profile: str) -> Path:
@@ -43,50 +48,58 @@ def evidence(profile: str) -> Path:
 
 
 def cache() -> Path:
-    """What can be computed again and is shared by profiles: corpus, stand-ins, conversions."""
-    return root() / "results" / "cache"
+    """What can be computed again and is shared by profiles: corpus, stand-ins, conversions.
 
-
-def standins(key: str) -> Path:
-    """The folder of stand-in models built under `key`: `base/`, `reward/`, `unieval/`."""
-    return cache() / "standins" / key
-
-
-def ledger(profile: str) -> Path:
-    """One JSON a finetuning run."""
-    return results(profile) / "ledger"
-
-
-OLD = 600.0  # seconds: no write takes so long
-
-
-def write_json(
-    path: Path,
-    content: Mapping[str, Any],
-    *,
-    default: Callable[[Any], Any] | None = None,
-    durable: bool = True,
-) -> None:
-    """Write by a temporary file beside it and a rename. NaN and infinities become null.
-
-    default : for `json.dumps`; durable : also on the disk before the rename, for a power cut
+    `results/cache` of a checkout; for an installed package the user's cache folder.
     """
-    text = json.dumps(_finite(content), allow_nan=False, default=default)
+    home = _home()
+    if home is not None:
+        return home / "results" / "cache"
+    import platformdirs
+
+    return platformdirs.user_cache_path("instructmining", appauthor=False)
+
+
+@contextmanager
+def being_written(path: str | Path) -> Iterator[Path]:
+    """A name beside `path` to write to; it becomes `path` at the end, and goes after an error.
+
+    The folder is made where it is absent. What was written is on the disk before the rename, for a
+    power cut. The name tells the writer, so that `clear_leftovers` knows those of dead ones.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}@{socket.gethostname()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            if durable:
-                stream.flush()
-                os.fsync(stream.fileno())
+        yield temporary
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Write a file whole or not at all; text as UTF-8, its line ends as they are."""
+    with being_written(path) as temporary:
+        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def write_json(
+    path: Path, content: Mapping[str, Any], *, default: Callable[[Any], Any] | None = None
+) -> None:
+    """Write one JSON object by `write_atomic`. NaN and infinities become null.
+
+    default : for `json.dumps`
+    """
+    write_atomic(path, json.dumps(_finite(content), allow_nan=False, default=default))
+
+
 def clear_leftovers(folder: Path) -> None:
     """Remove the temporary files of writers that died: gone from this host, or long ago."""
+    import psutil
+
     for path in folder.glob(".*.tmp"):
         rest, _, host = path.name.removesuffix(".tmp").rpartition("@")
         pid = rest.rpartition(".")[2]
@@ -99,6 +112,8 @@ def clear_leftovers(folder: Path) -> None:
 
 def _finite(value: Any) -> Any:
     """NaN and infinities as null: JSON has neither."""
+    import numpy as np
+
     if isinstance(value, Mapping):
         return {str(k): _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

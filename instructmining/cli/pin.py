@@ -5,14 +5,13 @@ Only values are replaced, at their place in the text: comments and order stay as
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from pathlib import Path
 
 import yaml
 
 from instructmining_core.config import ModelRef
+from instructmining_core.files import write_atomic
 
 from ..profile import load_profile, profile_path
 
@@ -22,20 +21,18 @@ LOCAL = ("standin:", "package:")
 Edit = tuple[int, int, str]  # replace text[start:end]
 
 
-def pin(args: argparse.Namespace) -> None:
-    """Resolve what is not a commit yet and write the file."""
-    source = profile_path(args.profile)
+def pin_profile(name_or_yaml: str, out: str | None) -> list[str]:
+    """Resolve what is not a commit yet and write the file; returns what to tell, a line each."""
+    source = profile_path(name_or_yaml)
     text = source.read_text(encoding="utf-8")
-    target = Path(args.out) if args.out else source
+    target = Path(out) if out else source
     edits, told = pins(yaml.compose(text))
     for start, end, new in sorted(edits, reverse=True):
         text = text[:start] + new + text[end:]
-    partial = target.with_name(f".{target.name}.part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(target)
-    load_profile(target if target.suffix in (".yaml", ".yml") else args.profile)
+    write_atomic(target, text)
+    load_profile(target if target.suffix in (".yaml", ".yml") else name_or_yaml)
     lines = told or ["nothing to pin: no model or set of the hub without a commit in this file"]
-    sys.stdout.write("\n".join([*lines, f"written to {target}"]) + "\n")
+    return [*lines, f"written to {target}"]
 
 
 def pins(root: yaml.Node) -> tuple[list[Edit], list[str]]:

@@ -16,7 +16,6 @@ import ast
 import gc
 import hashlib
 import json
-import os
 import platform
 import re
 import sysconfig
@@ -29,7 +28,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from instructmining_core import files as paths
+from instructmining_core import files
 
 from . import docstrings, splits
 
@@ -224,7 +223,7 @@ def build_corpus(
 
     size : "full" or "smoke" (a few hundred rows of every split)
     names : libraries to read; all of `ROLES` by default
-    folder : where the cache lies; `paths.cache() / "pydocs"` by default
+    folder : where the cache lies; `files.cache() / "pydocs"` by default
     Raises CorpusError if fewer than 12 of the candidate libraries are installed.
     """
     if size not in splits.SIZES:
@@ -237,7 +236,7 @@ def build_corpus(
             f"{MIN_CANDIDATE_LIBRARIES} are needed; install the pinned constraints (`make study`)."
         )
     key = _key(found, splits.SIZES[size])
-    folder = paths.cache() / "pydocs" if folder is None else folder
+    folder = files.cache() / "pydocs" if folder is None else folder
     if not (folder / f"{key}.parquet").exists():
         _write(folder, key, *_read_and_split(found, size, progress))
     return _load(folder, key)
@@ -259,11 +258,11 @@ def read_library(library: Library, most: int) -> pd.DataFrame:
     """
     rows: list[tuple] = []
     seen: set[str] = set()
-    files = source_files(library)
-    for relative in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest()):
+    texts = source_files(library)
+    for relative in sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest()):
         if len(rows) >= most:
             break
-        for qualified, node, docstring in _definitions(parse(files[relative])):
+        for qualified, node, docstring in _definitions(parse(texts[relative])):
             symbol = _symbol(library.name, relative, qualified)
             if symbol in seen:
                 continue
@@ -341,13 +340,10 @@ def _read_and_split(found: Sequence[Library], size: str, progress: bool) -> tupl
 
 def _write(folder: Path, key: str, table: pd.DataFrame, versions: pd.DataFrame) -> None:
     """Versions first: a table in the cache always has its versions beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
     about = {"versions": versions.to_dict("records"), "left_out": table.attrs["left_out"]}
-    part = folder / f"{key}.{os.getpid()}.part"
-    part.write_text(json.dumps(about, indent=1))
-    part.replace(folder / f"{key}.json")
-    table.to_parquet(part)
-    part.replace(folder / f"{key}.parquet")
+    files.write_atomic(folder / f"{key}.json", json.dumps(about, indent=1))
+    with files.being_written(folder / f"{key}.parquet") as part:
+        table.to_parquet(part)
 
 
 def _load(folder: Path, key: str) -> Corpus:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -146,10 +145,7 @@ def base_texts(profile: Profile) -> list[str]:
     kept = files.cache() / "base_text" / f"{digest.hexdigest()[:16]}.json"
     if not kept.is_file():
         shared = shared_runs(texts, asked)["text_left"]
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(sorted({int(i) for i in shared})), encoding="utf-8")
-        part.replace(kept)
+        files.write_atomic(kept, json.dumps(sorted({int(i) for i in shared})))
     out = set(json.loads(kept.read_text(encoding="utf-8")))
     return [text for i, text in enumerate(texts) if i not in out]
 

@@ -12,13 +12,13 @@ import csv
 import gzip
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
 import pandas as pd
 
+from ..files import write_atomic
 from .formats import Messages
 from .readers import file_sha256, is_hub_name
 from .records import iter_rows, row_hash
@@ -58,11 +58,7 @@ def write_rows(rows: Sequence[dict], path: str | Path) -> int:
         content, changed = _json(rows, array=suffix == ".json"), 0
     if str(path).lower().endswith(".gz"):
         content = gzip.compress(content, mtime=0)  # no time stamp: same rows, same bytes
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
+    write_atomic(path, content)
     return changed
 
 

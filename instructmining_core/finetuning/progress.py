@@ -36,7 +36,7 @@ class ProgressFile:
         """Write the state; now : also within the second."""
         if now or time.monotonic() - self._last >= EVERY:
             self._last = time.monotonic()
-            write_json(self.path, {"sweep": self.sweep} | state, durable=False)
+            write_json(self.path, {"sweep": self.sweep} | state)
 
 
 def read_progress(folder: Path) -> dict[str, Any] | None:

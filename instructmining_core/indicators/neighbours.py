@@ -26,7 +26,6 @@ reasons say so (`encoder.texts_of`).
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from ..config import REFERENCE_ROWS
+from ..files import being_written
 from ..models.loading import LoadedModel, identity
 from . import embedding
 from .nearest import nearest
@@ -73,15 +73,12 @@ class Reference:
 
     def save(self, path: Path) -> None:
         """Write numbers and hashes (no text) as `.npz`, atomically."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        with partial.open("wb") as stream:
+        with being_written(path) as partial, partial.open("wb") as stream:
             np.savez(
                 stream, row_hashes=np.array(self.row_hashes, dtype="U32"),
                 embeddings=self.embeddings,
                 encoder=np.array([self.model, self.revision, self.dtype, _TEXTS]),
             )  # fmt: skip
-        os.replace(partial, path)
 
     @classmethod
     def read(cls, path: Path) -> Reference:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from ..files import being_written
 
 METADATA_KEY = b"instructmining"
 
@@ -28,7 +29,7 @@ class ScoreWriter:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        self._file = being_written(self.path)
         self._writer: pq.ParquetWriter | None = None
         self._attrs: str | None = None
 
@@ -42,9 +43,8 @@ class ScoreWriter:
         if self._writer is None:
             metadata = {**(table.schema.metadata or {}), METADATA_KEY: attrs.encode()}
             self._attrs = attrs
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             schema = table.schema.with_metadata(metadata)
-            self._writer = pq.ParquetWriter(self._partial, schema, compression="zstd")
+            self._writer = pq.ParquetWriter(self._file.__enter__(), schema, compression="zstd")
         if attrs != self._attrs:
             raise ScoreFileError("this chunk was scored by other models or references than before")
         self._writer.write_table(table.cast(self._writer.schema))
@@ -56,10 +56,7 @@ class ScoreWriter:
         if self._writer is None:
             return
         self._writer.close()
-        if kind is None:
-            os.replace(self._partial, self.path)
-        else:
-            self._partial.unlink(missing_ok=True)
+        self._file.__exit__(kind, error, trace)
 
 
 def write_scores(scores: pd.DataFrame, path: str | Path) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from .. import files as paths
+from ..files import cache
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ def load_weights_safely(folder: Path) -> Path:
     from filelock import FileLock
 
     # "-2": copies made before modules were known lack their subfolders.
-    target = paths.cache() / "converted-2" / weights_sha256(folder)[:16]
+    target = cache() / "converted-2" / weights_sha256(folder)[:16]
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target) + ".lock"):
         if not (target / "CONVERTED.json").exists():

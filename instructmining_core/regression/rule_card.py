@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..files import write_atomic
 from ..indicators import INDICATORS, Indicator
 from .inference import Jackknife
 from .permutation import Permutation
@@ -266,11 +267,7 @@ class RuleCard:
 
     def save(self, path: str | Path) -> None:
         """Write rule.json whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(path.suffix + ".part")
-        part.write_text(self.to_json(), encoding="utf-8")
-        part.replace(path)
+        write_atomic(path, self.to_json())
 
 
 def _dump(content: Mapping, indent: int | None = None) -> str:

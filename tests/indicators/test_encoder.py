@@ -18,7 +18,6 @@ from tiny_models import sample_messages, single
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertModel
 
-from instructmining_core import files as paths
 from instructmining_core.config import ModelRef
 from instructmining_core.indicators import embedding
 from instructmining_core.indicators.turns import read
@@ -134,7 +133,7 @@ def plain(folder: Path, texts: list[str]) -> np.ndarray:
 
 
 def test_models_with_a_dense_module(dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "cache", lambda: tmp_path / "cache")
+    monkeypatch.setenv("INSTRUCTMINING_HOME", str(tmp_path))
     texts = ["Return the sorted list.", "fox", "Compute the mean of the values along an axis"]
     old = as_bin(dense, tmp_path / "old")
     for folder in (dense, old):
@@ -169,7 +168,7 @@ def test_a_hub_model_is_fetched_with_its_modules(dense, tmp_path, monkeypatch, p
         return str(tmp_path / "got")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(paths, "cache", lambda: tmp_path / "cache")
+    monkeypatch.setenv("INSTRUCTMINING_HOME", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: [
         *files, "onnx/model.safetensors", "modeling.py"])
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, name, **__: there / name)

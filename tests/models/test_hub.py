@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from instructmining_core import files as paths
 from instructmining_core.config import ModelRef
 from instructmining_core.data.tokenization import encode
 from instructmining_core.models import hub
@@ -27,7 +26,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "cache", lambda: tmp_path / "cache")
+    monkeypatch.setenv("INSTRUCTMINING_HOME", str(tmp_path))
 
 
 def as_bin(folder: Path, target: Path, shards: int = 1) -> Path:
