@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from instructmining_core.config import InstructMiningError
 from instructmining_core.indicators.score_table import read_scores
 from instructmining_core.regression.rule_card import RuleCard, load_rule
 from instructmining_core.selection.select import rank
 from instructmining_core.selection.support import intervals
 
-from ..reports import card_markdown
+if TYPE_CHECKING:
+    from ..study import Study
 
 
-class CommandError(ValueError):
-    """Options that do not go together, or name what is not there."""
+def explanation(row_id: str, table: str, rule_name: str, allow_mismatch: bool) -> str:
+    """A row's score as a sum, and where it stands among all rows of a score table.
 
-
-def explain(args: argparse.Namespace) -> None:
-    """Print a row's score as a sum, and where it stands among all rows."""
-    scores, rule = read_scores(args.scores), load_rule(args.rule)
-    differences = rule.check(scores.attrs, allow_mismatch=args.allow_mismatch)
-    if not (scores["id"].astype(str) == args.id).any():
+    Raises InstructMiningError where no row has the id, or where the rule is of other models.
+    """
+    scores, rule = read_scores(table), load_rule(rule_name)
+    differences = rule.check(scores.attrs, allow_mismatch=allow_mismatch)
+    if not (scores["id"].astype(str) == row_id).any():
         some = ", ".join(scores["id"].astype(str).head(3))
-        raise CommandError(f"no row has the id {args.id!r} in {args.scores}; ids are like {some}")
+        raise InstructMiningError(f"no row has the id {row_id!r} in {table}; ids are like {some}")
     ranked = rank(scores, rule)
-    found = ranked[ranked["id"].astype(str) == args.id].sort_index()
+    found = ranked[ranked["id"].astype(str) == row_id].sort_index()
     scored = int(ranked["score"].notna().sum())
     pages = [explained(row, rule, scored) for _, row in found.iterrows()]
     if differences:
         pages.append("published form, other models or data; a ranking, no conclusion")
-    sys.stdout.write("\n\n".join(pages) + "\n")
+    return "\n\n".join(pages)
 
 
 def explained(row: pd.Series, rule: RuleCard, scored: int) -> str:
@@ -85,81 +85,83 @@ def _number(value: float, form: str) -> str:
     return f"{value:{form}}" if np.isfinite(float(value)) else f"{'NaN':>{width}}"
 
 
-def fit(args: argparse.Namespace) -> None:
-    """RuleFit the within-source rule with its inference and write the card."""
-    if bool(args.runs) == bool(args.profile):
-        raise CommandError("give either RUNS with --scores, or --profile")
-    card = _of_study(args) if args.profile else _of_tables(args)
-    card.save(args.out)
-    sys.stdout.write(card_markdown(card) + f"\nwritten to {args.out}\n")
+class Material(NamedTuple):
+    """What a rule is fitted to.
+
+    runs : one row a finetuning run; scores : of the fitting pool's rows; columns : of the rule
+    on : where the runs are from, in words
+    """
+
+    runs: pd.DataFrame
+    scores: pd.DataFrame
+    columns: list[str]
+    on: str
 
 
-def _of_study(args: argparse.Namespace) -> RuleCard:
+def study_material(profile: str, names: list[str]) -> Material:
+    """The sweep of a profile's study; `names` in place of the profile's own columns."""
     from ..study import Study
 
-    study = Study.open(args.profile)
-    columns = _names(args) or study.profile.rule_columns()
-    fitted_on = f"the sweep of profile {study.profile.name}"
-    return _fitted(args, study.sweep(), study.candidate_scores, columns, fitted_on)
+    study = Study.open(profile)
+    columns = names or study.profile.rule_columns()
+    on = f"the sweep of profile {study.profile.name}"
+    return Material(study.sweep(), study.candidate_scores, columns, on)
 
 
-def _of_tables(args: argparse.Namespace) -> RuleCard:
-    if not args.scores:
-        raise CommandError("RUNS needs --scores: the rule is standardised on the pool's rows")
-    path = Path(args.runs)
-    runs = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-    scores = read_scores(args.scores)
-    known = [c for c in scores.attrs.get("indicators", {}) if c in runs]
-    columns = _names(args) or known
-    missing = [c for c in ("log_loss", *columns) if c not in runs]
+def table_material(runs: str, scores: str | None, names: list[str]) -> Material:
+    """A table of runs beside the score table of the pool that their sets were drawn from."""
+    if not scores:
+        raise InstructMiningError(
+            "RUNS needs --scores: the rule is standardised on the pool's rows"
+        )
+    path = Path(runs)
+    table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    pool = read_scores(scores)
+    columns = names or [c for c in pool.attrs.get("indicators", {}) if c in table]
+    missing = [c for c in ("log_loss", *columns) if c not in table]
     if missing or not columns:
-        raise CommandError(
+        raise InstructMiningError(
             f"{path} lacks {', '.join(missing) or 'every indicator'}: it holds one "
             "row a run with log_loss, share_<source> and the sets' means"
         )
-    return _fitted(args, runs, scores, columns, f"{path.name}, scores of {args.scores}")
+    return Material(table, pool, columns, f"{path.name}, scores of {scores}")
 
 
-def _names(args: argparse.Namespace) -> list[str]:
-    return args.indicators.split(",") if args.indicators else []
-
-
-def _fitted(
-    args: argparse.Namespace, runs: pd.DataFrame, scores: pd.DataFrame, columns: list[str], on: str
+def fitted_card(
+    material: Material, not_for: str, permutations: int, auto_size: int | None
 ) -> RuleCard:
+    """The within-source rule with its inference, as a card."""
     from instructmining_core import regression
-    from instructmining_core import regression as inference
     from instructmining_core.regression.rule_card import make_card
 
     from ..tables import jackknife
 
+    runs, scores, columns, on = material
     constants = regression.Standardizer.fit(scores, columns)
     fitted = regression.fit_rule(runs, columns, constants)
-    test = inference.permutation(
-        runs, columns, constants, size=min(4, len(columns)), n_permutations=args.permutations
+    test = regression.permutation(
+        runs, columns, constants, size=min(4, len(columns)), n_permutations=permutations
     )
     sets = f"{len(fitted.runs)} sets from {len(fitted.sources)} sources"
     return make_card(
         fitted, scores, fitted_on=f"{on}: {sets} ({', '.join(fitted.sources)})",
-        not_for=args.not_for, new_sources=jackknife(runs, columns, constants),
-        held_out=inference.held_out(runs, columns, constants), permutation=test,
-        auto_size=args.auto_size,
+        not_for=not_for, new_sources=jackknife(runs, columns, constants),
+        held_out=regression.held_out(runs, columns, constants), permutation=test,
+        auto_size=auto_size,
     )  # fmt: skip
 
 
-def plan(args: argparse.Namespace) -> None:
-    """Print the half-widths of a design's slopes by number of runs, and the runs a target needs."""
+def planned(profile: str, by_pilot: bool, sigma: float | None, target: float) -> str:
+    """The half-widths of a design's slopes by number of runs, and the runs that a target needs."""
     from .. import pilot
     from ..study import Study
 
-    if args.pilot and args.sigma is not None:
-        raise CommandError("--pilot measures the noise that --sigma assumes: give one of them")
-    study = Study.open(args.profile)
+    study = Study.open(profile)
     frame = study.set_frame()
-    if args.pilot and not study.has_own("sets.parquet"):
-        raise CommandError("a pilot needs this profile's own sets: run `make study "
-                           f"PROFILE={args.profile}`, whose notebook 04 draws them")
-    seeds, fit, source = _noise(args, study)
+    if by_pilot and not study.has_own("sets.parquet"):
+        raise InstructMiningError("a pilot needs this profile's own sets: run `make study "
+                                  f"PROFILE={profile}`, whose notebook 04 draws them")
+    seeds, fit, source = _noise(study, by_pilot, sigma)
     noise = seeds if fit is None else pilot.replan(seeds, fit)
     widths = pilot.in_cells(pilot.planned_half_widths(study, frame, noise))
     sections = [
@@ -170,13 +172,13 @@ def plan(args: argparse.Namespace) -> None:
     if fit is None:
         sections.append("What a straight line misses comes on top of the noise between seeds: take "
                         "these as the least, and plan anew after 30 runs.")
-    sections += (_needed(study, frame, noise, args.target)
+    sections += (_needed(study, frame, noise, target)
                  if frame["arm"].isin(pilot.ARMS["designed"]).any()
                  else ["no sets within sources: fusion alone gives no slope within them"])
-    sys.stdout.write("\n\n".join(sections) + "\n")
+    return "\n\n".join(sections)
 
 
-def _needed(study, frame: pd.DataFrame, noise, target: float) -> list[str]:
+def _needed(study: Study, frame: pd.DataFrame, noise, target: float) -> list[str]:
     from .. import pilot
 
     within = pilot.arm_plan(study, frame, noise, every=10)
@@ -189,19 +191,21 @@ def _needed(study, frame: pd.DataFrame, noise, target: float) -> list[str]:
     ]  # fmt: skip
 
 
-def _noise(args: argparse.Namespace, study):
+def _noise(study: Study, by_pilot: bool, sigma: float | None):
     """The noise between seeds, the sweep's fit where there is one, and where they come from."""
     from .. import pilot
 
-    if args.sigma is not None:
-        return pilot.assumed(args.sigma), None, "assumed by --sigma"
+    if sigma is not None:
+        return pilot.assumed(sigma), None, "assumed by --sigma"
     swept, fit = pilot.sweep_noise(study)
     where = ", and from the sweep that has been run" if fit is not None else ""
-    if args.pilot:
+    if by_pilot:
         runs, seeds = len(pilot.pilot_plans(study)), pilot.run_pilot(study)
         if seeds is None:
-            raise CommandError(f"the design of {study.name} repeats no set on further seeds, so "
-                               "that it has no pilot: set design.anchors, or give --sigma")
+            raise InstructMiningError(
+                f"the design of {study.name} repeats no set on further seeds, so that it has no "
+                "pilot: set design.anchors, or give --sigma"
+            )
         return seeds, fit, f"from a pilot of {runs} runs{where}"
     if swept is not None:
         return swept, fit, "from the sweep that has been run"

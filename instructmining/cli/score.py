@@ -1,11 +1,7 @@
-"""`instructmining score`: files in, one score table out, a chunk of rows in memory at a time.
-
-The reference set of `score`: from a file, a profile's own, or drawn from the scored files.
-"""
+"""`instructmining score`: files in, one score table out, a chunk of rows in memory at a time."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import heapq
 import json
@@ -20,139 +16,98 @@ import numpy as np
 import pandas as pd
 
 from instructmining_core import files
+from instructmining_core.config import REFERENCE_ROWS, InstructMiningError, ModelRef
 from instructmining_core.data.readers import count_records
-from instructmining_core.data.records import Problem, RecordError, iter_records, row_hash
-from instructmining_core.indicators import Indicator
+from instructmining_core.data.records import Problem, iter_records
 from instructmining_core.indicators.progress import Progress
 from instructmining_core.indicators.score_table import ScoreWriter
 from instructmining_core.indicators.scorer import Scorer
 
-from .models import asked_form, asked_models, opened_study, standin_folder
+from .models import opened_study, standin_folder
 
 REFERENCE_SEED = 0
-
-
-def set_reference(args: argparse.Namespace, scorer: Scorer, piped: Path | None = None) -> None:
-    """Give the scorer the reference that the options ask for; one that is drawn is kept beside OUT.
-
-    piped : standard input as a file, where it is among the scored files
-    """
-    from instructmining_core.config import REFERENCE_ROWS
-    from instructmining_core.indicators.neighbours import Reference
-
-    if args.reference:
-        scorer.reference = Reference.read(Path(args.reference))
-        return
-    show = not args.quiet
-    if args.profile:
-        study = opened_study(args.profile)
-        rows, seed = study.data.candidates, study.profile.data.seed
-        size = min(study.profile.models.reference_rows, len(rows))
-        reference = scorer.make_reference(rows, size=size, seed=seed, progress=show)
-    else:
-        rows = _bottom_rows(args, REFERENCE_ROWS, piped)
-        reference = scorer.make_reference(rows, seed=REFERENCE_SEED, progress=show)
-    kept = Path(f"{args.out}.reference.npz")
-    reference.save(kept)
-    sys.stderr.write(
-        f"knn_6 is measured against {len(reference.row_hashes)} rows, kept in {kept}; score other "
-        f"data with --reference {kept}\n"
-    )
-
-
-def _bottom_rows(args: argparse.Namespace, size: int, piped: Path | None) -> pd.DataFrame:
-    """A sample of distinct rows in one pass: those of the lowest hashes, whatever their order."""
-    heap: list[tuple[int, str, list]] = []
-    inside: set[str] = set()
-    for messages in _conversations(args, piped):
-        own = row_hash(messages)
-        if own in inside:
-            continue
-        salted = hashlib.sha256(f"{REFERENCE_SEED} {own}".encode()).digest()
-        entry = (-int.from_bytes(salted[:8]), own, messages)
-        inside.add(own)
-        if len(heap) < size:
-            heapq.heappush(heap, entry)
-        else:
-            inside.discard(heapq.heappushpop(heap, entry)[1])
-    return pd.DataFrame({"messages": [messages for *_, messages in heap]})
-
-
-def _conversations(args: argparse.Namespace, piped: Path | None):
-    """The messages of every readable record of all files in turn."""
-    for name in args.files:
-        stream = piped.open("rb", buffering=0) if name == "-" else None
-        for table, _ in iter_records(
-            name, on_error="collect", paths=args.paths, revision=args.revision,
-            chunk_rows=args.chunk_rows, stdin=stream,
-        ):  # fmt: skip
-            yield from table["messages"]
-
-
 LONG_JOB = 60  # seconds above which the estimate is told before the start
 SHOWN = 20  # problems printed; the file beside the table lists all
 
 
-def score(args: argparse.Namespace) -> None:
-    """Score the named files and write the table; progress and problems go to standard error."""
-    if args.chunk_rows < 1:
-        raise ValueError(f"--chunk-rows is {args.chunk_rows}; it must be above 0")
-    if len(set(args.files)) < len(args.files):
-        raise RecordError("a file is named twice; each row is scored once")
-    if Path(args.out).suffix != ".parquet":
-        raise ValueError(f"{args.out}: a score table is Parquet; name it with .parquet")
-    with tempfile.TemporaryDirectory() as folder:
-        piped = _spooled(Path(folder)) if "-" in args.files else None
-        scorer = make_scorer(args, piped)
-        tables = _Tables(args, piped)
-        tally = _run(args, scorer, tables)
-    _report(args, tally, tables.problems)
+class Inputs:
+    """What is scored: record tables of all files in turn, with what was malformed in them.
 
-
-def make_scorer(args: argparse.Namespace, piped: Path | None = None) -> Scorer:
-    """The scorer that the options ask for, stand-ins built where they are allowed.
-
-    piped : standard input as a file, where it is among the scored files
+    names : files, hub sets, or "-" for standard input, which is kept as a file inside the block
+    out : the score table to be written
+    paths : of OASST trees, "best" or "all"; revision : of hub sets
+    on_error : "collect" keeps malformed records as rows without values, "raise" stops at the first
     """
-    names = args.indicators.split(",") if args.indicators else None
-    roles = asked_models(args.profile, args.models)
-    wanted = Scorer(roles, indicators=names).indicators
-    roles = {role: ref for role, ref in roles.items() if role in {i.role for i in wanted}}
-    standins = standin_folder(args.profile, roles, args.allow_standins)
-    bank = args.bank or (files.cache() / "bank" if _with_models(wanted) else None)
-    form = asked_form(args.profile, args.reward_form)
-    scorer = Scorer(roles, indicators=names, bank=bank, standins=standins, reward_form=form)
-    if any(i.pool_relative for i in scorer.indicators):
-        set_reference(args, scorer, piped)
-    return scorer
 
-
-def _with_models(indicators: Sequence[Indicator]) -> bool:
-    return any(one.role and not one.role_optional for one in indicators)
-
-
-class _Tables:
-    """The record tables of all files in turn, with what was malformed in them."""
-
-    def __init__(self, args: argparse.Namespace, piped: Path | None) -> None:
-        self.args, self.piped, self.problems = args, piped, []
-        counts = [count_records(piped if name == "-" else name) for name in args.files]
-        self.total = sum(counts) if None not in counts else None
+    def __init__(
+        self, names: Sequence[str], out: str, paths: str, revision: str, on_error: str,
+        chunk_rows: int,
+    ) -> None:  # fmt: skip
+        if len(set(names)) < len(names):
+            raise InstructMiningError("a file is named twice; each row is scored once")
+        if Path(out).suffix != ".parquet":
+            raise InstructMiningError(f"{out}: a score table is Parquet; name it with .parquet")
+        for name in names:
+            if Path(name).exists() and Path(out).exists() and Path(name).samefile(out):
+                raise InstructMiningError(
+                    f"{out} is one of the files to be scored, and would be overwritten; "
+                    "name another file with -o"
+                )
+            if "=" in name and not Path(name).exists():
+                raise InstructMiningError(
+                    f"there is no file {name}; if it is a model, give --models before each: "
+                    f"--models A=x --models {name}"
+                )
+        self.names, self.out, self.paths, self.revision = names, out, paths, revision
+        self.on_error, self.chunk_rows = on_error, chunk_rows
+        self.problems: list[Problem] = []
         self.piped_sha256 = ""
-        if piped:
-            with piped.open("rb") as stream:
-                self.piped_sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        self._open = ExitStack()
 
-    def __iter__(self) -> Iterator[pd.DataFrame]:
-        keep = "keep" if self.args.on_error == "collect" else "raise"
-        for name in self.args.files:
-            stream = self.piped.open("rb", buffering=0) if name == "-" else None
-            for table, problems in iter_records(
-                name, chunk_rows=self.args.chunk_rows, revision=self.args.revision,
-                on_error=keep, paths=self.args.paths, stdin=stream,
-            ):  # fmt: skip
-                self.problems += problems
-                yield table
+    def __enter__(self) -> Inputs:
+        if "-" in self.names:
+            folder = self._open.enter_context(tempfile.TemporaryDirectory())
+            self._piped = _spooled(Path(folder))
+            with self._piped.open("rb") as stream:
+                self.piped_sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        counts = [count_records(self._piped if name == "-" else name) for name in self.names]
+        self.total = sum(counts) if None not in counts else None
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._open.close()
+
+    def tables(self) -> Iterator[pd.DataFrame]:
+        """Record tables of at most `chunk_rows` rows; malformed records go to `problems`."""
+        for table, problems in self._read("keep" if self.on_error == "collect" else "raise"):
+            self.problems += problems
+            yield table
+
+    def sample(self, size: int) -> pd.DataFrame:
+        """Distinct well-formed rows in one pass: those of the lowest hashes, whatever the order."""
+        heap: list[tuple[int, str, list]] = []
+        inside: set[str] = set()
+        for table, _ in self._read("collect"):
+            for own, messages in zip(table["row_hash"], table["messages"], strict=True):
+                if own in inside:
+                    continue
+                salted = hashlib.sha256(f"{REFERENCE_SEED} {own}".encode()).digest()
+                entry = (-int.from_bytes(salted[:8]), own, messages)
+                inside.add(own)
+                if len(heap) < size:
+                    heapq.heappush(heap, entry)
+                else:
+                    inside.discard(heapq.heappushpop(heap, entry)[1])
+        return pd.DataFrame([(own, messages) for _, own, messages in heap],
+                            columns=["row_hash", "messages"])  # fmt: skip
+
+    def _read(self, on_error: str) -> Iterator[tuple[pd.DataFrame, list[Problem]]]:
+        for name in self.names:
+            stream = self._piped.open("rb", buffering=0) if name == "-" else None
+            yield from iter_records(
+                name, chunk_rows=self.chunk_rows, revision=self.revision, on_error=on_error,
+                paths=self.paths, stdin=stream,
+            )  # fmt: skip
 
 
 def _spooled(folder: Path) -> Path:
@@ -164,28 +119,69 @@ def _spooled(folder: Path) -> Path:
     return kept
 
 
-def _run(args: argparse.Namespace, scorer: Scorer, tables: _Tables) -> dict[str, list]:
+def open_scorer(
+    roles: Mapping[str, ModelRef], names: Sequence[str] | None, *, profile: str | None,
+    bank: Path | None, form: str, allow_standins: bool,
+) -> Scorer:  # fmt: skip
+    """The scorer of the chosen indicators, stand-ins built where they are needed and allowed."""
+    scorer = Scorer(roles, indicators=names, bank=bank, reward_form=form)
+    needed = {one.role for one in scorer.indicators}
+    used = {role: ref for role, ref in roles.items() if role in needed}
+    scorer.models.standins = standin_folder(profile, used, allow_standins)
+    if bank is None and any(one.role and not one.role_optional for one in scorer.indicators):
+        scorer.bank = files.cache() / "bank"
+    return scorer
+
+
+def reference_of(
+    scorer: Scorer, inputs: Inputs, given: Path | None, profile: str | None, *, show: bool
+) -> None:
+    """Give the scorer its reference: a file's, a profile's own, or one drawn from the inputs.
+
+    One that is drawn is kept beside the score table, and told.
+    """
+    from instructmining_core.indicators.neighbours import Reference
+
+    if given:
+        scorer.reference = Reference.read(given)
+        return
+    if profile:
+        study = opened_study(profile)
+        rows, seed = study.data.candidates, study.profile.data.seed
+        size = min(study.profile.models.reference_rows, len(rows))
+        reference = scorer.make_reference(rows, size=size, seed=seed, progress=show)
+    else:
+        rows = inputs.sample(REFERENCE_ROWS)
+        reference = scorer.make_reference(rows, seed=REFERENCE_SEED, progress=show)
+    kept = Path(f"{inputs.out}.reference.npz")
+    reference.save(kept)
+    _say(f"knn_6 is measured against {len(reference.row_hashes)} rows, kept in {kept}; score other "
+         f"data with --reference {kept}")  # fmt: skip
+
+
+def score_files(scorer: Scorer, inputs: Inputs, *, show: bool) -> None:
+    """Score all inputs and write the table; progress and problems go to standard error."""
     tally: dict[str, list] = {}
     start = time.perf_counter()
-    with ScoreWriter(args.out) as writer, ExitStack() as shown:
-        for number, table in enumerate(tables):
+    with ScoreWriter(inputs.out) as writer, ExitStack() as shown:
+        for number, table in enumerate(inputs.tables()):
             if number == 0:
                 reading = time.perf_counter() - start
-                seconds = _estimate(scorer, table, tables.total, reading)
-                bar = shown.enter_context(Progress(
-                    scorer.indicators, tables.total, seconds=seconds, show=not args.quiet
-                ))  # fmt: skip
+                seconds = _estimate(scorer, table, inputs.total, reading)
+                bar = shown.enter_context(
+                    Progress(scorer.indicators, inputs.total, seconds=seconds, show=show)
+                )
             frame = scorer.score(table, progress=bar)
-            if tables.piped_sha256:
+            if inputs.piped_sha256:
                 piped = frame["file"] == "-"
-                frame["file_sha256"] = frame["file_sha256"].mask(piped, tables.piped_sha256)
-            frame.attrs["read"] = {"paths": args.paths}
+                frame["file_sha256"] = frame["file_sha256"].mask(piped, inputs.piped_sha256)
+            frame.attrs["read"] = {"paths": inputs.paths}
             writer.write(frame)
             for column in scorer.describe():
                 tally.setdefault(column, []).append(frame[column].to_numpy(np.float32))
         if not tally:
-            raise RecordError(f"no records in {', '.join(args.files)}: nothing to score")
-    return tally
+            raise InstructMiningError(f"no records in {', '.join(inputs.names)}: nothing to score")
+    _report(inputs, tally)
 
 
 def _estimate(
@@ -209,7 +205,7 @@ def _estimate(
     return found
 
 
-def _report(args: argparse.Namespace, tally: dict[str, list], problems: list[Problem]) -> None:
+def _report(inputs: Inputs, tally: dict[str, list]) -> None:
     columns = {name: np.concatenate(parts) for name, parts in tally.items()}
     table = pd.DataFrame(
         {name: {"values": int(np.isfinite(v).sum()), "NaN": int(np.isnan(v).sum()), **_spread(v)}
@@ -217,9 +213,10 @@ def _report(args: argparse.Namespace, tally: dict[str, list], problems: list[Pro
     ).T.astype({"values": int, "NaN": int})  # fmt: skip
     rows = len(next(iter(columns.values())))
     sys.stdout.write(f"{table.to_string(float_format=lambda x: f'{x:.4g}')}\n\n")
-    sys.stdout.write(f"{rows:,} rows in {args.out}\n")
-    listed = Path(f"{args.out}.problems.jsonl")
+    sys.stdout.write(f"{rows:,} rows in {inputs.out}\n")
+    listed = Path(f"{inputs.out}.problems.jsonl")
     listed.unlink(missing_ok=True)
+    problems = inputs.problems
     if problems:
         text = "".join(json.dumps(vars(problem)) + "\n" for problem in problems)
         listed.write_text(text, encoding="utf-8")

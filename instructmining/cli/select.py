@@ -1,20 +1,10 @@
-"""`instructmining select`: the best rows of a table, in their own columns, with the reasons.
-
-How diverse a selection is, for the report of `select`, where an encoder is named.
-
-`instructmining select --verify`: the selection against random draws and rivals, finetuned.
-
-The gate of the statistical plan, section 6, for one pool: the user's own file. Base model,
-evaluation sets, training and the number of repeats are those of a profile.
-"""
+"""`instructmining select`: the best rows of a table, in their own columns, with the reasons."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,25 +13,21 @@ import pandas as pd
 from instructmining_core.data.duplicates import SHINGLE, THRESHOLD
 from instructmining_core.data.export import SourceRows, keys_of, output_format, write_rows
 from instructmining_core.data.readers import file_sha256
-from instructmining_core.data.records import row_hash
 from instructmining_core.indicators.score_table import read_scores
 from instructmining_core.models.hub import HubError
 from instructmining_core.regression.rule_card import RuleCard, load_rule
 from instructmining_core.selection.select import (
-    BASELINES,
     BELOW,
-    TOKENS,
     Selection,
-    SelectionError,
-    choose,
-    choose_tokens,
 )
 from instructmining_core.selection.select import select as select_rows
 from instructmining_core.selection.support import row_intervals, support
 
-from .models import asked_models, opened_study
+from .verify import verified
 
 if TYPE_CHECKING:
+    from instructmining_core.config import ModelRef
+
     from ..study import Study
 
 
@@ -49,14 +35,10 @@ LARGEST = 20_000  # kept rows above which a CPU would embed for more than minute
 
 
 def diversity(
-    args: argparse.Namespace, selection: Selection, sources: SourceRows
+    encoder: ModelRef | None, selection: Selection, sources: SourceRows
 ) -> dict[str, Any]:
-    """Vendi score and nearest neighbours inside the kept rows, or `left_out` with the reason.
-
-    The encoder is that of `--models encoder=ID`, else the profile's.
-    """
-    ref = asked_models(args.profile, args.models).get("encoder")
-    if ref is None:
+    """Vendi score and nearest neighbours inside the kept rows, or `left_out` with the reason."""
+    if encoder is None:
         return {"left_out": "no encoder is named: give --profile, or --models encoder=ID"}
     rows = len(selection.kept)
     if rows > LARGEST:
@@ -66,162 +48,60 @@ def diversity(
     from instructmining_core.indicators.turns import read
 
     try:
-        model = embedding.load(ref)
+        model = embedding.load(encoder)
     except HubError as error:
         return {"left_out": str(error)}
     return of_set([read(messages) for messages in sources.fetch(selection.kept)], model)
 
 
-LARGEST_FULL = 10_000  # rows above which the "full data" rival is left out, for its time
-TOKEN_RIVALS = ("random", "longest", "shortest")  # chance, and both ends of length
-
-
-def verified(
-    args: argparse.Namespace,
-    scores: pd.DataFrame,
-    rule: RuleCard,
-    selection: Selection,
-    sources: SourceRows,
-) -> tuple[dict, str]:
-    """Finetune and compare; the contrasts as plain records, and the verdict's page in Markdown.
-
-    Raises SelectionError without --profile, or where the pool is too small for a random draw of
-    another kind than the selection.
-    """
-    from instructmining_core.selection.beat_random import compare_budgets
-
-    from ..experiments import per_example
-    from ..reports import pool_kind, verdict_markdown
-
-    if not args.profile:
-        raise SelectionError(
-            "--verify needs --profile: it names the base model that is finetuned "
-            "and the evaluation sets"
-        )
-    study, pool = opened_study(args.profile), ", ".join(sources.files)
-    chosen = _chosen(study, scores, rule, selection, sources)
-    plans = _plans(pool, len(selection.kept), chosen)
-    rows = pd.concat([rows for _, _, rows in chosen]).drop_duplicates("row_hash")
-    # The study encodes training rows from its pools; this one is the user's.
-    study.data.pools[pool] = rows.assign(messages=sources.fetch(rows))
-    runs = study.run("verify", plans, progress=not args.quiet)
-    table = compare_budgets(
-        runs, per_example(study, runs), loss="loss_eval_2", primary_size=len(selection.kept)
-    )
-    kind = pool_kind(scores, rule, _fitted_rows(study, rule))
-    records = json.loads(table.to_json(orient="records"))
-    report = {"profile": args.profile, "finetunes": len(plans), "pool": kind.name,
-              "pool_why": kind.why, "contrasts": records}  # fmt: skip
-    return report, verdict_markdown(table, kind, rule)
-
-
-def _chosen(
-    study: Study, scores: pd.DataFrame, rule: RuleCard, selection: Selection, sources: SourceRows
-) -> list[tuple[str, int, pd.DataFrame]]:
-    """(method, seed, rows) of every finetune."""
-    size, repeats = len(selection.kept), study.profile.selection
-    rivals = [name for name, (column, _) in BASELINES.items() if column in scores]
-    if len(scores) <= LARGEST_FULL:
-        rivals.append("full")
-    counts = {"random": repeats.draws} | dict.fromkeys(rivals, repeats.baseline_seeds)
-    found = [("selected", seed, selection.kept) for seed in range(repeats.seeds)]
-    found += [
-        (method, seed, choose(scores, method, size, rule=rule, seed=seed))
-        for method, seeds in counts.items()
-        for seed in range(seeds)
-    ]
-    tokens_of = _counter(study, sources)
-    tokens = sum(tokens_of(selection.kept))
-    found += [
-        (method + TOKENS, seed, choose_tokens(scores, method, tokens, seed=seed,
-                                              tokens_of=tokens_of))
-        for method in TOKEN_RIVALS
-        if method in counts
-        for seed in range(counts[method])
-    ]  # fmt: skip
-    return found
-
-
-def _counter(study: Study, sources: SourceRows) -> Callable[[pd.DataFrame], Sequence[int]]:
-    """Rows of the score table -> target tokens of each as it is trained on; a row once."""
-    from instructmining_core.data.tokenization import encode
-
-    known: dict[str, int] = {}
-    longest = study.profile.finetune.max_tokens
-
-    def count(rows: pd.DataFrame) -> list[int]:
-        new = rows[~rows["row_hash"].isin(known)]
-        for own, messages in zip(new["row_hash"], sources.fetch(new), strict=True):
-            row = encode(study.lm.tokenizer, messages, max_tokens=longest)
-            known[own] = int(sum(row.targets))
-        return [known[own] for own in rows["row_hash"]]
-
-    return count
-
-
-def _plans(pool: str, size: int, chosen: Sequence[tuple[str, int, pd.DataFrame]]) -> list:
-    from ..study import PlannedRun
-
-    plans = []
-    for method, seed, rows in chosen:
-        # sets of equal tokens are told by the size whose tokens they have
-        label = {"pool": pool, "method": method, "seed": seed,
-                 "size": size if method.endswith(TOKENS) else len(rows)}  # fmt: skip
-        plans.append(PlannedRun(tuple(rows["row_hash"]), label, init_seed=seed, order_seed=seed))
-    return plans
-
-
-def _fitted_rows(study: Study, rule: RuleCard) -> pd.DataFrame | None:
-    """Source and row hash of the rows that the rule's sets came from, where this profile has them.
-    """
-    named = re.search(r"profile ([^\s:]+):", rule.data["fitted_on"])
-    if named is None or named.group(1) != study.profile.name:
-        return None
-    rows = study.data.candidates
-    return pd.DataFrame({"source": rows["source"], "row_hash": rows["messages"].map(row_hash)})
-
-
 IDENTITY = ["id", "file", "row", "part", "rank", "score"]
 
 
-def select(args: argparse.Namespace) -> None:
-    """Select by a rule, write the rows and the report beside them."""
-    output_format(args.out)
-    scores, rule = read_scores(args.scores), load_rule(args.rule)
+def select_to(
+    out: str, table: str, rule_name: str, top: int | str, *, moved: Sequence[str],
+    allow_mismatch: bool, strict: bool, encoder: ModelRef | None, study: Study | None, show: bool,
+) -> None:  # fmt: skip
+    """Select from a score table by a rule; write the rows to `out`, the report beside them.
+
+    top : rows to keep, or "auto"
+    moved : where scored files are now
+    encoder : measures how diverse the selection is; None leaves that out
+    study : whose base model is finetuned to verify the selection; None leaves that out
+    """
+    output_format(out)
+    scores, rule = read_scores(table), load_rule(rule_name)
     differences = rule.check(
-        scores.attrs, sources=sorted(set(scores["source"])), allow_mismatch=args.allow_mismatch
+        scores.attrs, sources=sorted(set(scores["source"])), allow_mismatch=allow_mismatch
     )
-    reach = support(rule, scores, strict=args.strict)
-    _warn(args.rule, differences, reach)
-    sources = SourceRows(scores, beside=Path(args.scores).parent, moved=args.data)
-    selection = select_rows(scores, rule, args.top, texts=sources.fetch)
-    column, spelt_out = _write(args.out, selection, sources)
+    reach = support(rule, scores, strict=strict)
+    _warn(rule_name, differences, reach)
+    sources = SourceRows(scores, beside=Path(table).parent, moved=moved)
+    selection = select_rows(scores, rule, top, texts=sources.fetch)
+    column, spelt_out = _write(out, selection, sources)
     report = {
-        "out": args.out,
-        "sha256": file_sha256(args.out),
-        "scores": args.scores,
+        "out": out,
+        "sha256": file_sha256(out),
+        "scores": table,
         "files": {name: {"read_from": path, "sha256": sources.sha256[name]}
                   for name, path in sources.files.items()},
-        "rule": {"name": args.rule, "kind": rule.kind, "hash": rule.content_hash,
+        "rule": {"name": rule_name, "kind": rule.kind, "hash": rule.content_hash,
                  "fitted_on": rule.data["fitted_on"], "not_for": rule.data["not_for"]},
         "differences": differences,
         "support": json.loads(reach.reset_index().to_json(orient="records")),
-        "top": args.top,
+        "top": top,
         "near_duplicate": {"run_of_words": SHINGLE, "share_held_by_a_better_row": THRESHOLD},
         "counts": selection.counts(),
-        "diversity": diversity(args, selection, sources),
+        "diversity": diversity(encoder, selection, sources),
         "score_column": column,
         "texts_spelt_out": spelt_out,
         "kept": _kept(selection, rule),
         "dropped": _dropped(selection),
     }  # fmt: skip
-    if args.verify:
-        pass
-
-        report["verdict"], page = verified(args, scores, rule, selection, sources)
-        Path(f"{args.out}.verdict.md").write_text(page, encoding="utf-8")
-    Path(f"{args.out}.report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    _tell(args, report)
+    if study is not None:
+        report["verdict"], page = verified(study, scores, rule, selection, sources, show=show)
+        Path(f"{out}.verdict.md").write_text(page, encoding="utf-8")
+    Path(f"{out}.report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    _tell(report)
 
 
 def _warn(name: str, differences: list[str], reach: pd.DataFrame) -> None:
@@ -270,21 +150,21 @@ def _plain(frame: pd.DataFrame, columns: list[str]) -> list[dict]:
     return json.loads(chosen.to_json(orient="records", double_precision=15))
 
 
-def _tell(args: argparse.Namespace, report: dict) -> None:
-    counts = report["counts"]
+def _tell(report: dict) -> None:
+    counts, out, top = report["counts"], report["out"], report["top"]
     lines = [
-        f"{counts['kept']:,} of {counts['rows']:,} rows in {args.out}; dropped: "
+        f"{counts['kept']:,} of {counts['rows']:,} rows in {out}; dropped: "
         + ", ".join(f"{counts[name]:,} {name}" for name in list(counts)[2:]),
-        f"why each row was kept or dropped: {args.out}.report.json",
+        f"why each row was kept or dropped: {out}.report.json",
     ]
-    if isinstance(args.top, int) and counts["kept"] < args.top:
-        lines.append(f"fewer than the {args.top:,} asked for: there are no more rows to keep")
+    if isinstance(top, int) and counts["kept"] < top:
+        lines.append(f"fewer than the {top:,} asked for: there are no more rows to keep")
     if report["score_column"] != "score":
         lines.append(f"the data have a column 'score'; ours is {report['score_column']!r}")
     if report["texts_spelt_out"]:
         lines.append(f"{report['texts_spelt_out']} texts hold lone surrogates, spelt out here")
     if "verdict" in report:
-        lines += _verdict(args.out, report["verdict"])
+        lines += _verdict(out, report["verdict"])
     sys.stdout.write("\n".join(lines) + "\n")
 
 
@@ -298,6 +178,8 @@ def _verdict(out: str, verdict: dict) -> list[str]:
         {name: float for name in ("difference", "low", "high", "detectable")}
     )
     lines = [answer, f"the pool is {verdict['pool']}: {verdict['pool_why']}"]
-    lines += [f"verdict: {one['method']} against {one['versus']} at {one['budget']}: {verdict_said(one)}"
-              for one in numbers.to_dict("records")]  # fmt: skip
+    lines += [
+        f"verdict: {one['method']} against {one['versus']} at {one['budget']}: {verdict_said(one)}"
+        for one in numbers.to_dict("records")
+    ]
     return [*lines, f"the verdict in full: {out}.verdict.md"]
