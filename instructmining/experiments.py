@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 from instructmining_core.config import FinetuneConfig, ModelRef
-from instructmining_core.data.records import row_hash
+from instructmining_core.data.records import row_hash, with_row_hash
 from instructmining_core.finetuning.ledger import Ledger
 from instructmining_core.regression.intervals import r2_of
 from instructmining_core.regression.ols import RankError
@@ -35,7 +35,7 @@ from instructmining_core.regression.rule import RuleFit, fit_rule
 from instructmining_core.regression.rule_card import RuleCard, make_card
 from instructmining_core.regression.run_table import DESIGNED, RunsError, Standardizer, pick_arms
 from instructmining_core.selection import beat_random
-from instructmining_core.selection.select import TOKENS, choose, choose_tokens
+from instructmining_core.selection.select import TOKENS, choose_rows, choose_tokens
 
 from .study import PlannedRun, Study
 
@@ -91,7 +91,7 @@ def token_plans(study: Study, rule: RuleCard, pool: str) -> list[PlannedRun]:
     def tokens_of(rows: pd.DataFrame) -> list[int]:
         return [cost[one] for one in rows["row_hash"]]
 
-    tokens = sum(tokens_of(choose(scores, "selected", config.size, rule=rule)))
+    tokens = sum(tokens_of(choose_rows(scores, "selected", config.size, rule=rule)))
     counts = {"random": config.draws} | dict.fromkeys(FREE_RIVALS, config.baseline_seeds)
     plans = []
     for method, repeats in counts.items():
@@ -139,7 +139,7 @@ def repeated(
     scores = study.pool_scores(pool)
     plans = []
     for seed in range(first, first + repeats):
-        rows = choose(scores, method, size, rule=rule, seed=seed)
+        rows = choose_rows(scores, method, size, rule=rule, seed=seed)
         label = {"pool": pool, "method": method, "size": len(rows), "seed": seed}
         plans.append(PlannedRun(tuple(rows["row_hash"]), label, init_seed=seed, order_seed=seed))
     return plans
@@ -226,7 +226,7 @@ def size_plans(study: Study, rule: RuleCard, pool: str, best: int) -> list[Plann
 def robustness_plans(study: Study, rule: RuleCard) -> list[tuple[dict, list[PlannedRun]]]:
     """Pairs of (arguments of `Study.run`, plans): each method of finetuning, and each base.
 
-    The label's pool names the setting, so that `verify.compare` sets each against its own random
+    The label's pool names the setting, so that `compare_with_random` sets each against its own random
     draws.
     """
     config = study.profile.robustness
@@ -332,7 +332,7 @@ def refit_plans(study: Study, cards: Sequence[RuleCard]) -> list[PlannedRun]:
     size = study.profile.selection.size
     return [
         PlannedRun(
-            tuple(choose(study.pool_scores(pool), "selected", size, rule=card)["row_hash"]),
+            tuple(choose_rows(study.pool_scores(pool), "selected", size, rule=card)["row_hash"]),
             {"pool": pool, "method": "refit", "size": size, "seed": i},
             init_seed=i,
             order_seed=i,
@@ -389,12 +389,12 @@ def overlaps(
 
     One row an indicator: without, jaccard, r2 of the smaller rule beyond the shares with r2_low
     and r2_high (these sources), finetuned (whether the selections differ enough, see `SAME`).
-    Both selections are made by `selection.choose`.
+    Both selections are made by `choose_rows`.
     """
-    whole = set(choose(pool, "selected", size, rule=rule)["row_hash"])
+    whole = set(choose_rows(pool, "selected", size, rule=rule)["row_hash"])
     rows = []
     for dropped, card in smaller.items():
-        part = set(choose(pool, "selected", size, rule=card)["row_hash"])
+        part = set(choose_rows(pool, "selected", size, rule=card)["row_hash"])
         jaccard = len(part & whole) / len(part | whole)
         r2, low, high = r2_of(fits[dropped])
         rows.append({"without": dropped, "jaccard": jaccard, "r2": r2, "r2_low": low,
@@ -410,7 +410,7 @@ def plans(study: Study, rule: RuleCard, smaller: Mapping[str, RuleCard]) -> list
              for plan in repeated(study, rule, pool, method, size, seeds)]  # fmt: skip
     scores = study.pool_scores(pool)
     for dropped, card in smaller.items():
-        rows = tuple(choose(scores, "selected", size, rule=card)["row_hash"])
+        rows = tuple(choose_rows(scores, "selected", size, rule=card)["row_hash"])
         found += [
             PlannedRun(rows, {"pool": pool, "method": f"without {dropped}", "size": len(rows),
                         "seed": seed}, init_seed=seed, order_seed=seed)
@@ -422,10 +422,10 @@ def plans(study: Study, rule: RuleCard, smaller: Mapping[str, RuleCard]) -> list
 def compared(runs: pd.DataFrame) -> pd.DataFrame:
     """Each smaller rule against random rows, and the full rule's rows against it.
 
-    runs : of `plans`. Columns of `verify.compare`; the first row is the full rule against random.
+    runs : of `plans`. Columns of `compare_with_random`; the first row is the full rule against random.
     Secondary contrasts, unadjusted: as many as there are indicators.
     """
-    return beat_random.compare(runs, loss="loss_eval_2")
+    return beat_random.compare_with_random(runs, loss="loss_eval_2")
 
 
 def ablation(study: Study, rule: RuleCard) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -512,11 +512,11 @@ def _rewards(study: Study, conversations: list[list[dict]]) -> dict[str, float]:
     """Reward by row hash, all conversations in one pass."""
     from instructmining_core.indicators.scorer import score
 
-    table = pd.DataFrame({
+    table = with_row_hash(pd.DataFrame({
         "id": [str(i) for i in range(len(conversations))],
         "source": "answers", "messages": conversations, "file": "",
         "row": range(len(conversations)),
-    })  # fmt: skip
+    }))  # fmt: skip
     ref = study.profile.models.reward
     scores = score(table, {"reward": ref}, indicators=("reward",), standins=study.standins(ref))
-    return dict(zip(map(row_hash, conversations), scores["reward"], strict=True))
+    return dict(zip(table["row_hash"], scores["reward"], strict=True))

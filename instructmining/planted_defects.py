@@ -7,10 +7,9 @@ from collections.abc import Mapping, Set
 import numpy as np
 import pandas as pd
 
-from instructmining_core.data.records import row_hash
 from instructmining_core.regression.rule_card import RuleCard
 from instructmining_core.selection import beat_random
-from instructmining_core.selection.select import choose
+from instructmining_core.selection.select import choose_rows
 
 from .embedded import ground_truth
 from .experiments import LOSSES
@@ -38,7 +37,6 @@ def dose_runs(study: Study) -> pd.DataFrame:
         rows[rows["kind"] == ""], study.profile.design.size,
         doses=config.dose_levels, seeds=range(config.dose_seeds),
     )  # fmt: skip
-    table = table.assign(row_hash=table["messages"].map(row_hash))
     plans = [
         PlannedRun(
             tuple(part["row_hash"]), {"kind": kind, "dose": dose, "seed": seed},
@@ -179,7 +177,7 @@ def defect_pools(study: Study, rule: RuleCard) -> pd.DataFrame:
     size, draws = study.profile.selection.size, study.profile.selection.draws
     runs = study.frame("comparison.parquet")
     runs = runs[runs["method"].isin(["selected", "random"]) & (runs["size"] == size)]
-    contrasts = beat_random.compare(runs, loss="loss_eval_2", primary_size=size)
+    contrasts = beat_random.compare_with_random(runs, loss="loss_eval_2", primary_size=size)
     kind = study.data.everything.drop_duplicates("id").set_index("id")["kind"]
 
     def share(rows: pd.DataFrame) -> float:
@@ -189,10 +187,10 @@ def defect_pools(study: Study, rule: RuleCard) -> pd.DataFrame:
     found = []
     for row in contrasts[contrasts["role"] == "primary"].to_dict("records"):
         pool = study.pool_scores(row["pool"])
-        random = [share(choose(pool, "random", size, seed=seed)) for seed in range(draws)]
+        random = [share(choose_rows(pool, "random", size, seed=seed)) for seed in range(draws)]
         found.append({
             "pool": row["pool"], "defects": share(pool),
-            "in_selected": share(choose(pool, "selected", size, rule=rule)),
+            "in_selected": share(choose_rows(pool, "selected", size, rule=rule)),
             "in_random": float(np.mean(random)),
             **{k: row[k] for k in ("difference", "low", "high", "detectable", "verdict")},
         })  # fmt: skip

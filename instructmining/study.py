@@ -21,7 +21,6 @@ import pandas as pd
 
 from instructmining_core import files
 from instructmining_core.config import FinetuneConfig, ModelRef
-from instructmining_core.data.records import row_hash
 from instructmining_core.finetuning.ledger import Ledger, RunSpec
 from instructmining_core.finetuning.sets import (
     TrainingSet,
@@ -300,16 +299,15 @@ class Study(StudyFiles):
         self, lm, config: FinetuneConfig, hashes: set[str], tables: Sequence[pd.DataFrame] = ()
     ) -> dict:
         """Training rows, tokenised once, by row hash."""
-        from instructmining_core.data.tokenization import encode
+        from instructmining_core.data.tokenization import encode_many
 
         tables = [self.data.candidates, *self.data.pools.values(), *tables]
-        found = {}
-        for table in tables:
-            for messages in table["messages"]:
-                key = row_hash(messages)
-                if key in hashes and key not in found:
-                    found[key] = encode(lm.tokenizer, messages, max_tokens=config.max_tokens)
-        return found
+        rows = pd.concat([table[["row_hash", "messages"]] for table in tables])
+        rows = rows[rows["row_hash"].isin(hashes)].drop_duplicates("row_hash")
+        encoded = encode_many(
+            lm.tokenizer, rows["messages"].tolist(), max_tokens=config.max_tokens
+        )
+        return dict(zip(rows["row_hash"], encoded, strict=True))
 
     def encoded_evals(self, lm, config: FinetuneConfig) -> dict[str, list]:
         """The two evaluation sets, tokenised."""

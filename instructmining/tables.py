@@ -18,7 +18,7 @@ import pandas as pd
 
 from instructmining_core import regression
 from instructmining_core import regression as inference
-from instructmining_core.data.records import assistant_turns, row_hash
+from instructmining_core.data.records import assistant_turns
 from instructmining_core.finetuning.sets import TrainingSet
 from instructmining_core.regression.checks import transfer_slope
 from instructmining_core.regression.inference import effective_dimensions
@@ -356,9 +356,10 @@ def baselines(
     study: Study, runs: pd.DataFrame, columns: Sequence[str], constants: Standardizer
 ) -> pd.DataFrame:
     """How much of the loss a unigram model and the number of training tokens explain."""
+    rows = study.data.candidates
     responses = {
-        row_hash(messages): "\n".join(answer for _, answer in assistant_turns(messages))
-        for messages in study.data.candidates["messages"]
+        own: "\n".join(answer for _, answer in assistant_turns(messages))
+        for own, messages in zip(rows["row_hash"], rows["messages"], strict=True)
     }
     asked = [assistant_turns(messages)[-1][1] for messages in study.data.eval_1["messages"]]
     # with other package versions than the run's, the corpus lacks some of its rows: ValueError

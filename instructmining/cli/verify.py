@@ -15,13 +15,12 @@ import pandas as pd
 
 from instructmining_core.config import InstructMiningError
 from instructmining_core.data.export import SourceRows
-from instructmining_core.data.records import row_hash
 from instructmining_core.regression.rule_card import RuleCard
 from instructmining_core.selection.select import (
     BASELINES,
     TOKENS,
     Selection,
-    choose,
+    choose_rows,
     choose_tokens,
 )
 
@@ -50,7 +49,7 @@ def verified(
 ) -> tuple[dict, str]:
     """Finetune and compare; the contrasts as plain records, and the verdict's page in Markdown.
 
-    Raises SelectionError where the pool is too small for a random draw of another kind than the
+    Raises InstructMiningError where the pool is too small for a random draw of another kind than the
     selection.
     """
     from instructmining_core.selection.beat_random import compare_budgets
@@ -86,7 +85,7 @@ def _chosen(
     counts = {"random": repeats.draws} | dict.fromkeys(rivals, repeats.baseline_seeds)
     found = [("selected", seed, selection.kept) for seed in range(repeats.seeds)]
     found += [
-        (method, seed, choose(scores, method, size, rule=rule, seed=seed))
+        (method, seed, choose_rows(scores, method, size, rule=rule, seed=seed))
         for method, seeds in counts.items()
         for seed in range(seeds)
     ]
@@ -138,4 +137,4 @@ def _fitted_rows(study: Study, rule: RuleCard) -> pd.DataFrame | None:
     if named is None or named.group(1) != study.profile.name:
         return None
     rows = study.data.candidates
-    return pd.DataFrame({"source": rows["source"], "row_hash": rows["messages"].map(row_hash)})
+    return rows[["source", "row_hash"]]

@@ -29,6 +29,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from instructmining_core import files
+from instructmining_core.data.records import with_row_hash
 
 from . import docstrings, splits
 
@@ -349,7 +350,7 @@ def _write(folder: Path, key: str, table: pd.DataFrame, versions: pd.DataFrame) 
 def _load(folder: Path, key: str) -> Corpus:
     table = pd.read_parquet(folder / f"{key}.parquet")
     about = json.loads((folder / f"{key}.json").read_text())
-    table["messages"] = messages(table["prompt"], table["response"])
+    table = with_row_hash(table.assign(messages=messages(table["prompt"], table["response"])))
     table["kind"], table["twin"] = "", ""
     versions = pd.DataFrame(about["versions"])
     hashes = dict(zip(versions["source"], versions["hash"], strict=True))

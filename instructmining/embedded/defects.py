@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
+from instructmining_core.data.records import with_row_hash
+
 from .corpus import messages
 
 SEEN_KINDS = ("other_answer", "scrambled", "cut_short")  # the stand-in models learn from these
@@ -173,7 +175,7 @@ def twins(
     ]
     made = table.assign(response=texts, kind=kind, twin=table["id"], id=table["id"] + f"#{kind}")
     made = made[made["response"] != table["response"]]
-    return made.assign(messages=messages(made["prompt"], made["response"]))
+    return with_row_hash(made.assign(messages=messages(made["prompt"], made["response"])))
 
 
 def plant(

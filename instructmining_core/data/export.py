@@ -1,9 +1,9 @@
-"""Back from a score table to the records that were scored, in the very files, checked by hash.
+"""From a score table back to the records that were scored, and chosen records out to a file.
 
-Rows out, in the columns they came in: JSON, JSONL, CSV, TSV or Parquet by suffix, also gzipped.
-
-A text may hold what a format cannot (a lone surrogate in Parquet): it is then spelt out as
-`\ud800`, and the number of such texts is returned. JSON keeps everything.
+The records are read from the very files, checked by hash. They go out in the columns they came in:
+JSON, JSONL, CSV, TSV or Parquet by suffix, also gzipped. A text may hold what a format cannot (a
+lone surrogate in Parquet): it is then spelt out as `\\ud800`, and the number of such texts is
+returned. JSON keeps everything.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import orjson
 import pandas as pd
 
+from ..config import InstructMiningError
 from ..files import write_atomic
 from .formats import Messages
 from .readers import file_sha256, is_hub_name
@@ -26,15 +27,11 @@ from .records import iter_rows, row_hash
 WRITABLE = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
-class RowFileError(ValueError):
-    """A file name whose suffix names no format that can be written."""
-
-
 def output_format(path: str | Path) -> str:
-    """The suffix that decides the format, ".gz" left out. Raises RowFileError."""
+    """The suffix that decides the format, ".gz" left out. Raises InstructMiningError."""
     suffix = Path(str(path).lower().removesuffix(".gz")).suffix
     if suffix not in WRITABLE:
-        raise RowFileError(
+        raise InstructMiningError(
             f"{path}: the suffix names the format; it is one of {', '.join(WRITABLE)}, "
             "each also with .gz"
         )
@@ -47,7 +44,7 @@ def write_rows(rows: Sequence[dict], path: str | Path) -> int:
     rows : records with their own fields. In CSV and Parquet the columns are all fields in the
         order in which they first occur; a field that a record lacks is empty there. Lists and
         objects go into CSV as JSON.
-    Returns the number of texts that had to be spelt out. Raises RowFileError.
+    Returns the number of texts that had to be spelt out. Raises InstructMiningError.
     """
     suffix = output_format(path)
     if suffix in (".csv", ".tsv"):
@@ -128,10 +125,6 @@ def _spelt_out(value: object) -> tuple[object, int]:
 Key = tuple[str, int, int]  # file as it was named, row, part
 
 
-class SourceError(ValueError):
-    """A scored file that is not there, or is not the one that was scored."""
-
-
 class SourceRows:
     """The records behind a score table.
 
@@ -140,7 +133,7 @@ class SourceRows:
     beside : folder that relative names are also looked for in (the score table's)
     moved : files that may be scored ones under a new name; matched by sha256
 
-    Raises SourceError at once where a file is absent or has changed.
+    Raises InstructMiningError at once where a file is absent or has changed.
     """
 
     def __init__(
@@ -159,8 +152,8 @@ class SourceRows:
         """The conversations of rows of the score table, in their order.
 
         The records themselves are kept in `records`, by (file, row, part). Each file is read once
-        a call, as far as its last row asked for. Raises SourceError where a row says something
-        else than when it was scored.
+        a call, as far as its last row asked for. Raises InstructMiningError where a row says
+        something else than when it was scored.
         """
         keys = keys_of(rows)
         found: dict[Key, Messages] = {}
@@ -171,7 +164,7 @@ class SourceRows:
         hashes = rows["row_hash"] if "row_hash" in rows else [""] * len(rows)
         for key, own in zip(keys, hashes, strict=True):
             if key not in found or (own and row_hash(found[key]) != own):
-                raise SourceError(
+                raise InstructMiningError(
                     f"{key[0]}, row {key[1]}: not the record that was scored; score "
                     "the file again with this version"
                 )
@@ -219,12 +212,12 @@ def _located(name: str, sha256: str, beside: Path | None, others: dict[str, str]
             return str(place)
     offered = f"; none of {', '.join(others.values())} is it" if others else ""
     if there:
-        raise SourceError(
+        raise InstructMiningError(
             f"{there[0]} has changed since it was scored: its sha256 was {sha256}, now it is "
             f"{file_sha256(there[0])}{offered}. Score it again, or name the old file with --data"
         )
     what = "standard input" if name == "-" else name
-    raise SourceError(
+    raise InstructMiningError(
         f"{what} was scored and is needed again, but is not there{offered}. Name the file with "
         f"--data; its sha256 is {sha256}"
     )

@@ -1,15 +1,9 @@
-"""Open Assistant's trees of messages: one row is one path from the root to an answer.
+"""One published record in, conversations out: the shapes of instruction data that people have.
 
-A message, a conversation, and what is said about one that is neither.
-
-A conversation is a list of `{"role": "user" | "assistant" | "system", "content": str}`.
-
-One published record in, conversations out: the shapes of instruction data that people have.
-
-Every form becomes a list of `{"role", "content"}` messages. Most records give one conversation;
-a self-instruct record gives one for each of its instances, and an OASST tree one for each path
-when all paths are asked for. A question that comes without an answer keeps an empty assistant
-turn, so that the row stays and is scored as "not computable" instead of vanishing.
+A conversation is a list of `{"role": "user" | "assistant" | "system", "content": str}`. Most
+records give one; a self-instruct record gives one for each of its instances, and an OASST tree one
+for each path when all paths are asked for. A question that comes without an answer keeps an empty
+assistant turn, so that the row stays and is scored as "not computable" instead of vanishing.
 """
 
 from __future__ import annotations
@@ -18,6 +12,8 @@ import re
 from collections.abc import Callable
 
 import orjson
+
+from ..config import InstructMiningError
 
 Message = dict[str, str]
 Messages = list[Message]
@@ -32,7 +28,7 @@ ROLES = {
 }
 
 
-class FormatError(ValueError):
+class FormatError(InstructMiningError):
     """A record that is none of the known forms, or breaks its own: what was expected, what stood.
 
     `expected`, `got` : str, each one line, `got` at most about 90 characters.

@@ -1,9 +1,7 @@
-"""Data sets of the Hugging Face hub by name, with the commit that was read.
-
-Files in: one stream of raw records from JSON, JSONL, CSV, Parquet, standard input or the hub.
+"""One stream of raw records from JSON, JSONL, CSV, Parquet, standard input or a set of the hub.
 
 The content decides, the suffix only helps: people name JSON lines `.json` and pipe without a name.
-JSONL, CSV and Parquet stream; a JSON array is read whole.
+JSONL, CSV and Parquet stream; a JSON array is read whole. A hub set is named with its commit.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 
 import orjson
 
+from ..config import InstructMiningError
 from .formats import FormatError, show
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")
@@ -30,10 +29,6 @@ HUB_NAME = re.compile(
 )
 BOM = b"\xef\xbb\xbf"
 MAX_FIELD = 2**31 - 1  # characters in one CSV field; Python's own limit of 131,072 is too small
-
-
-class RecordError(ValueError):
-    """A file or record that cannot be read: which, where, what was expected, what stood there."""
 
 
 class Raw(NamedTuple):
@@ -68,19 +63,20 @@ def file_sha256(path: str | Path) -> str:
 def read_raw(where: str | Path, stdin: BinaryIO | None = None) -> Iterator[Raw]:
     """Every record of a file ("-": standard input) in order, malformed ones with their error.
 
-    Raises RecordError where the file as a whole cannot be read: absent, not gzip, a broken JSON
-    array, not Parquet. Nothing is yielded for blank lines.
+    Raises InstructMiningError where the file as a whole cannot be read: absent, not gzip, a broken
+    JSON array, not Parquet. Nothing is yielded for blank lines.
     """
     name = str(where)
     try:
         with _opened(name, stdin) as stream:
             yield from _records(name, stream)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise RecordError(
+        raise InstructMiningError(
             f"{name}: expected a whole gzip file, got one that breaks: {error}"
         ) from None
     except OSError as error:
-        raise RecordError(f"{name}: expected a readable file: {error.strerror or error}") from None
+        why = error.strerror or error
+        raise InstructMiningError(f"{name}: expected a readable file: {why}") from None
 
 
 def count_records(where: str | Path) -> int | None:
@@ -105,7 +101,9 @@ def _opened(name: str, stdin: BinaryIO | None) -> BinaryIO:
         stream = io.BufferedReader(stdin or sys.stdin.buffer)
     else:
         if Path(name).is_dir():
-            raise RecordError(f"{name}: expected a file, got a folder; name the files in it")
+            raise InstructMiningError(
+                f"{name}: expected a file, got a folder; name the files in it"
+            )
         stream = open(name, "rb")
     if stream.peek(2)[:2] == b"\x1f\x8b":
         return io.BufferedReader(gzip.GzipFile(fileobj=stream), 1 << 20)
@@ -194,7 +192,7 @@ def _array(name: str, text: bytes) -> Iterator[Raw]:
     try:
         values = loads(text.removeprefix(BOM))
     except FormatError as error:
-        raise RecordError(
+        raise InstructMiningError(
             f"{name}: expected one whole JSON array, got {error.got}: {error.expected}. "
             "An array that breaks cannot be read in part; mend it, or save it as JSON lines"
         ) from None
@@ -207,7 +205,7 @@ def _csv(name: str, stream: BinaryIO, delimiter: str) -> Iterator[Raw]:
     reader = csv.reader(source, delimiter=delimiter)
     header = _csv_cells(reader, source)
     if isinstance(header, FormatError):
-        raise RecordError(f"{name}, line 1: expected {header.expected}, got {header.got}")
+        raise InstructMiningError(f"{name}, line 1: expected {header.expected}, got {header.got}")
     row, start = 0, reader.line_num + 1
     while (cells := _csv_cells(reader, source)) is not None:
         line, start = start, reader.line_num + 1
@@ -268,7 +266,7 @@ def _parquet(name: str, stream: BinaryIO) -> Iterator[Raw]:
                 yield Raw(row, row + 1, "record", value)
                 row += 1
     except pa.ArrowInvalid as error:
-        raise RecordError(f"{name}: expected Parquet, got {show(str(error))}") from None
+        raise InstructMiningError(f"{name}: expected Parquet, got {show(str(error))}") from None
 
 
 def resolve_set(where: str, revision: str = "main") -> str:
@@ -276,7 +274,7 @@ def resolve_set(where: str, revision: str = "main") -> str:
 
     where : "owner/name[/config][@revision][:split]"; the split is "train" unless named.
     revision : branch, tag or commit to resolve where `where` names none.
-    Raises RecordError without network, and for a set that is gated or does not exist.
+    Raises InstructMiningError without network, and for a set that is gated or does not exist.
     """
     from huggingface_hub import HfApi
 
@@ -285,7 +283,7 @@ def resolve_set(where: str, revision: str = "main") -> str:
     try:
         commit = HfApi().dataset_info(named["name"], revision=wanted).sha
     except Exception as error:
-        raise RecordError(
+        raise InstructMiningError(
             f"{where}: expected a file here or a data set of the hub at {wanted!r}; the hub says: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. If it is "
             "gated, accept its terms on its page and run `hf auth login`"
@@ -297,12 +295,12 @@ def resolve_set(where: str, revision: str = "main") -> str:
 def read_set(resolved: str) -> Iterator[Raw]:
     """Every record of a set in its published order, streamed.
 
-    resolved : what `resolve_set` returned. Raises RecordError.
+    resolved : what `resolve_set` returned. Raises InstructMiningError.
     """
     try:
         from datasets import load_dataset
     except ImportError:
-        raise RecordError(
+        raise InstructMiningError(
             f"{resolved}: hub names need the `datasets` package: pip install 'instructmining[hub]'"
         ) from None
     named = HUB_NAME.match(resolved).groupdict()
@@ -317,4 +315,6 @@ def read_set(resolved: str) -> Iterator[Raw]:
         for row, value in enumerate(rows):
             yield Raw(row, row + 1, "record", value)
     except (ValueError, OSError, RuntimeError) as error:
-        raise RecordError(f"{resolved}: the hub's data set cannot be read: {error}") from error
+        raise InstructMiningError(
+            f"{resolved}: the hub's data set cannot be read: {error}"
+        ) from error

@@ -5,7 +5,9 @@ A *record table* is a DataFrame with one row a conversation:
 `id` str, the record's own, else "<source>-<row>"; not made unique: rows are known by (file, row,
 part); `source` str; `messages` list of {"role": "user" | "assistant" | "system", "content": str};
 `file` str as it was named; `row` int, the record's position in that file, 0-based and counting
-malformed ones; `part` int, 0 but for records that hold several conversations.
+malformed ones; `part` int, 0 but for records that hold several conversations; `row_hash` str, the
+identity of `messages`, "" for a malformed record. It is made here, once; what makes record tables
+of other origin adds it by `with_row_hash`.
 """
 
 from __future__ import annotations
@@ -14,35 +16,15 @@ import hashlib
 import json
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 import orjson
 import pandas as pd
 
+from ..config import InstructMiningError
 from .formats import FormatError, Messages, conversations, record_id
-from .readers import (
-    SUFFIXES,
-    Raw,
-    RecordError,
-    file_sha256,
-    is_hub_name,
-    read_raw,
-    read_set,
-    resolve_set,
-)
-
-__all__ = [
-    "Problem",
-    "RecordError",
-    "assistant_turns",
-    "file_sha256",
-    "iter_records",
-    "iter_rows",
-    "read_records",
-    "row_hash",
-]
+from .readers import SUFFIXES, Raw, is_hub_name, read_raw, read_set, resolve_set
 
 CHUNK_CHARACTERS = 64_000_000  # a chunk ends here too, so that long texts stay within memory
 
@@ -77,6 +59,11 @@ def row_hash(messages: Messages) -> str:
     return hashlib.sha256(text).hexdigest()[:32]
 
 
+def with_row_hash(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with its column `row_hash` made anew from `messages`."""
+    return table.assign(row_hash=[row_hash(messages) for messages in table["messages"]])
+
+
 def assistant_turns(messages: Messages) -> list[tuple[list[dict], str]]:
     """(context, response) of each assistant turn; the context is every message before it."""
     return [
@@ -99,10 +86,10 @@ def iter_rows(
     only : positions that are wanted; the others are passed over.
 
     A malformed record has no conversations and `raw.error` set. `file` is `where`, or for a hub
-    name the name with the commit that was read. Raises RecordError as `read_raw` does.
+    name the name with the commit that was read. Errors are those of `read_raw`.
     """
     if paths not in ("best", "all"):
-        raise ValueError(f"paths is {paths!r}; it is 'best' or 'all'")
+        raise InstructMiningError(f"paths is {paths!r}; it is 'best' or 'all'")
     name = str(where)
     hub = is_hub_name(name)
     if hub:
@@ -127,7 +114,6 @@ def iter_records(
     revision: str = "main",
     on_error: str = "raise",
     paths: str = "best",
-    limit: int | None = None,
     stdin: BinaryIO | None = None,
 ) -> Iterator[tuple[pd.DataFrame, list[Problem]]]:
     """The record table in chunks of at most `chunk_rows` rows (fewer where texts are long).
@@ -139,28 +125,27 @@ def iter_records(
         it; "keep" lists it and keeps an empty row in its place, with the text of the problem in
         an extra column `problem` ("" elsewhere).
     paths : "best" or "all", for OASST trees.
-    limit : at most that many records.
 
-    Yields (table, problems of this chunk). Raises RecordError; ValueError for a bad argument.
+    Yields (table, problems of this chunk). Raises InstructMiningError.
     """
     if on_error not in ("raise", "collect", "keep"):
-        raise ValueError(f"on_error is {on_error!r}; it is 'raise', 'collect' or 'keep'")
+        raise InstructMiningError(f"on_error is {on_error!r}; it is 'raise', 'collect' or 'keep'")
     rows, problems, characters = [], [], 0
     stem = source if source is not None else source_name(where)
-    records = iter_rows(where, revision=revision, paths=paths, stdin=stdin)
-    for file, raw, found in islice(records, limit):
+    for file, raw, found in iter_rows(where, revision=revision, paths=paths, stdin=stdin):
         note = ""
         if raw.error is not None:
             problem = Problem(file, raw.line, raw.error.expected, raw.error.got, raw.unit, raw.row)
             if on_error == "raise":
-                raise RecordError(str(problem))
+                raise InstructMiningError(str(problem))
             problems.append(problem)
             if on_error == "keep":
                 note, found = str(problem), [[]]
         name = record_id(raw.value, f"{stem}-{raw.row}")
         for part, messages in enumerate(found):
             own = f"{name}#{part}" if part else name
-            rows.append((own, stem, messages, file, raw.row, part, note))
+            key = "" if note else row_hash(messages)
+            rows.append((own, stem, messages, file, raw.row, part, key, note))
             characters += sum(len(message["content"]) for message in messages)
         if len(rows) >= chunk_rows or characters > CHUNK_CHARACTERS:
             yield _table(rows, on_error), problems
@@ -170,20 +155,10 @@ def iter_records(
 
 
 def read_records(
-    where: str | Path,
-    *,
-    source: str | None = None,
-    revision: str = "main",
-    on_error: str = "raise",
-    paths: str = "best",
-    limit: int | None = None,
+    where: str | Path, *, source: str | None = None, on_error: str = "raise"
 ) -> tuple[pd.DataFrame, list[Problem]]:
     """The whole record table of one file or hub set and its problems; see `iter_records`."""
-    chunks = list(
-        iter_records(
-            where, source=source, revision=revision, on_error=on_error, paths=paths, limit=limit
-        )
-    )
+    chunks = list(iter_records(where, source=source, on_error=on_error))
     tables = [table for table, _ in chunks] or [_table([], on_error)]
     problems = [problem for _, found in chunks for problem in found]
     return pd.concat(tables, ignore_index=True), problems
@@ -203,6 +178,6 @@ def source_name(where: str | Path) -> str:
 
 
 def _table(rows: list[tuple], on_error: str) -> pd.DataFrame:
-    columns = ["id", "source", "messages", "file", "row", "part", "problem"]
+    columns = ["id", "source", "messages", "file", "row", "part", "row_hash", "problem"]
     table = pd.DataFrame(rows, columns=columns).astype({"row": "int64", "part": "int64"})
     return table if on_error == "keep" else table.drop(columns="problem")

@@ -7,18 +7,16 @@ base model has seen and another has not. `TEMPLATE_VERSION` goes into every cach
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from ..config import InstructMiningError
+from .formats import Message
 
 TEMPLATE_VERSION = "plain-1"
 
-Message = Mapping[str, str]
 _HEADERS = {"system": "System: ", "user": "User: ", "assistant": "Assistant: "}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class TemplateError(ValueError):
-    """A conversation or a tokenizer that the template cannot write."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,9 @@ def segments(messages: Sequence[Message], eos: str) -> list[tuple[str, bool]]:
     return [(eos if text is None else text, target) for text, target in _pieces(messages)]
 
 
-def encode(
-    tokenizer, messages: Sequence[Message], *, max_tokens: int, turn: int | None = None
-) -> Encoded:
+def encode(tokenizer, messages: Sequence[Message], *, max_tokens: int) -> Encoded:
     """Tokenise one conversation; `encode_many` says how."""
-    return encode_many(tokenizer, [messages], max_tokens=max_tokens, turns=[turn])[0]
+    return encode_many(tokenizer, [messages], max_tokens=max_tokens)[0]
 
 
 def encode_many(
@@ -79,10 +75,11 @@ def encode_many(
     turns : for each conversation None (every assistant turn is a target) or i (only the i-th is,
         and what follows it is left out).
 
-    Raises TemplateError for an unknown role, a turn that is not there, or a tokenizer without eos.
+    Raises InstructMiningError for an unknown role, a turn that is not there, or a tokenizer
+    without eos.
     """
     if tokenizer.eos_token_id is None:
-        raise TemplateError(
+        raise InstructMiningError(
             "The tokenizer has no eos token, so the end of a response cannot be counted. "
             "Set tokenizer.eos_token first."
         )
@@ -111,7 +108,8 @@ def _pieces(messages: Sequence[Message]) -> list[Piece]:
     for index, message in enumerate(messages):
         role = message["role"]
         if role not in _HEADERS:
-            raise TemplateError(f"Message {index} has role {role!r}; known: {sorted(_HEADERS)}.")
+            known = sorted(_HEADERS)
+            raise InstructMiningError(f"Message {index} has role {role!r}; known: {known}.")
         if role == "assistant":
             pieces += [(waiting + _HEADERS[role], False), (message["content"], True), (None, True)]
             waiting = "\n\n"
@@ -127,7 +125,9 @@ def _until_turn(messages: Sequence[Message], turn: int | None) -> Sequence[Messa
         return messages
     ends = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not 0 <= turn < len(ends):
-        raise TemplateError(f"Turn {turn} was asked of a conversation with {len(ends)} replies.")
+        raise InstructMiningError(
+            f"Turn {turn} was asked of a conversation with {len(ends)} replies."
+        )
     return messages[: ends[turn] + 1]
 
 

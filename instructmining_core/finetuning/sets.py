@@ -75,18 +75,10 @@ def largest_remainder(shares: np.ndarray, size: int) -> np.ndarray:
 def pool_rows(table: pd.DataFrame) -> dict[str, np.ndarray]:
     """Distinct row hashes of each source, sources sorted; a row met twice keeps its first source.
 
-    Needs the columns `source` and either `row_hash` or `messages`.
+    table : with the columns `source` and `row_hash`
     """
-    if "row_hash" in table:
-        hashes = table["row_hash"]
-    elif "messages" in table:
-        from ..data.records import row_hash
-
-        hashes = table["messages"].map(row_hash)
-    else:
-        raise SubsetError("the table has neither `row_hash` nor `messages`; read it with records")
     frame = pd.DataFrame({"source": table["source"].astype(str).to_numpy(),
-                          "row_hash": np.asarray(hashes, dtype=object)})
+                          "row_hash": table["row_hash"].to_numpy(object)})
     frame = frame.drop_duplicates("row_hash")
     return {name: part["row_hash"].to_numpy(object)
             for name, part in frame.groupby("source", sort=True)}

@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 
 from instructmining.cli import main, pin
-from instructmining_core.data.export import RowFileError, write_rows
+from instructmining_core.config import InstructMiningError
+from instructmining_core.data.export import write_rows
 from instructmining_core.data.readers import read_raw
 from instructmining_core.indicators import scorer
 from instructmining_core.indicators.score_table import read_scores
@@ -287,7 +288,7 @@ def test_mixed_columns_and_types_are_written(home):
     assert pd.read_parquet("x.parquet")["a"].tolist() == ["1", '"x"']
     write_rows(rows, "x.csv")
     assert open("x.csv").read() == 'a,m,b\n1,"[{""role"":""user""}]",\nx,,\n'
-    with pytest.raises(RowFileError, match="suffix"):
+    with pytest.raises(InstructMiningError, match="suffix"):
         write_rows(rows, "x.xlsx")
 
 

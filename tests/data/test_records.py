@@ -11,16 +11,16 @@ import types
 import pandas as pd
 import pytest
 
+from instructmining_core.config import InstructMiningError
 from instructmining_core.data import readers, records
 from instructmining_core.data.formats import FormatError, conversations
-from instructmining_core.data.readers import count_records, is_hub_name
+from instructmining_core.data.readers import count_records, file_sha256, is_hub_name
 from instructmining_core.data.records import (
-    RecordError,
     assistant_turns,
-    file_sha256,
     iter_records,
     read_records,
     row_hash,
+    with_row_hash,
 )
 
 
@@ -247,7 +247,7 @@ BAD_LINES = b"""{"prompt": "a", "completion": "b"}
 def test_malformed_lines_raise_with_file_line_expected_and_got(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(BAD_LINES)
-    with pytest.raises(RecordError, match=r"bad\.jsonl, line 2: expected JSON .*, got text"):
+    with pytest.raises(InstructMiningError, match=r"bad\.jsonl, line 2: expected JSON .* got text"):
         read_records(path)
 
 
@@ -269,6 +269,9 @@ def test_malformed_lines_can_keep_their_row(tmp_path):
     assert table["row"].tolist() == [0, 1, 2, 3, 4]
     assert table["messages"].tolist()[2] == [] and table["problem"][2] == str(problems[1])
     assert table["problem"][0] == ""
+    assert table["row_hash"].tolist() == [row_hash(m) if m else "" for m in table["messages"]]
+    assert with_row_hash(table.iloc[[0, 4]])["row_hash"].tolist() == [
+        row_hash(said("a", "b")), row_hash(said("c", "d"))]
 
 
 def test_csv_names_line_and_record(tmp_path):
@@ -289,16 +292,16 @@ def test_a_stray_carriage_return_in_csv_costs_its_own_record_only(tmp_path):
     assert str(problems[0]).startswith(f"{path}, line 3: expected CSV (new-line character seen")
     assert problems[0].got == r"text 'c,d\re\r\n'"
     assert [m[1]["content"] if m else "" for m in table["messages"]] == ["b", "", "", "i\rj"]
-    with pytest.raises(RecordError, match=r"stray\.csv, line 3: expected CSV"):
+    with pytest.raises(InstructMiningError, match=r"stray\.csv, line 3: expected CSV"):
         read_records(path)
     path.write_bytes(b"prompt,completion\ra,b\r")
-    with pytest.raises(RecordError, match=r"stray\.csv, line 1: expected CSV"):
+    with pytest.raises(InstructMiningError, match=r"stray\.csv, line 1: expected CSV"):
         read_records(path)
 
 
 def test_json_array_names_the_record(tmp_path):
     path = written(tmp_path, "x.json", [*ROWS, {"instruction": "q"}])
-    with pytest.raises(RecordError, match=r"x\.json, record 3: expected 'output'"):
+    with pytest.raises(InstructMiningError, match=r"x\.json, record 3: expected 'output'"):
         read_records(path)
 
 
@@ -312,23 +315,23 @@ def test_json_array_names_the_record(tmp_path):
 )
 def test_a_broken_file_is_an_error_even_when_collecting(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(RecordError, match=says):
+    with pytest.raises(InstructMiningError, match=says):
         read_records(tmp_path / name, on_error="collect")
 
 
 def test_absent_files_and_folders_are_told(tmp_path):
-    with pytest.raises(RecordError, match=r"nothing\.jsonl: .*No such file"):
+    with pytest.raises(InstructMiningError, match=r"nothing\.jsonl: .*No such file"):
         read_records(tmp_path / "nothing.jsonl")
-    with pytest.raises(RecordError, match="got a folder"):
+    with pytest.raises(InstructMiningError, match="got a folder"):
         read_records(tmp_path)
 
 
 def test_bad_arguments(tmp_path):
     path = written(tmp_path, "x.jsonl")
-    with pytest.raises(ValueError, match="on_error"):
+    with pytest.raises(InstructMiningError, match="on_error"):
         read_records(path, on_error="ignore")
-    with pytest.raises(ValueError, match="paths"):
-        read_records(path, paths="some")
+    with pytest.raises(InstructMiningError, match="paths"):
+        list(iter_records(path, paths="some"))
 
 
 def test_odd_texts_survive(tmp_path):
@@ -339,7 +342,8 @@ def test_odd_texts_survive(tmp_path):
     table, _ = read_records(path)
     assert [m[1]["content"] for m in table["messages"]] == texts
     assert table["id"].tolist() == ["same"] * 5, "duplicate ids stay as published"
-    assert len({row_hash(m) for m in table["messages"]}) == 5
+    assert table["row_hash"].tolist() == [row_hash(m) for m in table["messages"]]
+    assert table["row_hash"].nunique() == 5
 
 
 def test_large_csv_field_and_null_bytes(tmp_path):
@@ -381,12 +385,6 @@ def test_long_texts_end_a_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "CHUNK_CHARACTERS", 100)
     path = written(tmp_path, "x.jsonl", [{"prompt": "a", "completion": "b" * 60}] * 4)
     assert [len(table) for table, _ in iter_records(path)] == [2, 2]
-
-
-def test_limit_stops_early(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\nnot json\n')
-    assert len(read_records(path, limit=1)[0]) == 1
 
 
 def test_row_hash_is_the_documented_one():
@@ -459,7 +457,7 @@ def test_hub_errors_are_told(monkeypatch):
 
     hub.HfApi = Api
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    with pytest.raises(RecordError, match="owner/name.*no network.*gated"):
+    with pytest.raises(InstructMiningError, match="owner/name.*no network.*gated"):
         readers.resolve_set("owner/name")
 
 

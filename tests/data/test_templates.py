@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from instructmining_core.config import InstructMiningError
 from instructmining_core.data.tokenization import (
     Encoded,
-    TemplateError,
     encode,
     encode_many,
     segments,
@@ -85,7 +85,8 @@ def test_every_reply_of_a_conversation_is_a_target(characters):
 
 def test_one_turn_is_a_target_and_nothing_after_it_is_kept(characters):
     talk = [user("a"), reply("bb"), user("c"), reply("d"), user("e"), reply("f")]
-    text, marks = shown(characters, encode(characters, talk, max_tokens=99, turn=1))
+    (row,) = encode_many(characters, [talk], max_tokens=99, turns=[1])
+    text, marks = shown(characters, row)
     assert text == "^User: a\n\nAssistant: bb$\n\nUser: c\n\nAssistant: d$"
     assert marks == "." * 46 + "xx"
 
@@ -151,13 +152,13 @@ def test_response_tokens_do_not_depend_on_the_prompt(tiny_tokenizer):
 
 
 def test_errors_say_what_is_wrong(characters):
-    with pytest.raises(TemplateError, match="role 'robot'"):
+    with pytest.raises(InstructMiningError, match="role 'robot'"):
         encode(characters, [{"role": "robot", "content": ""}], max_tokens=9)
-    with pytest.raises(TemplateError, match="Turn 1 .* 1 replies"):
-        encode(characters, [user("a"), reply("b")], max_tokens=9, turn=1)
+    with pytest.raises(InstructMiningError, match="Turn 1 .* 1 replies"):
+        encode_many(characters, [[user("a"), reply("b")]], max_tokens=9, turns=[1])
 
     class Endless:
         eos_token_id = None
 
-    with pytest.raises(TemplateError, match="no eos token"):
+    with pytest.raises(InstructMiningError, match="no eos token"):
         encode(Endless(), [user("a"), reply("b")], max_tokens=9)

@@ -114,8 +114,6 @@ def test_errors_say_what_is_missing(world):
         designed_sets(world, world, 10, 5, 400, columns=COLUMNS)
     with pytest.raises(SubsetError, match="no scores"):
         designed_sets(world, world.iloc[10:], 10, 5, 100, columns=COLUMNS)
-    with pytest.raises(SubsetError, match="neither"):
-        pool_rows(pd.DataFrame({"source": ["a"]}))
 
 
 def test_a_row_in_two_sources_counts_once():
