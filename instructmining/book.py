@@ -4,16 +4,15 @@
     python -m instructmining.book publish --profile laptop
     python -m instructmining.book check
 
-A stage is done when its stamp equals the hash of its notebook, the profile, the core's source, the
-data it reads and the stage before it; whatever changes, that stage and all after it run again.
-What is dear inside a stage (scores, finetunes) has its own memory and is not done twice.
-
-From executed notebooks to pages: what is taken out, what is generated, and the build.
+A stage is done when its stamp equals the hash of its notebook, the profile, the modules that the
+notebook uses, the data it reads and the stage before it; whatever changes, that stage and all
+after it run again. What is dear inside a stage (scores, finetunes) has its own memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
 import hashlib
 import json
@@ -22,19 +21,17 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 from instructmining_core import files
+from instructmining_core.config import InstructMiningError
 from instructmining_core.finetuning.progress import sweep_bar
 
 from .profile import Profile, load_profile, profile_path
 
 FRONT_FIGURE = "08_selection.ipynb"  # whose first figure is on the front page: selected, random
 BESIDE = ("06_finetune_sweep.ipynb", "08_selection.ipynb")  # whose first figures a summary shows
-
-
-class PageError(RuntimeError):
-    """The book did not build."""
 
 
 def build_book(folder: Path, profile: Profile) -> Path:
@@ -53,7 +50,7 @@ def build_book(folder: Path, profile: Profile) -> Path:
         done = subprocess.run(command, cwd=stage, stdout=stream, stderr=subprocess.STDOUT)
     if done.returncode:
         tail = "\n".join(log.read_text().splitlines()[-30:])
-        raise PageError(f"the book did not build; the whole log is {log}\n{tail}")
+        raise InstructMiningError(f"the book did not build; the whole log is {log}\n{tail}")
     html = folder / "html"
     shutil.rmtree(html, ignore_errors=True)
     shutil.move(stage / "_build" / "html", html)
@@ -132,10 +129,8 @@ NUMBERS = (
     "ablation_runs.parquet", "judge.parquet",
 )  # fmt: skip
 MAX_CODE_CELLS = 20
-
-
-class StageError(RuntimeError):
-    """A stage failed, or a notebook breaks the house manners."""
+PACKAGES = Path(__file__).resolve().parent.parent  # the folder that holds both packages
+TABLES = "instructmining*/*/*.json"  # what modules read: published rules, hashes of the corpus
 
 
 def notebooks() -> list[Path]:
@@ -143,14 +138,17 @@ def notebooks() -> list[Path]:
     return sorted((files.root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
-def stage_hash(notebook: Path, profile: Profile, before: str) -> str:
-    """What a stage depends on. `before` is the hash of the stage before it ("" for the first)."""
+def stage_hash(notebook: Path, profile: Profile, before: str, *, figures: bool = True) -> str:
+    """What a stage depends on. `before`: the stage before it without its figures, "" for the first.
+
+    Without figures it is what the stage hands on: a changed figure draws anew only the notebooks
+    that show it.
+    """
     digest = hashlib.sha256()
-    digest.update(notebook.with_suffix(".py").read_bytes())
+    script = notebook.with_suffix(".py")
+    for source in (script, *sources_of(script, figures=figures), *PACKAGES.glob(TABLES)):
+        digest.update(source.read_bytes())
     digest.update(profile.hash().encode())
-    for source in sorted(Path(__file__).parent.rglob("*")):
-        if source.suffix in (".py", ".json") and source.name not in ("stages.py", "cli.py"):
-            digest.update(source.read_bytes())
     for data in _data_files(profile):
         state = data.stat()
         digest.update(f"{data.name} {state.st_size} {state.st_mtime_ns}".encode())
@@ -158,10 +156,60 @@ def stage_hash(notebook: Path, profile: Profile, before: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def sources_of(script: Path, *, figures: bool = True) -> list[Path]:
+    """The project's modules that a script imports, itself or through what it imports.
+
+    figures : with the room `figures` and what only it uses
+    """
+    found: set[Path] = set()
+    waiting = [script]
+    while waiting:
+        used = _imported(waiting.pop()) - found
+        if not figures:
+            used = {file for file in used if file.parent.name != "figures"}
+        waiting += used
+        found |= used
+    return sorted(found)
+
+
+def _imported(script: Path) -> set[Path]:
+    text = script.read_text(encoding="utf-8")
+    found: set[Path] = set()
+    for level, whole, names in _import_lines(text):
+        room = script.parents[level - 1].relative_to(PACKAGES).parts if level else ()
+        base = ".".join((*room, *filter(None, [whole])))
+        found.update(*(_files_of(f"{base}.{name}".strip(".")) for name in names or [""]))
+    if script.name == "__init__.py" and "import_module" in text:  # by a name made at run time
+        found.update(script.parent.glob("*.py"))
+    return found
+
+
+@cache
+def _import_lines(text: str) -> list[tuple[int, str | None, list[str]]]:
+    """Every import of a script, wherever it stands: dots, module, names (none: the module)."""
+    lines = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            lines += [(0, alias.name, []) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            lines.append((node.level, node.module, [alias.name for alias in node.names]))
+    return lines
+
+
+def _files_of(name: str) -> set[Path]:
+    """The files that importing `a.b.c` runs, where `a` is one of our packages."""
+    parts = name.split(".")
+    if parts[0] not in ("instructmining", "instructmining_core"):
+        return set()
+    places = [PACKAGES.joinpath(*parts[:depth]) for depth in range(1, len(parts) + 1)]
+    modules = [one for place in places for one in (place / "__init__.py", Path(f"{place}.py"))]
+    return {module for module in modules if module.is_file()}
+
+
 def run(name_or_yaml: str, only: list[str] | None = None, with_book: bool = True) -> Path:
     """Run every stage whose stamp is stale and build that run's book; returns `html/index.html`.
 
-    Raises StageError naming the notebook, the cell's error and where the broken copy lies.
+    Raises InstructMiningError naming the notebook, the cell's error and where the broken copy lies.
     """
     profile = load_profile(name_or_yaml)
     folder = files.results(profile.name)
@@ -169,7 +217,7 @@ def run(name_or_yaml: str, only: list[str] | None = None, with_book: bool = True
     before, ran = "", 0
     for notebook in notebooks():
         wanted = stage_hash(notebook, profile, before)
-        before = wanted
+        before = stage_hash(notebook, profile, before, figures=False)
         if only and notebook.stem[:2] not in only:
             continue
         stamp = folder / "stamps" / f"{notebook.stem}.json"
@@ -198,7 +246,9 @@ def publish(name_or_yaml: str, beside: bool = False) -> None:
     folder, evidence = files.results(profile.name), files.evidence(profile.name)
     missing = [n.name for n in notebooks() if not (folder / "notebooks" / n.name).is_file()]
     if missing:
-        raise StageError(f"{folder} lacks {missing[0]}; run `make study PROFILE={name_or_yaml}`.")
+        raise InstructMiningError(
+            f"{folder} lacks {missing[0]}; run `make study PROFILE={name_or_yaml}`."
+        )
     if beside:
         write_summary(folder, profile, files.root() / "book")
     else:
@@ -216,8 +266,8 @@ def publish(name_or_yaml: str, beside: bool = False) -> None:
     _say(f"published {'a summary' if beside else f'{len(notebooks())} notebooks'} and {evidence}")
 
 
-def check() -> None:
-    """The manners of the source notebooks; raises StageError with every breach.
+def check_notebooks() -> None:
+    """The manners of the source notebooks; raises InstructMiningError with every breach.
 
     Paired percent script, no outputs, a `parameters` cell, at most 20 code cells, and badge and
     Colab cell that follow the repository constant of `_config.yml`.
@@ -226,7 +276,7 @@ def check() -> None:
     if len(notebooks()) != 12:
         breaches.append(f"{len(notebooks())} notebooks; the study has 12")
     if breaches:
-        raise StageError("\n".join(breaches))
+        raise InstructMiningError("\n".join(breaches))
 
 
 def repository_url() -> str:
@@ -282,7 +332,8 @@ def _execute(notebook: Path, folder: Path, profile: str) -> None:
                 kernel_name="python3", progress_bar=sys.stderr.isatty(), log_output=False,
             )  # fmt: skip
     except papermill.PapermillExecutionError as error:
-        raise StageError(f"{notebook.stem} failed; its copy lies at {part}\n{error}") from None
+        words = f"{notebook.stem} failed; its copy lies at {part}\n{error}"
+        raise InstructMiningError(words) from None
     os.replace(part, out)
 
 
@@ -307,7 +358,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _command() -> int:
     """The command behind `make study`, `make publish` and a part of `make lint`."""
     parser = argparse.ArgumentParser(prog="instructmining.book", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -317,19 +368,19 @@ def main(arguments: list[str] | None = None) -> int:
     verbs.choices["publish"].add_argument(
         "--beside", action="store_true", help="numbers and a summary; the book keeps its pages")
     verbs.add_parser("check")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     try:
         if options.verb == "run":
             run(options.profile, options.only)
         elif options.verb == "publish":
             publish(options.profile, options.beside)
         else:
-            check()
-    except (StageError, PageError, ValueError) as error:
+            check_notebooks()
+    except InstructMiningError as error:
         _say(f"error: {error}")
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_command())

@@ -8,9 +8,10 @@ import jupytext
 import nbformat
 import pytest
 
-from instructmining import book as pages
-from instructmining import book as stages
+from instructmining import book
+from instructmining.profile import load_profile
 from instructmining_core import files
+from instructmining_core.config import InstructMiningError
 
 NOTEBOOK = """\
 # %% tags=["parameters"]
@@ -38,9 +39,9 @@ def write(home, name, more=""):
     text = NOTEBOOK.format(log=str(home / "log"), name=name, more=more)
     script = home / "notebooks" / f"{name}.py"
     script.write_text(text)
-    book = jupytext.read(script)
-    book.metadata["kernelspec"] = {"name": "python3", "display_name": "x", "language": "python"}
-    nbformat.write(book, script.with_suffix(".ipynb"))
+    pair = jupytext.read(script)
+    pair.metadata["kernelspec"] = {"name": "python3", "display_name": "x", "language": "python"}
+    nbformat.write(pair, script.with_suffix(".ipynb"))
 
 
 def ran(home):
@@ -50,30 +51,50 @@ def ran(home):
 
 
 def test_a_stage_runs_once_and_a_change_runs_it_and_what_follows(house):
-    stages.run("smoke", with_book=False)
+    book.run("smoke", with_book=False)
     assert ran(house) == ["01_first", "02_second"]
-    stages.run("smoke", with_book=False)
+    book.run("smoke", with_book=False)
     assert not (house / "log").exists()
     write(house, "02_second", "changed = 1")
-    stages.run("smoke", with_book=False)
+    book.run("smoke", with_book=False)
     assert ran(house) == ["02_second"]
     write(house, "01_first", "changed = 1")
-    stages.run("smoke", with_book=False)
+    book.run("smoke", with_book=False)
     assert ran(house) == ["01_first", "02_second"]
+
+
+def test_a_stage_depends_on_the_modules_that_it_imports_and_on_no_others(house):
+    notebook = house / "notebooks" / "01_first.ipynb"
+    script = notebook.with_suffix(".py")
+    script.write_text("from instructmining import figures, pilot")
+
+    def used(**more):
+        found = book.sources_of(script, **more)
+        return {str(file.relative_to(book.PACKAGES)) for file in found}
+
+    assert {"instructmining/pilot.py", "instructmining/study.py", "instructmining/figures/style.py",
+            "instructmining_core/finetuning/run.py",  # through study, which imports it late
+            "instructmining_core/indicators/mtld.py"} <= used()  # by name, from the registry
+    assert not {"instructmining/book.py", "instructmining/claims.py",
+                "instructmining/simulation/null.py"} & used()
+    assert used() - used(figures=False) >= {"instructmining/figures/style.py"}
+    profile = load_profile("smoke")
+    shown, handed_on = (book.stage_hash(notebook, profile, "", figures=f) for f in (True, False))
+    assert shown != handed_on != book.stage_hash(notebook, profile, "x", figures=False)
 
 
 def test_a_failing_notebook_is_named_and_has_no_stamp(house):
     write(house, "02_second", "raise RuntimeError('the well is dry')")
-    with pytest.raises(stages.StageError, match="02_second failed.*") as caught:
-        stages.run("smoke", with_book=False)
+    with pytest.raises(InstructMiningError, match="02_second failed.*") as caught:
+        book.run("smoke", with_book=False)
     assert "the well is dry" in str(caught.value)
     assert not (files.results("smoke") / "stamps" / "02_second.json").exists()
     assert (files.results("smoke") / "notebooks" / "01_first.ipynb").is_file()
 
 
 def test_publish_refuses_an_unfinished_run(house):
-    with pytest.raises(stages.StageError, match="lacks 01_first.ipynb"):
-        stages.publish("smoke")
+    with pytest.raises(InstructMiningError, match="lacks 01_first.ipynb"):
+        book.publish("smoke")
 
 
 def test_pages_carry_no_machine_path_and_no_progress_bars(house):
@@ -84,14 +105,14 @@ def test_pages_carry_no_machine_path_and_no_progress_bars(house):
         nbformat.v4.new_output("display_data", data=bar),
         nbformat.v4.new_output("stream", name="stdout", text="kept"),
     ]
-    book = nbformat.v4.new_notebook(cells=[cell])
-    book.metadata["papermill"] = {"input_path": str(house)}
-    nbformat.write(book, house / "executed.ipynb")
-    pages.write_page(house / "executed.ipynb", house / "book" / "page.ipynb")
+    executed = nbformat.v4.new_notebook(cells=[cell])
+    executed.metadata["papermill"] = {"input_path": str(house)}
+    nbformat.write(executed, house / "executed.ipynb")
+    book.write_page(house / "executed.ipynb", house / "book" / "page.ipynb")
     page = json.loads((house / "book" / "page.ipynb").read_text())
     assert str(house) not in json.dumps(page) and "papermill" not in page["metadata"]
     assert [output["text"] for output in page["cells"][0]["outputs"]] == [["kept"]]
 
 
 def test_the_projects_own_notebooks_keep_their_manners():
-    stages.check()
+    book.check_notebooks()
