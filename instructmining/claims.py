@@ -46,9 +46,9 @@ def overall(verdicts: Sequence[str]) -> str:
 def contrasts_claim(
     contrasts: pd.DataFrame, with_refits: pd.DataFrame | None = None
 ) -> dict[str, str]:
-    """Selected against random, one primary contrast a pool (`verify.compare`).
+    """Selected against random, one primary contrast a pool (`compare_with_random`).
 
-    With both budgets of `verify.compare_budgets` the verdict names both where they differ.
+    With both budgets of `beat_random.compare_budgets` the verdict names both where they differ.
     with_refits : the same contrast of rules refitted on bootstrapped sweeps (`refits`), told
     beside it, since the claim is about what the procedure selects and not about one rule.
     """
@@ -93,7 +93,7 @@ def _two_budgets(primary: pd.DataFrame) -> dict[str, str]:
 def length_claim(
     against: Mapping[str, LengthAnswer], at_tokens: Mapping[str, LengthAnswer] | None = None
 ) -> dict[str, str]:
-    """The rule against the longest and against the shortest rows (`length_alone.beats_length`).
+    """The rule against the longest and against the shortest rows (`beats_length`).
 
     at_tokens : the same at equal training tokens. The verdict is that against the end of length
     which serves better on these pools; where equal rows and equal tokens give different ones, it
@@ -139,8 +139,8 @@ def size_claim(
 ) -> dict[str, str]:
     """Is the size that the search found better than the largest one of the curve?
 
-    means : `search.size_means`; best : rows, the search's winner; rows : of the pool; trials,
-    limit : `search.blendsearch`'s table and its largest allowed size, in rows. A search that
+    means : `size_means`; best : rows, the search's winner; rows : of the pool; trials,
+    limit : `blendsearch`'s table and its largest allowed size, in rows. A search that
     ended while its best was among the largest sizes it tried, below the limit, has found no
     smallest loss: undecided, whatever the curve says.
     """
@@ -175,9 +175,9 @@ def _ended_early(best: int, trials: pd.DataFrame | None, limit: int | None) -> s
 
 
 def bump_claim(test, power: Mapping[float, float]) -> dict[str, str]:
-    """The size curve's test (`search.size_curve_test`) and its power by bump, in seed-sd.
+    """The size curve's test (`size_curve_test`) and its power by bump, in seed-sd.
 
-    power : bump -> power (`search.size_curve_power`); the smallest with 80 % is what could have
+    power : bump -> power (`size_curve_power`); the smallest with 80 % is what could have
     been seen.
     """
     enough = [bump for bump in sorted(power) if power[bump] >= 0.8]

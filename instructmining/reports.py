@@ -222,7 +222,7 @@ def verdict_markdown(
 ) -> str:
     """The page, in Markdown; its first line is the answer.
 
-    table : contrasts of `verify.compare_budgets` (or of `verify.compare`: equal rows); pool_kind :
+    table : contrasts of `beat_random.compare_budgets` (or of `compare_with_random`: equal rows); pool_kind :
     of the one pool, or by pool.
     """
     table = table if "budget" in table else table.assign(budget=BUDGETS[0])
@@ -267,7 +267,7 @@ def headline(table: pd.DataFrame) -> str:
 def budget_reading(table: pd.DataFrame, runs: pd.DataFrame) -> str:
     """What equal rows and equal tokens say together, in words that follow from the verdicts.
 
-    table : `verify.compare_budgets`; runs : with `tokens_trained`, method and pool.
+    table : `beat_random.compare_budgets`; runs : with `tokens_trained`, method and pool.
     """
     tokens = runs.groupby("method")["tokens_trained"].mean()
     ratio = tokens["selected"] / tokens["random"]

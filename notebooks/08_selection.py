@@ -190,7 +190,7 @@ refits.agreement(refit_plans, own).round(2)
 
 # %%
 wider = pd.concat([refitted, runs[runs["method"] == "random"]])
-with_refits = beat_random.compare(
+with_refits = beat_random.compare_with_random(
     wider, per_example=experiments.per_example(study, wider), selected="refit"
 )
 with_refits[["pool", *numbers, "p_holm", "p_margin", "verdict"]].round(4)
@@ -205,8 +205,8 @@ primary = contrasts.query("role == 'primary'")
 Markdown(reports.verdict_markdown(primary, kinds, rule))
 
 # %%
-study.claim("selected_beats_random", **claims.contrasts_claim(contrasts, with_refits))
-study.claim("beats_length", **claims.length_claim(*against.values()))
+study.record_claim("selected_beats_random", **claims.contrasts_claim(contrasts, with_refits))
+study.record_claim("beats_length", **claims.length_claim(*against.values()))
 experiments.selected_means(study, at_equal_rows).round(2)
 
 # %% [markdown]

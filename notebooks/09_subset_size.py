@@ -51,13 +51,14 @@ import pandas as pd
 from instructmining import claims, experiments, figures
 from instructmining.study import Study
 from instructmining_core.regression.rule_card import load_rule
-from instructmining_core.selection import size_search
+from instructmining_core.selection.size_curve import size_curve_power, size_curve_test, size_means
+from instructmining_core.selection.size_search import blendsearch
 
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
 pool = experiments.size_pool(study)
 sizes = study.profile.size
-trials = size_search.blendsearch(
+trials = blendsearch(
     experiments.size_trial(study, rule, pool),
     sizes.low,
     sizes.high,
@@ -88,7 +89,7 @@ print(
 # %%
 runs = study.run("size", experiments.size_plans(study, rule, pool, best))
 study.save(runs[experiments.GATE_COLUMNS], "sizes.parquet")
-means = size_search.size_means(runs, loss="loss_eval_2")
+means = size_means(runs, loss="loss_eval_2")
 means.round(4)
 
 # %%
@@ -101,7 +102,7 @@ figures.size_curve(runs)
 
 # %%
 random_runs = runs.query("method == 'random'")
-bump = size_search.size_curve_test(random_runs, loss="loss_eval_2", seed=0)
+bump = size_curve_test(random_runs, loss="loss_eval_2", seed=0)
 pd.Series(vars(bump), name="value").to_frame()
 
 # %% [markdown]
@@ -112,7 +113,7 @@ pd.Series(vars(bump), name="value").to_frame()
 draws = study.profile.size.draws
 power = pd.Series(
     {
-        b: size_search.size_curve_power(
+        b: size_curve_power(
             b, sizes=random_runs["size"].nunique(), draws_each=draws
         )
         for b in (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
@@ -124,8 +125,8 @@ power.rename_axis("bump, in seed-sd").to_frame().round(2)
 # %%
 rows = len(study.data.pools[pool])
 small_is_best = claims.size_claim(means, best, rows, trials, sizes.high)
-study.claim("small_is_best", **small_is_best)
-study.claim("double_descent", **claims.bump_claim(bump, power.to_dict()))
+study.record_claim("small_is_best", **small_is_best)
+study.record_claim("double_descent", **claims.bump_claim(bump, power.to_dict()))
 small_is_best
 
 # %% [markdown]

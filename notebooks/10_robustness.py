@@ -65,7 +65,7 @@ runs = pd.concat(
     ]
 )
 study.save(runs[experiments.GATE_COLUMNS], "robustness.parquet")
-contrasts = beat_random.compare(runs, loss="loss_eval_2")
+contrasts = beat_random.compare_with_random(runs, loss="loss_eval_2")
 contrasts[
     [
         "pool",
@@ -154,7 +154,7 @@ else:
 paper.table_5()
 
 # %%
-study.claim("robust", **claims.contrasts_claim(contrasts))
+study.record_claim("robust", **claims.contrasts_claim(contrasts))
 
 # %% [markdown]
 # ## In this notebook we have seen

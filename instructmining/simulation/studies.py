@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, ttest_ind
 from scipy.stats import t as student
+from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from instructmining_core.finetuning.sets import designed_sets, fusion_sets
 from instructmining_core.regression.inference import deletion_maps
@@ -23,7 +24,7 @@ from instructmining_core.regression.ols import residualise, slope_map
 from instructmining_core.regression.paper_rule import SubsetSearch
 from instructmining_core.regression.permutation import permutation
 from instructmining_core.regression.planner import half_widths, sigma_band
-from instructmining_core.selection.contrasts import MARGIN, crossed_interval, p_values, welch
+from instructmining_core.selection.contrasts import BOUNDS, crossed_interval
 
 from .null import PAPER_R2, null_r2, pure_noise
 from .worlds import COLUMNS, NOISE_SD, Design, design, outcomes, synthetic_world
@@ -58,11 +59,15 @@ def simulate_gate(
     shape = (studies, design.pools)
     selected = design.effect + rng.normal(0, design.seed_sd, (*shape, design.n_selected))
     spread = np.hypot(design.seed_sd, design.draw_sd)
-    difference, se, df = welch(selected, rng.normal(0, spread, (*shape, design.n_random)))
-    p, p_margin = p_values(difference, se, df, MARGIN)
+    random = rng.normal(0, spread, (*shape, design.n_random))
+    difference = selected.mean(-1) - random.mean(-1)
+    welch = CompareMeans(*(DescrStatsW(side.reshape(-1, side.shape[-1]).T)
+                           for side in (selected, random)))
+    p = welch.ttest_ind(usevar="unequal")[1].reshape(shape)
+    p_margin = welch.ttost_ind(*BOUNDS, usevar="unequal")[0].reshape(shape)
     significant = _holm_rows(p) < alpha
     better = significant & (difference < 0)
-    p_effect, _ = p_values(difference - design.effect, se, df)
+    p_effect = welch.ttest_ind(usevar="unequal", value=design.effect)[1].reshape(shape)
     return {
         "better": float(better[:, 0].mean()),
         "any_better": float(better.any(1).mean()),
@@ -106,8 +111,8 @@ def simulate_crossed(
             by_prompt = rng.normal(0, interaction_sd, prompts)
             sides.append(level + by_run + by_prompt + rng.normal(0, rest_sd, (runs, prompts)))
         low, high = crossed_interval(*sides)
-        p, _ = p_values(*welch(*(np.log(side.mean(1)) for side in sides)))
-        hits[i] = low < 0 < high, p > 0.05
+        runs_only = ttest_ind(*(np.log(side.mean(1)) for side in sides), equal_var=False)
+        hits[i] = low < 0 < high, runs_only.pvalue > 0.05
     crossed, runs_only = hits.mean(0)
     return {"crossed": float(crossed), "runs_only": float(runs_only)}
 

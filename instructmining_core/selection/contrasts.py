@@ -1,7 +1,7 @@
 """Contrasts of two groups of runs: Welch, equivalence, prompts as a second factor, verdicts.
 
-Source: our statistical plan, section 6; Welch 1947, Schuirmann 1987 (two one-sided tests), Holm
-1979. Differences are taken in log loss and shown as relative differences.
+Source: our statistical plan, section 6; Welch 1947, Schuirmann 1987 (two one-sided tests).
+Differences are taken in log loss and shown as relative differences.
 """
 
 from __future__ import annotations
@@ -11,23 +11,22 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import optimize, stats
+from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
-MARGIN = 0.01
-VERDICTS = (
-    "better", "better, and within ±1 %", "worse", "worse, and within ±1 %", "within ±1 %",
-    "undecided",
-)
+from ..config import InstructMiningError
 
-
-class ComparisonError(ValueError):
-    """The runs do not contain what the comparison asks for."""
+LEVEL = 0.95  # of every interval here
+ALPHA = 0.05  # of every test
+POWER = 0.8  # at which a difference counts as detectable
+MARGIN = 0.01  # relative difference below which two losses count as equal
+BOUNDS = np.log1p([-MARGIN, MARGIN])  # the margin in log loss
 
 
 @dataclass(frozen=True)
 class Contrast:
     """One difference of mean log losses with everything that a verdict needs.
 
-    difference, low, high : float, relative (−0.02 is a loss 2 % lower), interval at `level`
+    difference, low, high : float, relative (−0.02 is a loss 2 % lower), with its 95 % interval
     p : float, two-sided Welch p-value; p_margin : float, the larger of two one-sided tests
     detectable : float, relative difference seen with 80 % power at this noise and these counts
     df : float, Welch–Satterthwaite degrees of freedom
@@ -42,42 +41,37 @@ class Contrast:
     df: float
 
 
-def welch(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean difference a − b along the last axis, its standard error and Welch's degrees of freedom.
+def contrast(
+    losses: Sequence[float], versus: Sequence[float], *, alpha: float = ALPHA
+) -> Contrast:
+    """Welch contrast of two groups of runs on the log loss.
 
-    a : ndarray, shape (..., n_a); b : ndarray, shape (..., n_b); both n at least 2.
+    losses, versus : loss of each run, in nats; fewer than two runs on a side, or no variation at
+    all, give NaN for everything but the difference. alpha : level of the detectable difference.
     """
-    var_a = a.var(axis=-1, ddof=1) / a.shape[-1]
-    var_b = b.var(axis=-1, ddof=1) / b.shape[-1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        df = (var_a + var_b) ** 2 / (
-            var_a**2 / (a.shape[-1] - 1) + var_b**2 / (b.shape[-1] - 1)
-        )
-    return a.mean(axis=-1) - b.mean(axis=-1), np.sqrt(var_a + var_b), df
+    a, b = np.log(np.asarray(losses, float)), np.log(np.asarray(versus, float))
+    if min(len(a), len(b)) == 0:
+        raise InstructMiningError("a contrast needs at least one run on each side, got none")
+    difference = float(np.expm1(a.mean() - b.mean()))
+    if min(len(a), len(b)) < 2 or a.std() + b.std() == 0:
+        return Contrast(difference, *[float("nan")] * 6)
+    both = CompareMeans(DescrStatsW(a), DescrStatsW(b))
+    _, p, df = both.ttest_ind(usevar="unequal")
+    p_margin, *_ = both.ttost_ind(*BOUNDS, usevar="unequal")
+    low, high = np.expm1(both.tconfint_diff(1 - LEVEL, usevar="unequal"))
+    seen = detectable_difference(both.std_meandiff_separatevar, df, alpha)
+    return Contrast(difference, float(low), float(high), float(p), float(p_margin), seen, float(df))
 
 
-def p_values(
-    difference: np.ndarray, se: np.ndarray, df: np.ndarray, margin: float = MARGIN
-) -> tuple[np.ndarray, np.ndarray]:
-    """Two-sided p-value of "no difference", and of "outside the margin" (two one-sided tests).
-
-    difference, se : in log loss; margin : relative, so the bounds are log(1 ± margin).
-    """
-    p = 2 * stats.t.sf(np.abs(difference) / se, df)
-    above = stats.t.sf((difference - np.log1p(-margin)) / se, df)
-    below = stats.t.cdf((difference - np.log1p(margin)) / se, df)
-    return p, np.maximum(above, below)
-
-
-def detectable_difference(se: float, df: float, alpha: float = 0.05, power: float = 0.8) -> float:
-    """Smallest relative difference that a two-sided t test at `alpha` finds with this power.
+def detectable_difference(se: float, df: float, alpha: float = ALPHA) -> float:
+    """Smallest relative difference that a two-sided t test at `alpha` finds with 80 % power.
 
     se : float, standard error of a log-loss difference; df : float. From the noncentral t.
     """
-    return float(np.expm1(detectable_shift(se, df, alpha, power)))
+    return float(np.expm1(detectable_shift(se, df, alpha)))
 
 
-def detectable_shift(se: float, df: float, alpha: float = 0.05, power: float = 0.8) -> float:
+def detectable_shift(se: float, df: float, alpha: float = ALPHA) -> float:
     """As `detectable_difference`, in the units of `se`; NaN where there is no test."""
     if not (np.isfinite(se) and se > 0 and df > 0):
         return float("nan")
@@ -86,71 +80,27 @@ def detectable_shift(se: float, df: float, alpha: float = 0.05, power: float = 0
 
     def shortfall(shift: float) -> float:
         # The wrong-sided tail is left out: below 1e-4 here, and scipy's nct gives NaN in it.
-        return stats.nct.sf(critical, df, shift) - power
+        return stats.nct.sf(critical, df, shift) - POWER
 
     return float(se * optimize.brentq(shortfall, 0.0, critical * 2 + 4))
 
 
-def contrast(
-    losses: Sequence[float],
-    versus: Sequence[float],
-    *,
-    level: float = 0.95,
-    margin: float = MARGIN,
-    alpha: float | None = None,
-) -> Contrast:
-    """Welch contrast of two groups of runs on the log loss.
+def verdict(difference: float, p: float, p_margin: float) -> str:
+    """"better", "worse", "within ±1 %", both ("better, and within ±1 %") or "undecided".
 
-    losses, versus : loss of each run, in nats; fewer than two runs on a side, or no variation at
-    all, give NaN for everything but the difference. alpha : level of the detectable difference.
-    """
-    a, b = np.log(np.asarray(losses, float)), np.log(np.asarray(versus, float))
-    nan = float("nan")
-    if min(len(a), len(b)) == 0:
-        raise ComparisonError("a contrast needs at least one run on each side, got none")
-    if min(len(a), len(b)) < 2 or a.std() + b.std() == 0:
-        return Contrast(float(np.expm1(a.mean() - b.mean())), nan, nan, nan, nan, nan, nan)
-    difference, se, df = welch(a, b)
-    reach = stats.t.isf((1 - level) / 2, df) * se
-    p, p_margin = p_values(difference, se, df, margin)
-    seen = detectable_difference(float(se), float(df), 1 - level if alpha is None else alpha)
-    low, high = np.expm1([difference - reach, difference + reach])
-    return Contrast(
-        float(np.expm1(difference)), float(low), float(high), float(p), float(p_margin),
-        seen, float(df),
-    )
-
-
-def holm(p: Sequence[float]) -> np.ndarray:
-    """Holm's step-down adjustment; NaN stays NaN and counts as a test (Holm 1979)."""
-    p = np.asarray(p, float)
-    order = np.argsort(np.where(np.isnan(p), np.inf, p), kind="stable")
-    factor = len(p) - np.arange(len(p))
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * factor))
-    return adjusted
-
-
-def verdict(
-    difference: float, p: float, p_margin: float, *, alpha: float = 0.05, margin: float = MARGIN
-) -> str:
-    """One of `VERDICTS` (with the margin at hand); a missing p-value is "undecided".
-
-    p_margin : of "outside the margin", by two one-sided tests; below alpha the difference is
+    p_margin : of "outside the margin", by two one-sided tests; below 5 % the difference is
     smaller than the margin, whatever its sign. A difference that is real *and* that small is
-    called by its sign, with "and within ±1 %" after it.
+    called by its sign first. A missing p-value is "undecided".
     """
-    inside = f"within ±{100 * margin:g} %" if p_margin < alpha else ""
-    if p < alpha:
+    inside = f"within ±{100 * MARGIN:g} %" if p_margin < ALPHA else ""
+    if p < ALPHA:
         sign = "better" if difference < 0 else "worse"
         return f"{sign}, and {inside}" if inside else sign
     return inside or "undecided"
 
 
-def crossed_interval(
-    losses: np.ndarray, versus: np.ndarray, *, level: float = 0.95
-) -> tuple[float, float]:
-    """Interval of the relative difference with runs and prompts both taken as random.
+def crossed_interval(losses: np.ndarray, versus: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the relative difference with runs and prompts both taken as random.
 
     losses : ndarray, shape (n_runs_a, n_prompts), per-prompt loss in nats; versus : ndarray,
     shape (n_runs_b, n_prompts), the same prompts in the same order. The prompt's own level cancels
@@ -158,12 +108,12 @@ def crossed_interval(
     Variance = between runs + between prompts − what both count (Satterthwaite degrees of freedom).
     """
     if losses.ndim != 2 or versus.ndim != 2 or losses.shape[1] != versus.shape[1]:
-        raise ComparisonError(
+        raise InstructMiningError(
             f"per-prompt losses must be (runs, prompts) with the same prompts, got {losses.shape} "
             f"and {versus.shape}"
         )
     if min(*losses.shape, versus.shape[0]) < 2:
-        raise ComparisonError("two runs a side and two prompts are the least, got fewer")
+        raise InstructMiningError("two runs a side and two prompts are the least, got fewer")
     scaled = [group / group.mean() for group in (losses, versus)]
     n_prompts = losses.shape[1]
     terms, shared = [], []
@@ -184,5 +134,5 @@ def crossed_interval(
     # nor may its degrees of freedom undercut the smallest factor's: with two runs they run to 0
     df = max(df, min(d for _, d in terms))
     centre = np.log(losses.mean(1)).mean() - np.log(versus.mean(1)).mean()
-    reach = stats.t.isf((1 - level) / 2, df) * np.sqrt(total)
+    reach = stats.t.isf((1 - LEVEL) / 2, df) * np.sqrt(total)
     return float(np.expm1(centre - reach)), float(np.expm1(centre + reach))

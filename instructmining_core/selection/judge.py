@@ -1,23 +1,15 @@
-"""A judge behind an OpenAI-compatible HTTP interface: GPT-4 as in the paper, or a local server.
-
-The paper's prompt to its judge is unknown; this one is ours. The key is read from the environment
-at the moment of asking and kept nowhere.
-
-Which of two models answers better? Every pair judged in both orders.
+"""Which of two models answers better? Every pair judged in both orders, with an interval.
 
 Source: the paper asks GPT-4 once a pair (v1: better in 42.5 % of cases; v3, Fig. 3). Judges favour
 a position, so here a prompt's score is the mean of both orders, and the count has an interval
-(statistical plan, section 9).
+(statistical plan, section 9). The paper's prompt to its judge is unknown; ours is `INSTRUCTION`.
 """
 
 from __future__ import annotations
 
-import http.client
-import json
 import math
 import os
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -26,16 +18,22 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .contrasts import detectable_shift
+from ..config import InstructMiningError
+from ..data.formats import Messages
+from .contrasts import LEVEL, detectable_shift
 
-Messages = list[dict[str, str]]
 Judge = Callable[[Messages, str, str], float]
 
-MIN_PAIRS = 3
-
-
-class JudgeError(RuntimeError):
-    """The judge could not be asked, or what it was given cannot be compared."""
+MIN_PAIRS = 3  # of models, below which an interval speaks of these models only
+INSTRUCTION = (
+    "You compare two answers to the same request. Judge how correct, relevant and helpful each is. "
+    "Length and the order of the answers do not matter. Explain in at most two sentences, then end "
+    "with one line: `VERDICT: 1` if the first answer is better, `VERDICT: 2` if the second is, "
+    "`VERDICT: TIE` if neither is."
+)
+_VERDICT = re.compile(r"VERDICT:\W*(1|2|TIE)\b", re.IGNORECASE)
+_PREFERENCE = {"1": 1.0, "2": 0.0, "TIE": 0.5}
+_LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,7 @@ class NetWin:
     pairs: int
     inconsistent: float
     scope: str
-    detectable: float = float("nan")
-
-    @property
-    def winning_score(self) -> float:
-        """1 + net win: above 1 where the first model is ahead, as some surveys report it."""
-        return 1 + self.net
+    detectable: float
 
 
 def judge_pairs(
@@ -71,7 +64,6 @@ def judge_pairs(
     judge: Judge,
     *,
     pair: str | int = 0,
-    progress: bool = False,
 ) -> pd.DataFrame:
     """Ask a judge about each prompt twice, with A shown first and with B shown first.
 
@@ -83,15 +75,11 @@ def judge_pairs(
     A; "none" without a verdict), consistent (both orders agree; False without a verdict).
     """
     if not len(prompts) == len(answers_a) == len(answers_b):
-        raise JudgeError(
+        raise InstructMiningError(
             f"{len(prompts)} prompts, {len(answers_a)} and {len(answers_b)} answers: must be equal"
         )
-    from tqdm.auto import tqdm
-
     rows = []
-    triples = zip(prompts, answers_a, answers_b, strict=True)
-    bar = tqdm(triples, total=len(prompts), desc="judge", unit="pair", disable=not progress)
-    for number, (prompt, a, b) in enumerate(bar):
+    for number, (prompt, a, b) in enumerate(zip(prompts, answers_a, answers_b, strict=True)):
         first = _preference(judge(prompt, a, b))
         second = 1 - _preference(judge(prompt, b, a))
         score = (first + second) / 2
@@ -104,12 +92,12 @@ def judge_pairs(
     return pd.DataFrame(rows, columns=columns)
 
 
-def reward_judge(score: Callable[[Messages], float], *, tie: float = 0.0) -> Judge:
+def reward_judge(score: Callable[[Messages], float]) -> Judge:
     """A judge that prefers the answer with the higher reward.
 
     score : a conversation that ends with the answer -> reward; asked once for each conversation,
-    however often it is compared. tie : rewards that differ by at most this are a tie; NaN rewards
-    give no verdict. A reward model reads one answer at a time, so order can't sway it.
+    however often it is compared. Equal rewards are a tie; NaN rewards give no verdict. A reward
+    model reads one answer at a time, so order can't sway it.
     """
     known: dict[tuple, float] = {}
 
@@ -124,7 +112,7 @@ def reward_judge(score: Callable[[Messages], float], *, tie: float = 0.0) -> Jud
         lead = reward(prompt, first) - reward(prompt, second)
         if math.isnan(lead):
             return math.nan
-        return 0.5 if abs(lead) <= tie else float(lead > 0)
+        return 0.5 + 0.5 * float(np.sign(lead))
 
     return judge
 
@@ -160,9 +148,9 @@ def net_win(judged: pd.DataFrame) -> NetWin:
     table = decided.pivot(index="pair", columns="prompt_id", values="score").dropna(axis=1)
     values = 2 * table.to_numpy() - 1
     if values.shape[1] < 2:
-        raise JudgeError("pairs of models share fewer than two judged prompts")
+        raise InstructMiningError("pairs of models share fewer than two judged prompts")
     net, se, df = _two_way(values)
-    reach = stats.t.isf(0.025, df) * se
+    reach = stats.t.isf((1 - LEVEL) / 2, df) * se
     p = float(2 * stats.t.sf(abs(net) / se, df)) if se > 0 else float("nan")
     return NetWin(
         net, net - reach, net + reach, p, values.shape[1], len(values),
@@ -177,24 +165,13 @@ def net_win_of_counts(win: int, tie: int, lose: int) -> NetWin:
     >>> print(f"{found.net:+.2f} [{found.low:.2f}, {found.high:.2f}], p = {found.p:.2f}")
     +0.09 [-0.11, 0.28], p = 0.44
     """
-    values = np.repeat([1.0, 0.0, -1.0], [win, tie, lose])
-    if len(values) < 2:
-        raise JudgeError(f"an interval needs two judged prompts, got {len(values)}")
-    net, n = values.mean(), len(values)
-    se = float(values.std(ddof=1)) / math.sqrt(n)
-    reach = stats.t.isf(0.025, n - 1) * se
-    p = stats.binomtest(win, win + lose).pvalue if win + lose else 1.0
-    low, high = float(net - reach), float(net + reach)
-    return NetWin(
-        float(net), low, high, float(p), n, 1, float("nan"), "these two models",
-        detectable_shift(se, n - 1),
-    )
+    return _over_nets(np.repeat([1.0, 0.0, -1.0], [win, tie, lose]), 1, float("nan"))
 
 
 def _preference(value: float) -> float:
     value = float(value)
     if not (math.isnan(value) or 0 <= value <= 1):
-        raise JudgeError(f"a preference must be in [0, 1] or NaN, the judge gave {value}")
+        raise InstructMiningError(f"a preference must be in [0, 1] or NaN, the judge gave {value}")
     return value
 
 
@@ -210,18 +187,21 @@ def _inconsistent(decided: pd.DataFrame) -> float:
 
 def _over_prompts(judged: pd.DataFrame) -> NetWin:
     decided = judged.dropna(subset=["score"])
-    nets = 2 * decided.groupby("prompt_id")["score"].mean() - 1
+    nets = 2 * decided.groupby("prompt_id")["score"].mean().to_numpy() - 1
+    return _over_nets(nets, judged["pair"].nunique(), _inconsistent(decided))
+
+
+def _over_nets(nets: np.ndarray, pairs: int, inconsistent: float) -> NetWin:
+    """Interval over prompts; nets : shape (prompts,), in [−1, 1]."""
     if len(nets) < 2:
-        raise JudgeError(f"an interval needs two judged prompts, got {len(nets)}")
-    se = float(nets.std(ddof=1)) / math.sqrt(len(nets))
-    reach = stats.t.isf(0.025, len(nets) - 1) * se
+        raise InstructMiningError(f"an interval needs two judged prompts, got {len(nets)}")
+    net, se = float(nets.mean()), float(stats.sem(nets))
+    reach = stats.t.isf((1 - LEVEL) / 2, len(nets) - 1) * se
     win, lose = int((nets > 0).sum()), int((nets < 0).sum())
     p = float(stats.binomtest(win, win + lose).pvalue) if win + lose else 1.0
-    mean, pairs = float(nets.mean()), judged["pair"].nunique()
     return NetWin(
-        mean, float(mean - reach), float(mean + reach), p, len(nets), pairs,
-        _inconsistent(decided), "these two models" if pairs == 1 else "these models",
-        detectable_shift(se, len(nets) - 1),
+        net, float(net - reach), float(net + reach), p, len(nets), pairs, inconsistent,
+        "these two models" if pairs == 1 else "these models", detectable_shift(se, len(nets) - 1),
     )
 
 
@@ -240,91 +220,95 @@ def _two_way(values: np.ndarray) -> tuple[float, float, float]:
     return float(mean), math.sqrt(total), total**2 / spread if spread else float("inf")
 
 
-INSTRUCTION = (
-    "You compare two answers to the same request. Judge how correct, relevant and helpful each is. "
-    "Length and the order of the answers do not matter. Explain in at most two sentences, then end "
-    "with one line: `VERDICT: 1` if the first answer is better, `VERDICT: 2` if the second is, "
-    "`VERDICT: TIE` if neither is."
-)
-_VERDICT = re.compile(r"VERDICT:\W*(1|2|TIE)\b", re.IGNORECASE)
-_PREFERENCE = {"1": 1.0, "2": 0.0, "TIE": 0.5}
-_LOCAL = ("localhost", "127.0.0.1", "::1")
-
-
 @dataclass(frozen=True)
-class ApiJudge:
-    """Asks `POST {base_url}/chat/completions` which of two answers is better, at temperature 0.
+class JudgeServer:
+    """Where to ask: any server with OpenAI's chat completions, for GPT-4 as in the paper or a local
+    model.
 
     base_url : such as "https://api.openai.com/v1" or "http://localhost:8000/v1"; model : as the
     server names it; key_variable : name of the environment variable with the key, "" where the
-    server wants none; timeout : seconds an attempt; attempts : tries at a busy server (429, 5xx);
-    wait : seconds before the second try, doubled at each further one.
-
-    Calling it asks in the order given; `judge_pairs` asks in both.
+    server wants none; timeout : seconds an attempt; retries : further attempts where the server is
+    busy (429, 5xx) or silent, each after a longer wait or the one that the server asks for.
     """
 
     base_url: str
     model: str
     key_variable: str = "OPENAI_API_KEY"
     timeout: float = 60.0
-    attempts: int = 4
-    wait: float = 2.0
+    retries: int = 3
 
     def __post_init__(self) -> None:
         url = urlsplit(self.base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
-            raise JudgeError(f"base_url must start with http:// or https://, got {self.base_url!r}")
+            raise InstructMiningError(
+                f"base_url must start with http:// or https://, got {self.base_url!r}"
+            )
         if url.scheme == "http" and self.key_variable and url.hostname not in _LOCAL:
-            raise JudgeError(
+            raise InstructMiningError(
                 f"{self.base_url} would carry the key in clear text: use https, or "
                 'key_variable="" for a server without a key'
             )
 
-    def __call__(self, prompt: Messages, first: str, second: str) -> float:
-        """1 if the first answer is preferred, 0 if the second, ½ a tie, NaN without a verdict."""
-        return parse_verdict(self.ask(comparison(prompt, first, second)))
 
-    def ask(self, messages: Messages) -> str:
-        """The model's reply to one conversation; raises JudgeError with the server's reason."""
-        body = json.dumps({"model": self.model, "messages": messages, "temperature": 0})
-        headers = {"Content-Type": "application/json"} | self._authorisation()
-        for attempt in range(self.attempts):
-            status, text = self._post(body.encode(), headers)
-            busy = status == 429 or status >= 500
-            if not busy or attempt + 1 == self.attempts:
-                break
-            time.sleep(self.wait * 2**attempt)
-        if status != 200:
-            raise JudgeError(f"{self.base_url} answered {status}: {text[:300]}")
+def api_judge(server: JudgeServer) -> Judge:
+    """A judge at a server, asked at temperature 0 in the order given; `judge_pairs` asks in both.
+
+    A reply without a verdict is NaN. The key is read from the environment and from nowhere else.
+    Raises InstructMiningError where there is no key or no client, and, when asked, with the
+    server's reason.
+    """
+    try:
+        import openai
+    except ImportError as error:
+        raise InstructMiningError(
+            "a judge at a server needs the openai client: pip install 'instructmining[judge]'"
+        ) from error
+    client = openai.OpenAI(
+        base_url=server.base_url, api_key=_key(server), timeout=server.timeout,
+        max_retries=server.retries,
+        # a redirect could carry the answers to a host that nobody named
+        http_client=openai.DefaultHttpxClient(follow_redirects=False),
+    )
+    no_key = {} if server.key_variable else {"Authorization": openai.Omit()}
+
+    def judge(prompt: Messages, first: str, second: str) -> float:
         try:
-            return json.loads(text)["choices"][0]["message"]["content"] or ""
-        except (ValueError, LookupError, TypeError) as error:
-            raise JudgeError(f"{self.base_url} sent no chat completion: {text[:300]}") from error
+            completion = client.chat.completions.create(
+                model=server.model, messages=_comparison(prompt, first, second), temperature=0,
+                extra_headers=no_key,
+            )
+        except openai.APIStatusError as error:
+            reason = f"{error.status_code}: {error.response.text[:300]}"
+            raise InstructMiningError(f"{server.base_url} answered {reason}") from error
+        except openai.APIConnectionError as error:
+            raise InstructMiningError(f"{server.base_url} did not answer: {error}") from error
+        except ValueError as error:
+            raise InstructMiningError(f"{server.base_url} sent no JSON: {error}") from error
+        return parse_verdict(_reply(completion, server))
 
-    def _authorisation(self) -> dict[str, str]:
-        if not self.key_variable:
-            return {}
-        key = os.environ.get(self.key_variable)
-        if not key:
-            raise JudgeError(f"the judge needs a key: set the variable {self.key_variable}")
-        return {"Authorization": f"Bearer {key}"}
-
-    def _post(self, body: bytes, headers: dict[str, str]) -> tuple[int, str]:
-        url = urlsplit(self.base_url)
-        kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-        # http.client follows no redirect, so the key reaches no other host than the one named.
-        connection = kind(url.hostname, url.port, timeout=self.timeout)
-        try:
-            connection.request("POST", url.path.rstrip("/") + "/chat/completions", body, headers)
-            response = connection.getresponse()
-            return response.status, response.read().decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException) as error:
-            return 599, f"no connection ({type(error).__name__}: {error})"
-        finally:
-            connection.close()
+    return judge
 
 
-def comparison(prompt: Sequence[dict[str, str]], first: str, second: str) -> Messages:
+def _key(server: JudgeServer) -> str:
+    if not server.key_variable:
+        return "none"  # the client wants one, and sends none
+    key = os.environ.get(server.key_variable)
+    if not key:
+        raise InstructMiningError(f"the judge needs a key: set the variable {server.key_variable}")
+    return key
+
+
+def _reply(completion: object, server: JudgeServer) -> str:
+    """The text of a completion; the client hands on whatever JSON a server sends."""
+    try:
+        return completion.choices[0].message.content or ""
+    except (AttributeError, LookupError, TypeError) as error:
+        raise InstructMiningError(
+            f"{server.base_url} sent no chat completion: {str(completion)[:300]}"
+        ) from error
+
+
+def _comparison(prompt: Messages, first: str, second: str) -> Messages:
     """The conversation that asks for a comparison of two answers to `prompt`."""
     request = "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in prompt)
     parts = [("Request", request), ("First answer", first), ("Second answer", second)]

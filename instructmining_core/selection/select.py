@@ -1,8 +1,4 @@
-"""Several rules on the same rows: how alike they rank, and where they part.
-
-Down a ranking, best row first, until enough rows are kept that repeat none of the others.
-
-From scores to rows: rank by a rule, drop near duplicates, keep the best; and the baselines.
+"""From scores to rows: rank by a rule, drop near duplicates, keep the best; and the baselines.
 
 A rule predicts the log loss after training on rows like this one, so the lowest score is the best
 row (InstructMining v3, arXiv 2307.06290, section 3). The paper takes the top rows as they come;
@@ -14,93 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..data.duplicates import THRESHOLD, Kept, first_of_each
+from ..config import InstructMiningError
+from ..data.duplicates import Kept
 from ..data.formats import Messages
 from ..regression.rule_card import RuleCard
 
-if TYPE_CHECKING:
-    from ..regression.rule_card import RuleCard
-
-
 BATCH_ROWS = 1024  # rows whose texts are fetched at a time, at least
-
-Texts = Callable[[pd.DataFrame], Sequence[Messages]]
-
-
-class SelectionError(ValueError):
-    """A selection that cannot be made as asked."""
-
-
-def distinct_from_the_top(
-    scored: pd.DataFrame, wanted: int, texts: pd.DataFrame | Texts | None, threshold: float
-) -> tuple[list[int], dict[int, int]]:
-    """Down the ranking until `wanted` rows are kept: (kept labels, {dropped label: kept label})."""
-    firsts, repeats = _exact_duplicates(scored)
-    kept: list[int] = []
-    twins: dict[int, int] = {}
-    near = Kept(threshold)
-    for label, messages in _with_texts(scored.loc[firsts], wanted, texts):
-        twin = near.add(label, messages) if messages is not None else None
-        if twin is None:
-            kept.append(label)
-        else:
-            twins[label] = twin
-        if len(kept) == wanted:
-            break
-    # Labels are positions in the ranking: what lies below the last kept row was not looked at.
-    for label, first in repeats.items():
-        if label < kept[-1] or len(kept) < wanted:
-            twins[label] = twins.get(first, first)
-    return kept, twins
-
-
-def _exact_duplicates(scored: pd.DataFrame) -> tuple[list[int], dict[int, int]]:
-    """Labels of the first row of each row hash, and {label of a repeat: label of the first}."""
-    if "row_hash" not in scored:
-        return list(scored.index), {}
-    seen: dict[str, int] = {}
-    firsts, repeats = [], {}
-    for label, own in scored["row_hash"].items():
-        first = seen.setdefault(own, label) if own else label
-        if first == label:
-            firsts.append(label)
-        else:
-            repeats[label] = first
-    return firsts, repeats
-
-
-def _with_texts(
-    rows: pd.DataFrame, wanted: int, texts: pd.DataFrame | Texts | None
-) -> Iterator[tuple[int, Messages | None]]:
-    fetch = _from_table(texts) if isinstance(texts, pd.DataFrame) else texts
-    # Fetching may mean reading a file again, so the first batch should do and the next ones double.
-    start, size = 0, max(BATCH_ROWS, wanted + wanted // 4)
-    while start < len(rows):
-        batch = rows.iloc[start : start + size]
-        yield from zip(batch.index, fetch(batch) if fetch else [None] * len(batch), strict=True)
-        start, size = start + size, 2 * size
-
-
-def _from_table(table: pd.DataFrame) -> Texts:
-    def keys(frame: pd.DataFrame) -> list[tuple]:
-        parts = frame["part"] if "part" in frame else [0] * len(frame)
-        return list(zip(frame["file"], frame["row"], parts, strict=True))
-
-    by_key = dict(zip(keys(table), table["messages"], strict=True))
-
-    def fetch(rows: pd.DataFrame) -> list[Messages]:
-        missing = [key for key in keys(rows) if key not in by_key]
-        if missing:
-            raise SelectionError(f"row {missing[0]} of the scores is not in the record table")
-        return [by_key[key] for key in keys(rows)]
-
-    return fetch
-
 
 # Baseline -> (column, True where the lowest value is taken). The least compressible first: Yin et
 # al. 2024 (arXiv 2407.06645) prefer data of a low raw/compressed ratio.
@@ -115,6 +35,7 @@ METHODS = ("selected", "random", *BASELINES, "full")
 TOKENS = "_tokens"  # ends a method's name where its rows hold the selected rows' tokens
 NO_SCORE, DUPLICATE, BELOW = "no score", "near duplicate", "below the cut"
 
+Texts = Callable[[pd.DataFrame], Sequence[Messages]]
 TokensOf = Callable[[pd.DataFrame], Sequence[float]]
 
 
@@ -153,11 +74,11 @@ def rank(scores: pd.DataFrame, rule: RuleCard) -> pd.DataFrame:
     ranked["rank"] = np.where(ranked["score"].notna(), np.arange(1, len(ranked) + 1.0), np.nan)
     ranked["percentile"] = 100 * (scored - ranked["rank"] + 1) / max(scored, 1)
     unscored = ranked.iloc[scored:].to_dict(orient="records")
-    ranked["reason"] = [""] * scored + [why_unscored(row, rule.columns) for row in unscored]
+    ranked["reason"] = [""] * scored + [_why_unscored(row, rule.columns) for row in unscored]
     return ranked
 
 
-def why_unscored(row: Mapping[str, Any], columns: Sequence[str]) -> str:
+def _why_unscored(row: Mapping[str, Any], columns: Sequence[str]) -> str:
     """Why a row has no score: each missing indicator of the rule with its recorded reason."""
     recorded = json.loads(row.get("reasons") or "{}")
     if "row" in recorded:
@@ -169,48 +90,42 @@ def why_unscored(row: Mapping[str, Any], columns: Sequence[str]) -> str:
 
 def top_rows(rule: RuleCard, top_k: int | str) -> int:
     """How many rows to keep: the number itself, or for "auto" the size that the rule's search
-    found (`auto_size` on its card). Raises SelectionError.
+    found (`auto_size` on its card). Raises InstructMiningError.
     """
     if top_k != "auto":
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-            raise SelectionError(f"top_k is {top_k!r}; it is a number of rows above 0, or 'auto'")
+            raise InstructMiningError(
+                f"top_k is {top_k!r}; it is a number of rows above 0, or 'auto'"
+            )
         return top_k
     size = rule.data.get("auto_size")
     if not isinstance(size, int) or size < 1:
-        raise SelectionError(
+        raise InstructMiningError(
             "this rule card carries no `auto_size`: search the size on your own data first "
-            "(notebook 09, `search.blendsearch`) and write it on the card, or name a number"
+            "(notebook 09) and write it on the card, or name a number"
         )
     return size
 
 
-def select(
-    scores: pd.DataFrame,
-    rule: RuleCard,
-    top_k: int | str,
-    *,
-    texts: pd.DataFrame | Texts | None = None,
-    threshold: float = THRESHOLD,
-) -> Selection:
-    """The best `top_k` rows without near duplicates.
+def select(scores: pd.DataFrame, rule: RuleCard, top_k: int | str, texts: Texts) -> Selection:
+    """The best `top_k` rows without near duplicates (`data.duplicates.Kept`).
 
-    scores : a score table, columns as `scoring.score` gives them
+    scores : a score table, columns as `scorer.score` gives them; rows of one `row_hash`, where it
+        is there, count once
     top_k : rows to keep, or "auto" (see `top_rows`)
-    texts : where the conversations are, to find near duplicates: the record table, matched on
-        (file, row, part); or a function from rows of the ranking to their conversations, asked
-        for a few at a time from the best on. None: only exact duplicates (by row hash) are found.
-    threshold : see `near_duplicates`
+    texts : rows of the ranking -> their conversations; asked for a few rows at a time, from the
+        best on
 
-    Keeps fewer than `top_k` where there are no more rows. Raises SelectionError where no row has a
-    score.
+    Keeps fewer than `top_k` where there are no more rows. Raises InstructMiningError where no row
+    has a score.
     """
     wanted = top_rows(rule, top_k)
     ranked = rank(scores, rule).reset_index(drop=True)
     scored = ranked[ranked["score"].notna()]
     if scored.empty:
         example = f", for example {ranked['reason'].iloc[0]}" if len(ranked) else ""
-        raise SelectionError(f"none of the {len(ranked)} rows has a score{example}")
-    kept, twins = distinct_from_the_top(scored, wanted, texts, threshold)
+        raise InstructMiningError(f"none of the {len(ranked)} rows has a score{example}")
+    kept, twins = _distinct_from_the_top(scored, wanted, texts)
     # One change at a time to a column of strings copies all of it: fill arrays of objects.
     ids = ranked["id"].to_numpy(object)
     unscored = ranked["score"].isna().to_numpy()
@@ -223,15 +138,56 @@ def select(
     return Selection(ranked.loc[kept].drop(columns="reason"), left)
 
 
-def remove_near_duplicates(
-    table: pd.DataFrame, order: Sequence[int], threshold: float = THRESHOLD
+def _distinct_from_the_top(
+    scored: pd.DataFrame, wanted: int, texts: Texts
 ) -> tuple[list[int], dict[int, int]]:
-    """Walk a record table's rows (positions, best first): (kept, {dropped: the one it repeats})."""
-    messages = table["messages"].tolist()
-    return first_of_each(((row, messages[row]) for row in order), threshold)
+    """Down the ranking until `wanted` rows are kept: (kept labels, {dropped label: kept label})."""
+    firsts, repeats = _exact_duplicates(scored)
+    kept: list[int] = []
+    twins: dict[int, int] = {}
+    near = Kept()
+    for label, messages in _with_texts(scored.loc[firsts], wanted, texts):
+        twin = near.add(label, messages)
+        if twin is None:
+            kept.append(label)
+        else:
+            twins[label] = twin
+        if len(kept) == wanted:
+            break
+    # Labels are positions in the ranking: what lies below the last kept row was not looked at.
+    for label, first in repeats.items():
+        if label < kept[-1] or len(kept) < wanted:
+            twins[label] = twins.get(first, first)
+    return kept, twins
 
 
-def choose(
+def _exact_duplicates(scored: pd.DataFrame) -> tuple[list[int], dict[int, int]]:
+    """Labels of the first row of each row hash, and {label of a repeat: label of the first}."""
+    if "row_hash" not in scored:
+        return list(scored.index), {}
+    seen: dict[str, int] = {}
+    firsts, repeats = [], {}
+    for label, own in scored["row_hash"].items():
+        first = seen.setdefault(own, label) if own else label
+        if first == label:
+            firsts.append(label)
+        else:
+            repeats[label] = first
+    return firsts, repeats
+
+
+def _with_texts(
+    rows: pd.DataFrame, wanted: int, texts: Texts
+) -> Iterator[tuple[int, Messages]]:
+    # Fetching may mean reading a file again, so the first batch should do and the next ones double.
+    start, size = 0, max(BATCH_ROWS, wanted + wanted // 4)
+    while start < len(rows):
+        batch = rows.iloc[start : start + size]
+        yield from zip(batch.index, texts(batch), strict=True)
+        start, size = start + size, 2 * size
+
+
+def choose_rows(
     scores: pd.DataFrame,
     method: str,
     size: int,
@@ -245,48 +201,44 @@ def choose(
         "compression", or "full" (every row; `size` is not asked). For every method exact
         duplicates count once and unreadable rows not at all; rows without a value are left to
         "random" and "full".
-    Raises SelectionError where the pool has fewer rows with a value.
+    Raises InstructMiningError where the pool has fewer rows with a value.
     """
     pool = _distinct(scores)
     if method == "full":
         return pool
     chosen = _in_order(pool, method, rule, seed).iloc[:size]
     if len(chosen) < size:
-        raise SelectionError(f"{method!r} can choose {len(chosen)} rows, {size} were asked for")
+        raise InstructMiningError(
+            f"{method!r} can choose {len(chosen)} rows, {size} were asked for"
+        )
     return chosen
 
 
 def choose_tokens(
-    scores: pd.DataFrame,
-    method: str,
-    tokens: float,
-    *,
-    rule: RuleCard | None = None,
-    seed: int = 0,
-    tokens_of: TokensOf | None = None,
+    scores: pd.DataFrame, method: str, tokens: float, *, seed: int = 0, tokens_of: TokensOf
 ) -> pd.DataFrame:
-    """A pool's rows by one method until they hold `tokens` target tokens, as nearly as possible.
+    """A pool's rows by one baseline until they hold `tokens` target tokens, as nearly as possible.
 
     At a fixed number of rows a method that likes long answers trains on more tokens; this is the
-    comparison without that advantage. method : as for `choose`, but "full".
+    comparison without that advantage. method : as for `choose_rows`, but "selected" and "full".
     tokens : target tokens of one pass over the rows; tokens_of : rows -> target tokens of each,
-    asked for a few rows at a time; None: `len_out`, which counts words, stands in for them.
+    asked for a few rows at a time.
 
     The last row is kept where that comes nearer to `tokens`; at least one row is chosen. Raises
-    SelectionError where all the method's rows together hold fewer.
+    InstructMiningError where all the method's rows together hold fewer.
     """
     if not tokens > 0:
-        raise SelectionError(f"{tokens} target tokens were asked for; it must be above 0")
-    rows = _in_order(_distinct(scores), method, rule, seed)
+        raise InstructMiningError(f"{tokens} target tokens were asked for; it must be above 0")
+    rows = _in_order(_distinct(scores), method, None, seed)
     summed, batch = np.zeros(0), 64
     while len(summed) < len(rows) and (not len(summed) or summed[-1] < tokens):
         more = rows.iloc[len(summed) : len(summed) + batch]
-        own = more["len_out"].fillna(0) if tokens_of is None else tokens_of(more)
         before = summed[-1] if len(summed) else 0.0
-        summed, batch = np.r_[summed, before + np.cumsum(np.asarray(own, float))], 2 * batch
+        own = np.cumsum(np.asarray(tokens_of(more), float))
+        summed, batch = np.r_[summed, before + own], 2 * batch
     if not len(summed) or summed[-1] < tokens:
         held = summed[-1] if len(summed) else 0
-        raise SelectionError(
+        raise InstructMiningError(
             f"{method!r} can choose rows of {held:.0f} target tokens, {tokens:.0f} were asked for"
         )
     return rows.iloc[: int(np.argmin(np.abs(summed - tokens))) + 1]
@@ -305,22 +257,16 @@ def _in_order(pool: pd.DataFrame, method: str, rule: RuleCard | None, seed: int)
         return pool.iloc[np.random.default_rng(seed).permutation(len(pool))]
     if method == "selected":
         if rule is None:
-            raise SelectionError("'selected' needs a rule")
+            raise InstructMiningError("'selected' needs a rule")
         ranked = rank(pool, rule)
         return ranked[ranked["score"].notna()]
     if method in BASELINES:
         column, lowest = BASELINES[method]
         if column not in pool:
-            raise SelectionError(f"{method!r} needs the column {column!r}: score it first")
+            raise InstructMiningError(f"{method!r} needs the column {column!r}: score it first")
         known = pool.dropna(subset=column)
         return known.sort_values(column, ascending=lowest, kind="stable")
-    raise SelectionError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-
-
-def baselines(scores: pd.DataFrame, k: int, seed: int = 0) -> dict[str, pd.DataFrame]:
-    """Every baseline that the table's columns allow: name -> its rows, as `choose` gives them."""
-    able = [name for name, (column, _) in BASELINES.items() if column in scores]
-    return {name: choose(scores, name, k, seed=seed) for name in ("random", *able, "full")}
+    raise InstructMiningError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
 
 
 def compare_rules(rules: Mapping[str, RuleCard], scores: pd.DataFrame,

@@ -1,4 +1,4 @@
-"""Loss against set size: intervals, the test of "falls, rises, falls", the trend of the gap.
+"""Loss against set size: intervals, and the test of "falls, rises, falls".
 
 Source: the paper (v3, Figs. 1 and 4) claims a double descent from few points and without a test.
 The test is ours (statistical plan, section 9).
@@ -14,11 +14,14 @@ import pandas as pd
 from scipy import stats
 from sklearn.isotonic import isotonic_regression
 
+from ..config import InstructMiningError
+
+LEVEL = 0.95  # of the intervals of the means
+ALPHA = 0.05  # of the test
+DRAWS = 20_000  # simulated curves a boundary shape
+STUDIES = 4_000  # simulated studies of a power, and curves of the isotonic null
 _CHUNK = 2_000
-
-
-class CurveError(ValueError):
-    """The curve has too few sizes or repeats for a test."""
+_FAR = 100.0  # a step "as large as you like", in standard errors
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,7 @@ class SizeCurveTest:
     df: int
 
 
-def size_curve_test(
-    runs: pd.DataFrame,
-    loss: str = "loss_eval_1",
-    *,
-    alpha: float = 0.05,
-    draws: int = 20_000,
-    seed: int = 0,
-) -> SizeCurveTest:
+def size_curve_test(runs: pd.DataFrame, loss: str, *, seed: int = 0) -> SizeCurveTest:
     """Test one curve for "falls, rises, falls" by a max–min contrast.
 
     runs : one method and pool, columns size (rows) and `loss` (nats), several draws at each of at
@@ -68,12 +64,12 @@ def size_curve_test(
     statistic, where = _max_min(means[None] / scale, counts, quads)
     rng = np.random.default_rng(seed)
     null = [
-        _simulate(shape, counts, df, quads, draws, rng) for shape in _boundary_shapes(len(sizes))
+        _simulate(shape, counts, df, quads, DRAWS, rng) for shape in _boundary_shapes(len(sizes))
     ]
-    critical = max(float(np.quantile(t, 1 - alpha)) for t in null)
+    critical = max(float(np.quantile(t, 1 - ALPHA)) for t in null)
     p = max(_p(t, statistic[0]) for t in null)
     isotonic = _isotonic(means[None], counts)[0] / variance
-    flat = rng.normal(size=(min(draws, 4_000), len(sizes))) / np.sqrt(counts)
+    flat = rng.normal(size=(STUDIES, len(sizes))) / np.sqrt(counts)
     null_isotonic = _isotonic(flat, counts) / (rng.chisquare(df, len(flat)) / df)
     best = quads[where[0]]
     return SizeCurveTest(
@@ -83,15 +79,7 @@ def size_curve_test(
     )
 
 
-def size_curve_power(
-    bump: float,
-    *,
-    sizes: int = 8,
-    draws_each: int = 5,
-    alpha: float = 0.05,
-    studies: int = 4_000,
-    seed: int = 0,
-) -> float:
+def size_curve_power(bump: float, *, sizes: int, draws_each: int) -> float:
     """Power of the test at a bump of `bump` seed standard deviations, in [0, 1].
 
     The curve falls by `bump` from each size to the next, but for one size in the middle where it
@@ -100,21 +88,19 @@ def size_curve_power(
     counts = np.full(sizes, draws_each)
     df = sizes * (draws_each - 1)
     quads = np.array(list(combinations(range(sizes), 4)))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     critical = max(
-        float(np.quantile(_simulate(shape, counts, df, quads, studies * 2, rng), 1 - alpha))
+        float(np.quantile(_simulate(shape, counts, df, quads, 2 * STUDIES, rng), 1 - ALPHA))
         for shape in _boundary_shapes(sizes)
     )
     steps = np.full(sizes - 1, -bump, float)
     steps[(sizes - 1) // 2] = bump
     truth = np.r_[0.0, np.cumsum(steps)]
-    return float((_simulate(truth, counts, df, quads, studies, rng) > critical).mean())
+    return float((_simulate(truth, counts, df, quads, STUDIES, rng) > critical).mean())
 
 
-def size_means(
-    runs: pd.DataFrame, loss: str = "loss_eval_1", *, level: float = 0.95
-) -> pd.DataFrame:
-    """Mean loss with a t interval at each size, per pool and method.
+def size_means(runs: pd.DataFrame, loss: str) -> pd.DataFrame:
+    """Mean loss with a 95 % t interval at each size, per pool and method.
 
     runs : columns pool, method, size (rows), seed, `loss` (nats). The noise of one curve is pooled
     over its sizes (on log loss), so few draws a size still give an interval; with one draw at
@@ -125,7 +111,7 @@ def size_means(
         logs = np.log(part[loss]).groupby(part["size"]).agg(["mean", "count", "var"])
         df = int((logs["count"] - 1).sum())
         pooled = ((logs["count"] - 1) * logs["var"].fillna(0)).sum() / df if df else np.nan
-        reach = stats.t.isf((1 - level) / 2, max(df, 1)) * np.sqrt(pooled / logs["count"])
+        reach = stats.t.isf((1 - LEVEL) / 2, max(df, 1)) * np.sqrt(pooled / logs["count"])
         rows.append(pd.DataFrame({
             "pool": pool, "method": method, "size": logs.index, "n": logs["count"].to_numpy(),
             "mean": np.exp(logs["mean"]).to_numpy(),
@@ -135,54 +121,13 @@ def size_means(
     return pd.concat(rows, ignore_index=True)
 
 
-def gap_trend(
-    runs: pd.DataFrame,
-    loss: str = "loss_eval_1",
-    *,
-    selected: str = "selected",
-    random: str = "random",
-    level: float = 0.95,
-) -> dict[str, float]:
-    """Does the gap between selected and random shrink with size (paper v3, Fig. 4)?
-
-    runs : one pool, columns method, size, `loss`. Regresses log loss on one level a size and the
-    gap on log2 size, over the sizes both have. Returns gap (relative difference at the middle of
-    the log sizes), slope (its change a doubling, in log loss; > 0 where selected is ahead means
-    that the gap shrinks), low, high (interval of the slope), p, and df.
-    """
-    part = runs[runs["method"].isin([selected, random])].dropna(subset=[loss])
-    common = set.intersection(*(set(part.loc[part["method"] == m, "size"])
-                                for m in (selected, random)))
-    part = part[part["size"].isin(common)]
-    if len(common) < 2:
-        raise CurveError(f"the gap needs two sizes that both methods have, got {sorted(common)}")
-    levels = pd.get_dummies(part["size"]).to_numpy(float)
-    doublings = np.log2(part["size"].to_numpy(float))
-    doublings -= np.log2(sorted(common)).mean()
-    is_selected = (part["method"] == selected).to_numpy(float)
-    design = np.column_stack([levels, is_selected, is_selected * doublings])
-    y = np.log(part[loss].to_numpy(float))
-    df = len(y) - design.shape[1]
-    if df < 1:
-        raise CurveError("the gap needs more than one run at a size")
-    beta, *_ = np.linalg.lstsq(design, y, rcond=None)
-    noise = ((y - design @ beta) ** 2).sum() / df
-    se = np.sqrt(noise * np.linalg.inv(design.T @ design)[-1, -1])
-    reach = stats.t.isf((1 - level) / 2, df) * se
-    return {
-        "gap": float(np.expm1(beta[-2])), "slope": float(beta[-1]),
-        "low": float(beta[-1] - reach), "high": float(beta[-1] + reach),
-        "p": float(2 * stats.t.sf(abs(beta[-1]) / se, df)), "df": float(df),
-    }
-
-
 def _curve(runs: pd.DataFrame, loss: str) -> tuple:
     kept = runs.dropna(subset=[loss])
     groups = np.log(kept[loss]).groupby(kept["size"])
     counts = groups.count().to_numpy()
     df = int((counts - 1).sum())
     if len(counts) < 4 or df < 2:
-        raise CurveError(
+        raise InstructMiningError(
             f"the test needs at least 4 sizes and repeats at them, got {len(counts)} sizes and "
             f"{len(kept)} runs"
         )
@@ -204,11 +149,11 @@ def _max_min(
     return least.max(1), least.argmax(1)
 
 
-def _boundary_shapes(k: int, far: float = 100.0) -> list[np.ndarray]:
+def _boundary_shapes(k: int) -> list[np.ndarray]:
     """Curves that just fail to fall, rise, fall: one step is nil on the longest flat stretch."""
-    flat_rise = np.r_[far, np.zeros(k - 2), -far]
-    flat_last_fall = np.r_[far, 0.0, np.full(k - 2, far)]
-    flat_first_fall = np.r_[np.zeros(k - 2), far, 0.0]
+    flat_rise = np.r_[_FAR, np.zeros(k - 2), -_FAR]
+    flat_last_fall = np.r_[_FAR, 0.0, np.full(k - 2, _FAR)]
+    flat_first_fall = np.r_[np.zeros(k - 2), _FAR, 0.0]
     return [flat_rise, flat_last_fall, flat_first_fall]
 
 

@@ -1,4 +1,4 @@
-"""How many rows? BlendSearch over the size of the selected set, one finetune a trial.
+"""Search the size of the selected set by BlendSearch, as the paper does.
 
 Source: paper v3, section on BlendSearch (Wang et al. 2021, in FLAML): one variable, the size of the
 top-k by rule, log-uniform 512 … 10,000, trial cost = size, objective = loss on the second
@@ -11,67 +11,44 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
 
-from .size_curve import SizeCurveTest, gap_trend, size_curve_power, size_curve_test, size_means
-
-__all__ = [
-    "SearchError", "SizeCurveTest", "blendsearch", "gap_trend", "size_curve_power",
-    "size_curve_test", "size_means",
-]
-
-
-class SearchError(ValueError):
-    """The search space or the number of trials makes no sense."""
+from ..config import InstructMiningError
 
 
 def blendsearch(
-    evaluate: Callable[[int], float],
-    low: int,
-    high: int,
-    trials: int,
-    seed: int,
-    *,
-    cache: MutableMapping[int, float] | None = None,
-    on_trial: Callable[[int, float], None] | None = None,
-    progress: bool = False,
+    evaluate: Callable[[int], float], low: int, high: int, trials: int, seed: int
 ) -> pd.DataFrame:
     """Search the set size with the lowest loss, between `low` and `high` rows, both included.
 
-    evaluate : size in rows -> loss in nats (NaN or inf: the run diverged, kept as the worst).
-    trials : the most sizes tried; fewer when the range holds fewer. cache : size -> loss; known
-    sizes are not evaluated again, new ones are added, so a stopped search goes on where it was
-    (its path depends on seed and losses alone). on_trial : called after each *new* evaluation.
+    evaluate : size in rows -> loss in nats (NaN or inf: the run diverged, kept as the worst); it
+    should remember what it has trained, as the ledger does: then a stopped search goes on where it
+    was, since its path depends on seed and losses alone. trials : the most sizes tried; fewer when
+    the range holds fewer.
 
     Returns one row a trial, in order: trial (from 1), size, loss (nats), best_loss, best_size
-    (so far), cost (rows trained so far), cached.
+    (so far), cost (rows trained so far).
 
     The best loss of a search is the least of many noisy ones: it flatters. Evaluate the size found
     anew, on other seeds and the other evaluation set, before reporting it.
     """
     if not 1 <= low < high or trials < 1:
-        raise SearchError(f"need 1 <= low < high and trials >= 1, got {low}, {high}, {trials}")
-    from tqdm.auto import tqdm
-
-    known = {} if cache is None else cache
+        raise InstructMiningError(
+            f"need 1 <= low < high and trials >= 1, got {low}, {high}, {trials}"
+        )
     rows: list[dict[str, float]] = []
-    with _quiet(), tqdm(total=trials, desc="search", unit="trial", disable=not progress) as bar:
 
-        def one(config: dict[str, int]) -> dict[str, float]:
-            size = int(config["size"])
-            cached = size in known
-            if not cached:
-                known[size] = float(evaluate(size))
-                if on_trial is not None:
-                    on_trial(size, known[size])
-            rows.append({"size": size, "loss": known[size], "cached": cached})
-            bar.update()
-            return {"loss": known[size] if math.isfinite(known[size]) else np.inf, "cost": size}
+    def one(config: dict[str, int]) -> dict[str, float]:
+        size = int(config["size"])
+        loss = float(evaluate(size))
+        rows.append({"size": size, "loss": loss})
+        return {"loss": loss if math.isfinite(loss) else np.inf, "cost": size}
 
+    with _quiet():
         _run(one, low, high, trials, seed)
     return _trial_table(rows)
 
@@ -123,11 +100,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _trial_table(rows: list[dict[str, float]]) -> pd.DataFrame:
-    table = pd.DataFrame(rows, columns=["size", "loss", "cached"])
+    table = pd.DataFrame(rows, columns=["size", "loss"])
     table.insert(0, "trial", np.arange(1, len(table) + 1))
     losses = table["loss"].fillna(np.inf).replace(-np.inf, np.inf)
     table["best_loss"] = losses.cummin()
     first = [int(np.argmin(losses.to_numpy()[: i + 1])) for i in range(len(table))]
     table["best_size"] = table["size"].to_numpy()[first]
     table["cost"] = table["size"].cumsum()
-    return table[["trial", "size", "loss", "best_loss", "best_size", "cost", "cached"]]
+    return table

@@ -6,13 +6,11 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from ..regression.rule_card import CardError, RuleCard
+from ..config import InstructMiningError
+from ..regression.rule_card import RuleCard
 
+LEVEL = 0.95  # of the prediction intervals
 FAR_ROWS = 0.10  # share of rows outside the pool's 1–99 % ranges above which a set counts as far
-
-
-class SupportError(CardError):
-    """A data set lies outside what the rule was fitted on, and the caller wanted it strict."""
 
 
 def support(card: RuleCard, scores: pd.DataFrame, *, strict: bool = False) -> pd.DataFrame:
@@ -28,7 +26,7 @@ def support(card: RuleCard, scores: pd.DataFrame, *, strict: bool = False) -> pd
     means do; largest_distance : of the fitted sets; verdict : "inside", "far" (mean further out
     than any fitted set, or outside_rows > 10 %) or "unknown" (a card without ranges, as the
     published ones); a source of a few rows is easily "far", since the mean of few rows is.
-    strict : raise SupportError naming every source that is not inside.
+    strict : raise InstructMiningError naming every source that is not inside.
     """
     values = card.standardise(scores)
     names = scores["source"].astype(str) if "source" in scores else pd.Series("all", scores.index)
@@ -41,9 +39,10 @@ def support(card: RuleCard, scores: pd.DataFrame, *, strict: bool = False) -> pd
     outside = frame[frame["verdict"] != "inside"]
     if strict and len(outside):
         told = "\n".join(f"  - {_in_words(name, one)}" for name, one in outside.iterrows())
-        raise SupportError(f"the rule's support does not hold all of these data:\n{told}\nFit a "
-                           "rule on data like these, leave these sources out, or leave out "
-                           "--strict")
+        raise InstructMiningError(
+            f"the rule's support does not hold all of these data:\n{told}\nFit a rule on data "
+            "like these, leave these sources out, or leave out --strict"
+        )
     return frame
 
 
@@ -89,8 +88,8 @@ def _beyond(raw: pd.DataFrame, ranges: list) -> np.ndarray:
     return ((values < low) | (values > high)).sum(axis=1)
 
 
-def intervals(card: RuleCard, scores: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
-    """Prediction interval of each row: the log loss after training on a set of rows like it.
+def intervals(card: RuleCard, scores: pd.DataFrame) -> pd.DataFrame:
+    """95 % prediction interval of each row: the log loss after training on a set of rows like it.
 
     predicted : with the constant of the row's own source where the rule was fitted on it (then
     own_source is True), else with the sources' mean constant, as `RuleCard.predict` for ranking;
@@ -99,19 +98,19 @@ def intervals(card: RuleCard, scores: pd.DataFrame, level: float = 0.95) -> pd.D
     is then one more of them; low_new, high_new : a new source, about `RuleCard.predict`: jackknife
     slopes, spread and run noise (NaN without jackknife); outside : the row leaves the range of the
     fitted set means, or lacks an indicator. Log losses.
-    Errors: CardError for a card without `uncertainty`, as the published ones.
+    Errors: InstructMiningError for a card without `uncertainty`, as the published ones.
     """
     known = card.data.get("uncertainty")
     if not known:
-        raise CardError("this card carries no uncertainty (the published rules have no "
-                        "intervals): no prediction interval can be given")
+        raise InstructMiningError("this card carries no uncertainty (the published rules have no "
+                                  "intervals): no prediction interval can be given")
     Z = card.standardise(scores).to_numpy(float)
     mean = card.predict(scores).to_numpy(float)
-    centre, these, own = _these(card, known, Z, mean, _sources(scores), level)
+    centre, these, own = _these(card, known, Z, mean, _sources(scores))
     new = np.full(len(Z), np.nan)
     if known["new_sources_covariance"] is not None and known["source_sd"] is not None:
         variance = _quadratic(Z, known["new_sources_covariance"]) + known["sigma"] ** 2
-        new = _half(variance + _spread(known), known["sources"] - 1, level)
+        new = _half(variance + _spread(known), known["sources"] - 1)
     raw = scores[card.columns].astype(float)
     ranges = [c["range"] or (-np.inf, np.inf) for c in card.data["coefficients"]]
     outside = (_beyond(raw, ranges) > 0) | raw.isna().any(axis=1).to_numpy()
@@ -121,7 +120,7 @@ def intervals(card: RuleCard, scores: pd.DataFrame, level: float = 0.95) -> pd.D
                         scores.index)
 
 
-def row_intervals(card: RuleCard, scores: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
+def row_intervals(card: RuleCard, scores: pd.DataFrame) -> pd.DataFrame:
     """The one interval to show beside a row: predicted, low, high, and `interval`, what it is.
 
     "its own source" where the rule was fitted on it, else "a new source", or "these sources" where
@@ -129,7 +128,7 @@ def row_intervals(card: RuleCard, scores: pd.DataFrame, level: float = 0.95) -> 
     """
     if not card.data.get("uncertainty"):
         return pd.DataFrame(index=scores.index)
-    found = intervals(card, scores, level)
+    found = intervals(card, scores)
     new = ~found["own_source"] & found["low_new"].notna()
     frame = found[["predicted"]].assign(low=found["low_these"].mask(new, found["low_new"]),
                                         high=found["high_these"].mask(new, found["high_new"]))
@@ -144,7 +143,7 @@ def _sources(scores: pd.DataFrame) -> np.ndarray:
 
 
 def _these(card: RuleCard, known: dict, Z: np.ndarray, mean: np.ndarray, names: np.ndarray,
-           level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+           ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Centre, half-width and "has a constant of its own" of each row, for these sources."""
     covariance = np.array(known["covariance"])
     ones = np.hstack([np.ones((len(Z), 1)), Z])
@@ -160,7 +159,7 @@ def _these(card: RuleCard, known: dict, Z: np.ndarray, mean: np.ndarray, names: 
                           + _quadratic(Z[here], covariance[1:, 1:]) + noise)
         centre[here] += one["estimate"] - card.intercept
         df[here], own[here] = known["df"], True
-    return centre, _half(variance, df, level), own
+    return centre, _half(variance, df), own
 
 
 def _spread(known: dict) -> float:
@@ -172,5 +171,5 @@ def _quadratic(rows: np.ndarray, covariance: list | np.ndarray) -> np.ndarray:
     return np.einsum("ij,jk,ik->i", rows, np.array(covariance), rows)
 
 
-def _half(variance: np.ndarray, df: int | np.ndarray, level: float) -> np.ndarray:
-    return student.ppf(0.5 + level / 2, df) * np.sqrt(variance)
+def _half(variance: np.ndarray, df: int | np.ndarray) -> np.ndarray:
+    return student.ppf(0.5 + LEVEL / 2, df) * np.sqrt(variance)

@@ -8,6 +8,7 @@ from instructmining.cli.rule import explained
 from instructmining.cli.select import _kept
 from instructmining.reports import card_markdown
 from instructmining.simulation.worlds import COLUMNS, design, outcomes, synthetic_world
+from instructmining_core.config import InstructMiningError
 from instructmining_core.finetuning.sets import designed_sets, set_means
 from instructmining_core.regression import (
     RunsError,
@@ -26,7 +27,7 @@ from instructmining_core.regression.rule_card import (
     presets,
 )
 from instructmining_core.selection.select import Selection, compare_rules, rank
-from instructmining_core.selection.support import SupportError, intervals, row_intervals, support
+from instructmining_core.selection.support import intervals, row_intervals, support
 
 
 def scored_attrs():
@@ -290,7 +291,7 @@ def test_support_of_like_and_unlike_data(card, study):
     assert own.at["all", "outside_rows"] < 0.1 < own.at["all", "outside_range"]
     far = pool.assign(ppl=pool["ppl"] + 30, mtld=pool["mtld"] - 30)
     assert support(card, far).at["all", "verdict"] == "far"
-    with pytest.raises(SupportError, match="--strict"):
+    with pytest.raises(InstructMiningError, match="--strict"):
         support(card, far, strict=True)
     assert support(load_rule("v3"), pool).at["all", "verdict"] == "unknown"
 
@@ -303,10 +304,10 @@ def test_strict_refuses_one_far_source_among_many(card, study):
         source=["near"] * 3 * len(pool) + list(np.where(stray, "stray", "near")))
     found = support(card, mixed)
     assert found["verdict"].to_dict() == {"all": "inside", "near": "inside", "stray": "far"}
-    with pytest.raises(SupportError, match="stray: far") as caught:
+    with pytest.raises(InstructMiningError, match="stray: far") as caught:
         support(card, mixed, strict=True)
     assert "near" not in str(caught.value)
-    with pytest.raises(SupportError, match="all: unknown"):
+    with pytest.raises(InstructMiningError, match="all: unknown"):
         support(load_rule("v3"), pool, strict=True)
 
 

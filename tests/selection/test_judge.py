@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import threading
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
+from instructmining_core.config import InstructMiningError
 from instructmining_core.selection import judge
-from instructmining_core.selection import judge as judge_api
+from instructmining_core.selection.judge import JudgeServer, api_judge, parse_verdict
 
 PROMPT = [{"role": "user", "content": "What does sorted do?"}]
 
@@ -66,11 +69,11 @@ def test_no_verdict_is_counted_apart():
 
 
 def test_judge_refuses_nonsense():
-    with pytest.raises(judge.JudgeError, match="must be equal"):
+    with pytest.raises(InstructMiningError, match="must be equal"):
         judge.judge_pairs([PROMPT], ["a"], [], shouts_longer)
-    with pytest.raises(judge.JudgeError, match=r"in \[0, 1\]"):
+    with pytest.raises(InstructMiningError, match=r"in \[0, 1\]"):
         judge.judge_pairs([PROMPT], ["a"], ["b"], lambda *_: 2)
-    with pytest.raises(judge.JudgeError, match="two judged prompts"):
+    with pytest.raises(InstructMiningError, match="two judged prompts"):
         judge.net_win(judge.judge_pairs([PROMPT], ["a"], ["b"], shouts_longer))
 
 
@@ -79,7 +82,6 @@ def test_the_papers_count_cannot_be_told_from_a_tie():
     assert round(found.net, 2) == 0.09
     assert (round(found.low, 2), round(found.high, 2)) == (-0.11, 0.28)
     assert round(found.p, 2) == 0.44
-    assert found.winning_score == pytest.approx(1.0875)
 
 
 def test_counts_and_frames_agree():
@@ -125,34 +127,41 @@ def test_reward_judge_asks_once_per_answer_and_ignores_order():
 
     def score(messages):
         asked.append(messages[-1]["content"])
-        return {"good": 1.0, "fair": 0.95, "bad": -1.0, "odd": math.nan}[asked[-1]]
+        return {"good": 1.0, "as good": 1.0, "bad": -1.0, "odd": math.nan}[asked[-1]]
 
-    ask = judge.reward_judge(score, tie=0.1)
+    ask = judge.reward_judge(score)
     assert (ask(PROMPT, "good", "bad"), ask(PROMPT, "bad", "good")) == (1, 0)
-    assert ask(PROMPT, "good", "fair") == 0.5
+    assert ask(PROMPT, "good", "as good") == 0.5
     assert math.isnan(ask(PROMPT, "good", "odd"))
-    assert sorted(asked) == ["bad", "fair", "good", "odd"]
+    assert sorted(asked) == ["as good", "bad", "good", "odd"]
 
 
 class Server(BaseHTTPRequestHandler):
-    """Prefers the longer answer; `plan` holds statuses to send before it answers."""
+    """Prefers the longer answer; `plan` holds what it does first: a status, a wait or a reply."""
 
-    plan: list[int] = []
+    plan: list[int | float | str] = []
     seen: list[dict] = []
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.seen.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
-        status = self.plan.pop(0) if self.plan else 200
+        next_one = self.plan.pop(0) if self.plan else 200
+        if isinstance(next_one, float):
+            time.sleep(next_one)
         text = body["messages"][1]["content"]
         first, second = text.split("## First answer\n\n")[1].split("\n\n## Second answer\n\n")
         number = 1 if len(first) > len(second) else 2
-        answer = {"choices": [{"message": {"content": f"Longer. **VERDICT: {number}**"}}]}
+        reply = f"Longer. **VERDICT: {number}**"
+        status = next_one if isinstance(next_one, int) else 200
+        answer = {"choices": [{"message": {"role": "assistant", "content": reply}}]}
+        sent = json.dumps(answer if status == 200 else {"error": "no"})
         self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("retry-after-ms", "1")
         if status == 302:
             self.send_header("Location", "http://127.0.0.1:9/elsewhere")
         self.end_headers()
-        self.wfile.write(json.dumps(answer if status == 200 else {"error": "no"}).encode())
+        self.wfile.write((next_one if isinstance(next_one, str) else sent).encode())
 
     def log_message(self, *_) -> None:
         return
@@ -161,7 +170,7 @@ class Server(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[str]:
     Server.plan, Server.seen = [], []
-    running = HTTPServer(("127.0.0.1", 0), Server)
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     thread = threading.Thread(target=running.serve_forever, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{running.server_port}/v1"
@@ -170,56 +179,86 @@ def server() -> Iterator[str]:
     thread.join()
 
 
+def free(server: str, **options: float) -> JudgeServer:
+    """A server that wants no key."""
+    return JudgeServer(server, "m", key_variable="", **options)
+
+
+def reply_of(content: str) -> str:
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]})
+
+
 def test_api_judge_asks_in_both_orders(server, monkeypatch):
     monkeypatch.setenv("TEST_KEY", "not-a-secret")
-    ask = judge_api.ApiJudge(server, "judge-1", key_variable="TEST_KEY")
-    table = judge.judge_pairs([PROMPT], ["a long answer"], ["short"], ask)
+    asked = JudgeServer(server, "judge-1", key_variable="TEST_KEY")
+    table = judge.judge_pairs([PROMPT], ["a long answer"], ["short"], api_judge(asked))
     assert (table.loc[0, "score"], bool(table.loc[0, "consistent"])) == (1.0, True)
     assert len(Server.seen) == 2
     assert {s["path"] for s in Server.seen} == {"/v1/chat/completions"}
     assert {s["key"] for s in Server.seen} == {"Bearer not-a-secret"}
     assert {(s["model"], s["temperature"]) for s in Server.seen} == {("judge-1", 0)}
-    assert "not-a-secret" not in repr(ask)
+    assert "not-a-secret" not in repr(asked)
 
 
-def test_api_judge_tries_a_busy_server_again(server):
-    Server.plan = [429, 503]
-    ask = judge_api.ApiJudge(server, "m", key_variable="", wait=0.01)
-    assert ask(PROMPT, "longer", "x") == 1.0
-    assert len(Server.seen) == 3 and Server.seen[0]["key"] is None
+def test_api_judge_tries_a_busy_server_again_and_sends_no_key_where_none_is_wanted(
+    server, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "not-for-this-server")
+    Server.plan = [429, 500]
+    assert api_judge(free(server))(PROMPT, "longer", "x") == 1.0
+    assert [s["key"] for s in Server.seen] == [None] * 3
+
+
+def test_a_slow_server_is_asked_again_and_then_an_error(server):
+    Server.plan = [0.5]
+    assert api_judge(free(server, timeout=0.2, retries=1))(PROMPT, "longer", "x") == 1.0
+    Server.plan = [0.5]
+    with pytest.raises(InstructMiningError, match=f"{server} did not answer: .*timed out"):
+        api_judge(free(server, timeout=0.2, retries=0))(PROMPT, "longer", "x")
+
+
+def test_replies_without_a_verdict_are_counted_and_never_guessed(server):
+    Server.plan = [reply_of("Both are fine."), reply_of("VERDICT: 12"), 200, 200]
+    ask = api_judge(free(server))
+    table = judge.judge_pairs([PROMPT] * 2, ["longer"] * 2, ["x"] * 2, ask)
+    assert table["outcome"].tolist() == ["none", "win"]
+    assert table.loc[0, ["a_first", "a_second", "score"]].isna().all()
+
+
+@pytest.mark.parametrize("nonsense", ["<html>", "[]", "{}", '{"choices": []}', "null"])
+def test_what_is_no_chat_completion_is_an_error(server, nonsense):
+    Server.plan = [nonsense]
+    with pytest.raises(InstructMiningError, match=server):
+        api_judge(free(server))(PROMPT, "a", "b")
 
 
 def test_api_judge_says_what_went_wrong(server, monkeypatch):
-    ask = judge_api.ApiJudge(server, "m", key_variable="", wait=0.01, attempts=2)
-    Server.plan = [400]
-    with pytest.raises(judge.JudgeError, match="answered 400"):
-        ask(PROMPT, "a", "b")
-    Server.plan = [302]
-    with pytest.raises(judge.JudgeError, match="answered 302"):
-        ask(PROMPT, "a", "b")
+    ask = api_judge(free(server, retries=1))
+    for plan, said in (([400], "400"), ([302], "302"), ([500, 503], "503")):
+        Server.plan = plan
+        with pytest.raises(InstructMiningError, match=f"answered {said}.*no"):
+            ask(PROMPT, "a", "b")
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
-    with pytest.raises(judge.JudgeError, match="NO_SUCH_KEY"):
-        judge_api.ApiJudge(server, "m", key_variable="NO_SUCH_KEY")(PROMPT, "a", "b")
-    with pytest.raises(judge.JudgeError, match="clear text"):
-        judge_api.ApiJudge("http://example.org/v1", "m")
-    with pytest.raises(judge.JudgeError, match="must start with http"):
-        judge_api.ApiJudge("example.org", "m")
+    with pytest.raises(InstructMiningError, match="NO_SUCH_KEY"):
+        api_judge(JudgeServer(server, "m", key_variable="NO_SUCH_KEY"))
+    with pytest.raises(InstructMiningError, match="clear text"):
+        JudgeServer("http://example.org/v1", "m")
+    with pytest.raises(InstructMiningError, match="must start with http"):
+        JudgeServer("example.org", "m")
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(InstructMiningError, match=r"pip install 'instructmining\[judge\]'"):
+        api_judge(free(server))
 
 
 def test_an_absent_server_is_an_error_with_its_address():
-    ask = judge_api.ApiJudge("http://127.0.0.1:9/v1", "m", key_variable="", attempts=1, timeout=2)
-    with pytest.raises(judge.JudgeError, match="127.0.0.1:9.*no connection"):
-        ask(PROMPT, "a", "b")
+    with pytest.raises(InstructMiningError, match="127.0.0.1:9.*did not answer"):
+        api_judge(free("http://127.0.0.1:9/v1", retries=0, timeout=2))(PROMPT, "a", "b")
 
 
 @pytest.mark.parametrize(("reply", "preference"), [
     ("VERDICT: 1", 1.0), ("verdict: 2", 0.0), ("**VERDICT: TIE**", 0.5),
     ("VERDICT: 1 at first sight.\nVERDICT: 2", 0.0), ("VERDICT: `1`", 1.0),
+    ("", math.nan), ("The first is better.", math.nan), ("VERDICT: 12", math.nan),
 ])
 def test_verdicts_are_read(reply, preference):
-    assert judge_api.parse_verdict(reply) == preference
-
-
-@pytest.mark.parametrize("reply", ["", "The first is better.", "VERDICT: 12"])
-def test_a_reply_without_verdict_is_nan(reply):
-    assert math.isnan(judge_api.parse_verdict(reply))
+    assert parse_verdict(reply) == pytest.approx(preference, nan_ok=True)

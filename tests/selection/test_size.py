@@ -10,7 +10,12 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from instructmining_core.selection import size_curve, size_search
+from instructmining_core.config import InstructMiningError
+from instructmining_core.selection import size_curve
+from instructmining_core.selection.size_curve import size_curve_power, size_curve_test, size_means
+from instructmining_core.selection.size_search import blendsearch
+
+LOSS = "loss_eval_1"
 
 
 def bowl(size: int) -> float:
@@ -28,7 +33,7 @@ def curve(truth, draws=5, sd=0.01, seed=0, method="selected", sizes=None) -> pd.
 
 
 def test_search_starts_cheap_and_comes_near_the_minimum():
-    trials = size_search.blendsearch(bowl, 512, 10_000, 25, seed=1)
+    trials = blendsearch(bowl, 512, 10_000, 25, seed=1)
     assert list(trials["trial"]) == list(range(1, 26))
     assert trials["size"].iloc[0] == 512
     assert trials["size"].between(512, 10_000).all()
@@ -40,39 +45,36 @@ def test_search_starts_cheap_and_comes_near_the_minimum():
 
 def test_same_seed_same_path_and_another_seed_another_path():
     first, again, other = (
-        size_search.blendsearch(bowl, 100, 5000, 10, seed=s)["size"].tolist() for s in (3, 3, 4)
+        blendsearch(bowl, 100, 5000, 10, seed=s)["size"].tolist() for s in (3, 3, 4)
     )
     assert first == again
     assert first != other
 
 
 def test_a_stopped_search_goes_on_where_it_was():
-    whole = size_search.blendsearch(bowl, 100, 5000, 10, seed=3)
-    cache: dict[int, float] = {}
+    whole = blendsearch(bowl, 100, 5000, 10, seed=3)
+    trained: dict[int, float] = {}  # what the ledger remembers
 
     def dies(size: int) -> float:
-        if len(cache) == 4:
+        if len(trained) == 4:
             raise KeyboardInterrupt
-        return bowl(size)
+        return trained.setdefault(size, bowl(size))
 
     with pytest.raises(KeyboardInterrupt):
-        size_search.blendsearch(dies, 100, 5000, 10, seed=3, cache=cache)
-    told = []
-    resumed = size_search.blendsearch(
-        bowl, 100, 5000, 10, seed=3, cache=cache, on_trial=lambda *trial: told.append(trial)
-    )
-    pd.testing.assert_frame_equal(whole.drop(columns="cached"), resumed.drop(columns="cached"))
-    assert resumed["cached"].tolist() == [True] * 4 + [False] * 6
-    assert told == list(zip(resumed["size"][4:], resumed["loss"][4:], strict=True))
+        blendsearch(dies, 100, 5000, 10, seed=3)
+    before = list(trained)
+    resumed = blendsearch(lambda size: trained.setdefault(size, bowl(size)), 100, 5000, 10, seed=3)
+    pd.testing.assert_frame_equal(whole, resumed)
+    assert before == resumed["size"].tolist()[:4]
 
 
 def test_a_small_range_ends_when_it_is_used_up():
-    trials = size_search.blendsearch(bowl, 10, 13, 20, seed=0)
+    trials = blendsearch(bowl, 10, 13, 20, seed=0)
     assert sorted(trials["size"]) == [10, 11, 12, 13]
 
 
 def test_a_diverged_trial_never_wins():
-    trials = size_search.blendsearch(lambda n: math.nan if n < 550 else bowl(n), 512, 9000, 8, seed=0)
+    trials = blendsearch(lambda n: math.nan if n < 550 else bowl(n), 512, 9000, 8, seed=0)
     assert math.isnan(trials["loss"].iloc[0])
     assert math.isinf(trials["best_loss"].iloc[0])
     assert trials["best_size"].iloc[-1] >= 550 and np.isfinite(trials["best_loss"].iloc[-1])
@@ -81,7 +83,7 @@ def test_a_diverged_trial_never_wins():
 def test_search_is_silent_and_leaves_the_log_levels(capfd):
     logging.getLogger("optuna").setLevel(logging.INFO)
     before = logging.getLogger("optuna").level
-    size_search.blendsearch(bowl, 10, 14, 6, seed=0)
+    blendsearch(bowl, 10, 14, 6, seed=0)
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
     assert logging.getLogger("optuna").level == before
@@ -89,19 +91,27 @@ def test_search_is_silent_and_leaves_the_log_levels(capfd):
 
 def test_search_refuses_an_empty_space():
     for low, high, trials in ((10, 10, 3), (0, 10, 3), (10, 20, 0)):
-        with pytest.raises(size_search.SearchError, match="need 1 <= low"):
-            size_search.blendsearch(bowl, low, high, trials, seed=0)
+        with pytest.raises(InstructMiningError, match="need 1 <= low"):
+            blendsearch(bowl, low, high, trials, seed=0)
 
 
+@pytest.fixture
+def fewer(monkeypatch):
+    """Fewer simulated curves than in a study."""
+    monkeypatch.setattr(size_curve, "DRAWS", 4000)
+    monkeypatch.setattr(size_curve, "STUDIES", 2000)
+
+
+@pytest.mark.usefixtures("fewer")
 def test_double_descent_is_found_and_a_u_and_a_fall_are_not():
     double = [0.0, -0.04, -0.08, -0.02, 0.03, -0.03, -0.08, -0.12]
-    found = size_search.size_curve_test(curve(double), draws=4000)
+    found = size_curve_test(curve(double), LOSS)
     assert found.falls_rises_falls and found.p < 0.01 and found.isotonic_p < 0.01
     assert found.sizes[1:3] == (512, 2048)
     assert found.rise == pytest.approx(math.expm1(0.11), abs=0.015)
-    u = size_search.size_curve_test(curve([0.1, 0.05, 0.0, 0.0, 0.05, 0.1, 0.15, 0.2]), draws=4000)
+    u = size_curve_test(curve([0.1, 0.05, 0.0, 0.0, 0.05, 0.1, 0.15, 0.2]), LOSS)
     assert not u.falls_rises_falls and u.isotonic_p < 0.01
-    fall = size_search.size_curve_test(curve(-0.02 * np.arange(8)), draws=4000)
+    fall = size_curve_test(curve(-0.02 * np.arange(8)), LOSS)
     assert not fall.falls_rises_falls and fall.isotonic_p > 0.05
     assert (fall.df, fall.sd) == (32, pytest.approx(0.01, rel=0.3))
 
@@ -113,45 +123,37 @@ def test_max_min_statistic_by_hand():
     assert value[0] == pytest.approx(1.0)
 
 
-def test_level_holds_at_every_boundary_shape_and_power_is_as_planned():
+def test_level_holds_at_every_boundary_shape():
     counts, df, rng = np.full(8, 5), 32, np.random.default_rng(5)
     quads = np.array([[a, b, c, d] for a in range(8) for b in range(a + 1, 8)
                       for c in range(b + 1, 8) for d in range(c + 1, 8)])
-    double = size_curve.size_curve_test(curve(np.zeros(8)), draws=20_000)
+    double = size_curve_test(curve(np.zeros(8)), LOSS)
     shapes = size_curve._boundary_shapes(8)
     shapes += [np.zeros(8), 5.0 * np.arange(8), np.r_[50, 0, 9, 9, 9, 9, 9, 50.0]]
     for shape in shapes:
         null = size_curve._simulate(shape, counts, df, quads, 4000, rng)
         assert (null > double.critical).mean() <= 0.06
-    assert size_search.size_curve_power(2, studies=2000) == pytest.approx(0.63, abs=0.06)
-    assert size_search.size_curve_power(3, studies=2000) >= 0.94
+
+
+@pytest.mark.usefixtures("fewer")
+def test_power_is_as_planned():
+    assert size_curve_power(2, sizes=8, draws_each=5) == pytest.approx(0.63, abs=0.06)
+    assert size_curve_power(3, sizes=8, draws_each=5) >= 0.94
 
 
 def test_size_curve_needs_sizes_and_repeats():
-    with pytest.raises(size_curve.CurveError, match="at least 4 sizes"):
-        size_search.size_curve_test(curve([0, 1, 2]))
-    with pytest.raises(size_curve.CurveError, match="repeats"):
-        size_search.size_curve_test(curve([0, 1, 2, 3], draws=1))
+    with pytest.raises(InstructMiningError, match="at least 4 sizes"):
+        size_curve_test(curve([0, 1, 2]), LOSS)
+    with pytest.raises(InstructMiningError, match="repeats"):
+        size_curve_test(curve([0, 1, 2, 3], draws=1), LOSS)
 
 
 def test_size_means_pools_the_noise_of_one_curve():
     runs = curve([0.0, 0.1], draws=2)
-    table = size_search.size_means(runs)
+    table = size_means(runs, LOSS)
     logs = np.log(runs["loss_eval_1"].to_numpy()).reshape(2, 2)
     sd = math.sqrt(logs.var(axis=1, ddof=1).mean())
     reach = stats.t.isf(0.025, 2) * sd / math.sqrt(2)
     assert table["mean"].to_numpy() == pytest.approx(np.exp(logs.mean(1)))
     assert table["high"].to_numpy() == pytest.approx(np.exp(logs.mean(1) + reach))
-    assert size_search.size_means(curve([0.0, 0.1], draws=1))["low"].isna().all()
-
-
-def test_gap_trend_recovers_a_shrinking_gap():
-    random = curve([0.0] * 5, method="random", sd=0.001)
-    gap = -0.08 + 0.01 * np.arange(5)
-    both = pd.concat([random, curve(gap, sd=0.001, seed=1)])
-    trend = size_search.gap_trend(both)
-    assert trend["slope"] == pytest.approx(0.01, abs=0.001)
-    assert trend["gap"] == pytest.approx(math.expm1(-0.06), abs=0.001)
-    assert trend["low"] < 0.01 < trend["high"] and trend["df"] == 50 - 7
-    with pytest.raises(size_curve.CurveError, match="both methods"):
-        size_search.gap_trend(random)
+    assert size_means(curve([0.0, 0.1], draws=1), LOSS)["low"].isna().all()

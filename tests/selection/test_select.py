@@ -6,15 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from instructmining_core.data.duplicates import Kept, folded_words, shingles
+from instructmining_core.config import InstructMiningError
+from instructmining_core.data.duplicates import Kept, fold, shingles
 from instructmining_core.regression.rule_card import RuleCard
 from instructmining_core.selection.select import (
-    SelectionError,
-    baselines,
-    choose,
+    BASELINES,
+    choose_rows,
     choose_tokens,
     rank,
-    remove_near_duplicates,
     select,
     top_rows,
 )
@@ -44,6 +43,20 @@ def table(values, **columns):
 
 def talk(question, answer):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def texts_in(records):
+    """Conversations of rows, looked up in a table with `messages`."""
+    by_id = records.set_index("id")["messages"]
+    return lambda rows: by_id.loc[rows["id"]].tolist()
+
+
+def different(rows):
+    return [talk(f"question {i}", "yes") for i in rows["id"]]
+
+
+def words_of(rows):
+    return rows["len_out"]
 
 
 WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen".split()
@@ -85,7 +98,7 @@ def test_select_keeps_the_best_and_names_every_other_row():
     records = table([4.0, 1.0, 2.0, np.nan, 3.0])
     records["messages"] = [talk("q", LONG), talk("p", "short"), talk("Q!", LONG.upper()),
                            talk("", ""), talk("other", "words")]  # fmt: skip
-    found = select(records, rule(len_out=1.0), 2, texts=records)
+    found = select(records, rule(len_out=1.0), 2, texts_in(records))
     assert found.kept["id"].tolist() == ["r1", "r2"]
     dropped = found.dropped.set_index("id")
     assert dropped["why"].to_dict() == {
@@ -94,21 +107,21 @@ def test_select_keeps_the_best_and_names_every_other_row():
     assert found.counts() == {
         "rows": 5, "kept": 2, "no score": 1, "near duplicate": 0, "below the cut": 2,
     }  # fmt: skip
-    more = select(records, rule(len_out=1.0), 4, texts=records)
+    more = select(records, rule(len_out=1.0), 4, texts_in(records))
     assert more.kept["id"].tolist() == ["r1", "r2", "r4"], "fewer than asked where there are none"
     twin = more.dropped.set_index("id").loc["r0"]
     assert twin["why"] == "near duplicate"
     assert twin["reason"] == "near duplicate of r2, which ranks 2"
 
 
-def test_without_texts_exact_duplicates_go_by_hash():
+def test_exact_duplicates_go_by_hash():
     scores = table([1.0, 2.0, 3.0], row_hash=["a", "a", "b"])
-    assert select(scores, rule(len_out=1.0), 2).kept["id"].tolist() == ["r0", "r2"]
+    assert select(scores, rule(len_out=1.0), 2, different).kept["id"].tolist() == ["r0", "r2"]
 
 
 def test_unread_rows_are_not_duplicates_of_each_other():
     scores = table([1.0, 2.0], row_hash=["", ""])
-    assert len(select(scores, rule(len_out=1.0), 2).kept) == 2
+    assert len(select(scores, rule(len_out=1.0), 2, different).kept) == 2
 
 
 def test_texts_are_asked_for_from_the_best_on_and_no_further(monkeypatch):
@@ -119,37 +132,30 @@ def test_texts_are_asked_for_from_the_best_on_and_no_further(monkeypatch):
         asked.extend(rows["id"])
         return [talk(f"question {i}", "same answer") for i in rows["id"]]
 
-    select(table([5.0, 4.0, 3.0, 2.0, 1.0]), rule(len_out=1.0), 1, texts=fetch)
+    select(table([5.0, 4.0, 3.0, 2.0, 1.0]), rule(len_out=1.0), 1, fetch)
     assert asked == ["r4", "r3"]
 
 
-def test_a_table_that_lacks_a_row_is_an_error():
-    scores = table([1.0, 2.0])
-    records = scores.iloc[:1].assign(messages=[talk("a", "b")])
-    with pytest.raises(SelectionError, match="not in the record table"):
-        select(scores, rule(len_out=1.0), 2, texts=records)
-
-
 def test_nothing_to_select_is_an_error():
-    with pytest.raises(SelectionError, match="none of the 1 rows has a score.*no value"):
-        select(table([np.nan]), rule(len_out=1.0), 1)
+    with pytest.raises(InstructMiningError, match="none of the 1 rows has a score.*no value"):
+        select(table([np.nan]), rule(len_out=1.0), 1, different)
 
 
 def test_auto_is_the_size_on_the_card():
     assert top_rows(rule(auto_size=7, len_out=1.0), "auto") == 7
     assert top_rows(rule(len_out=1.0), 3) == 3
-    with pytest.raises(SelectionError, match="search the size"):
+    with pytest.raises(InstructMiningError, match="search the size"):
         top_rows(rule(len_out=1.0), "auto")
     for wrong in (0, -1, 1.5, True, "many"):
-        with pytest.raises(SelectionError, match="top_k"):
+        with pytest.raises(InstructMiningError, match="top_k"):
             top_rows(rule(len_out=1.0), wrong)
 
 
 def test_fold_takes_case_and_punctuation_away():
-    assert folded_words("Don't use `read_csv`, STRASSE = straße") == [
+    assert fold("Don't use `read_csv`, STRASSE = straße") == [
         "don", "t", "use", "read", "csv", "strasse", "strasse",
     ]  # fmt: skip
-    assert folded_words("日本 go") == ["日", "本", "go"]
+    assert fold("日本 go") == ["日", "本", "go"]
 
 
 def test_shingles_are_the_runs_of_eight_words():
@@ -166,7 +172,7 @@ def numbers(first, last):
 
 @pytest.mark.parametrize(("shared", "is_copy"), [(80, True), (79, False)])
 def test_the_threshold_is_the_share_of_runs_held_by_a_better_row(shared, is_copy):
-    kept = Kept(0.8)
+    kept = Kept()
     kept.add("better", talk("", numbers(0, 1000)))
     # 107 words have 100 runs; `shared` of them lie wholly in the better row.
     worse = talk("", numbers(1000 - shared - 7, 1000) + " " + numbers(5000, 5100 - shared))
@@ -204,27 +210,16 @@ def test_boilerplate_does_not_make_copies_and_the_index_is_exact():
     found = [kept.add(i, talk("", text)) for i, text in enumerate(texts)]
 
     def slow(i):
-        own = set(shingles(folded_words(texts[i])).tolist())
+        own = set(shingles(fold(texts[i])).tolist())
         for j in range(i):
             if found[j] is None:
-                other = set(shingles(folded_words(texts[j])).tolist())
+                other = set(shingles(fold(texts[j])).tolist())
                 if len(own & other) >= 0.8 * len(own):
                     return j
         return None
 
     assert found == [slow(i) for i in range(len(texts))]
     assert found[-2:] == [7, 41]
-
-
-def test_a_wrong_threshold_is_an_error():
-    with pytest.raises(ValueError, match="threshold"):
-        Kept(0)
-
-
-def test_remove_near_duplicates_keeps_the_first_in_the_given_order():
-    records = pd.DataFrame({"messages": [talk("a", LONG), talk("b", "x"), talk("A", LONG + ".")]})
-    assert remove_near_duplicates(records, [2, 1, 0]) == ([2, 1], {0: 2})
-    assert remove_near_duplicates(records, [0, 1, 2]) == ([0, 1], {2: 0})
 
 
 POOL = dict(
@@ -234,54 +229,57 @@ POOL = dict(
 
 def test_baselines_take_the_right_end_of_each_column():
     pool = table([10.0, 40.0, 20.0, 30.0], **POOL)
-    found = {name: rows["id"].tolist() for name, rows in baselines(pool, 2, seed=1).items()}
+    found = {name: choose_rows(pool, name, 2, seed=1)["id"].tolist()
+             for name in ("random", *BASELINES, "full")}
     assert found["longest"] == ["r1", "r3"]
     assert found["lowest_ppl"] == ["r2", "r0"], "a row without a value is not the lowest"
     assert found["reward"] == ["r1", "r2"]
     assert found["compression"] == ["r3", "r0"]
     assert found["full"] == ["r0", "r1", "r2", "r3"]
     assert len(set(found["random"])) == 2
-    assert set(baselines(table([1.0]), 1)) == {"random", "longest", "shortest", "full"}
+    assert found["shortest"] == ["r0", "r2"]
 
 
 def test_choose_selected_is_the_ranking():
     pool = table([10.0, 40.0, np.nan, 30.0])
-    assert choose(pool, "selected", 2, rule=rule(len_out=-1.0))["id"].tolist() == ["r1", "r3"]
-    with pytest.raises(SelectionError, match="needs a rule"):
-        choose(pool, "selected", 2)
-    with pytest.raises(SelectionError, match="can choose 3 rows, 4 were asked for"):
-        choose(pool, "selected", 4, rule=rule(len_out=-1.0))
+    assert choose_rows(pool, "selected", 2, rule=rule(len_out=-1.0))["id"].tolist() == ["r1", "r3"]
+    with pytest.raises(InstructMiningError, match="needs a rule"):
+        choose_rows(pool, "selected", 2)
+    with pytest.raises(InstructMiningError, match="can choose 3 rows, 4 were asked for"):
+        choose_rows(pool, "selected", 4, rule=rule(len_out=-1.0))
 
 
 def test_random_draws_repeat_with_their_seed_only():
     pool = table(np.arange(100.0))
-    first = choose(pool, "random", 10, seed=3)["id"].tolist()
-    assert choose(pool, "random", 10, seed=3)["id"].tolist() == first
-    assert choose(pool, "random", 10, seed=4)["id"].tolist() != first
+    first = choose_rows(pool, "random", 10, seed=3)["id"].tolist()
+    assert choose_rows(pool, "random", 10, seed=3)["id"].tolist() == first
+    assert choose_rows(pool, "random", 10, seed=4)["id"].tolist() != first
     assert len(set(first)) == 10
 
 
 def test_choose_counts_duplicates_once_and_unread_rows_not_at_all():
     pool = table([1.0, 2.0, 3.0, 4.0], row_hash=["a", "a", "b", ""])
-    assert choose(pool, "full", 0)["id"].tolist() == ["r0", "r2"]
-    assert sorted(choose(pool, "random", 2)["id"]) == ["r0", "r2"]
+    assert choose_rows(pool, "full", 0)["id"].tolist() == ["r0", "r2"]
+    assert sorted(choose_rows(pool, "random", 2)["id"]) == ["r0", "r2"]
 
 
 def test_unknown_methods_and_columns_are_told():
-    with pytest.raises(SelectionError, match="unknown method 'best'; known: selected, random"):
-        choose(table([1.0]), "best", 1)
-    with pytest.raises(SelectionError, match="needs the column 'ppl'"):
-        choose(table([1.0]), "lowest_ppl", 1)
+    with pytest.raises(InstructMiningError, match="unknown method 'best'; known: selected, random"):
+        choose_rows(table([1.0]), "best", 1)
+    with pytest.raises(InstructMiningError, match="needs the column 'ppl'"):
+        choose_rows(table([1.0]), "lowest_ppl", 1)
 
 
 def test_choose_tokens_comes_as_near_as_a_whole_row_can():
     pool = table([5.0, 40.0, 20.0, 30.0, 7.0])
-    assert choose_tokens(pool, "longest", 60)["id"].tolist() == ["r1", "r3"], "70, not 40 or 90"
-    assert choose_tokens(pool, "longest", 54)["id"].tolist() == ["r1"], "40 is nearer than 70"
-    assert choose_tokens(pool, "shortest", 31)["id"].tolist() == ["r0", "r4", "r2"]
-    assert choose_tokens(pool, "shortest", 1)["id"].tolist() == ["r0"], "one row at least"
-    rows = choose_tokens(pool, "selected", 12, rule=rule(len_out=1.0))
-    assert rows["id"].tolist() == ["r0", "r4"]
+
+    def chosen(method, tokens):
+        return choose_tokens(pool, method, tokens, tokens_of=words_of)["id"].tolist()
+
+    assert chosen("longest", 60) == ["r1", "r3"], "70, not 40 or 90"
+    assert chosen("longest", 54) == ["r1"], "40 is nearer than 70"
+    assert chosen("shortest", 31) == ["r0", "r4", "r2"]
+    assert chosen("shortest", 1) == ["r0"], "one row at least"
 
 
 def test_choose_tokens_counts_the_tokens_that_it_is_given_and_no_more_than_needed():
@@ -297,7 +295,7 @@ def test_choose_tokens_counts_the_tokens_that_it_is_given_and_no_more_than_neede
     for wanted in (40, 5_000, 9_000):
         asked.clear()
         found = choose_tokens(pool, "random", wanted, seed=3, tokens_of=tokens_of)
-        draw = choose(pool, "random", 1000, seed=3)["row_hash"].tolist()
+        draw = choose_rows(pool, "random", 1000, seed=3)["row_hash"].tolist()
         totals = [sum(cost[own] for own in draw[: k + 1]) for k in range(1000)]
         best = min(range(1000), key=lambda k: abs(totals[k] - wanted))
         assert found["row_hash"].tolist() == draw[: best + 1]
@@ -305,7 +303,7 @@ def test_choose_tokens_counts_the_tokens_that_it_is_given_and_no_more_than_neede
 
 
 def test_choose_tokens_says_where_there_are_too_few():
-    with pytest.raises(SelectionError, match="rows of 3 target tokens, 9 were asked for"):
-        choose_tokens(table([1.0, 2.0]), "longest", 9)
-    with pytest.raises(SelectionError, match="above 0"):
-        choose_tokens(table([1.0]), "longest", 0)
+    with pytest.raises(InstructMiningError, match="rows of 3 target tokens, 9 were asked for"):
+        choose_tokens(table([1.0, 2.0]), "longest", 9, tokens_of=words_of)
+    with pytest.raises(InstructMiningError, match="above 0"):
+        choose_tokens(table([1.0]), "longest", 0, tokens_of=words_of)
