@@ -1,6 +1,4 @@
-"""One study, wired: where the rooms meet. The notebooks talk to this and to the rooms themselves.
-
-What a study has on disk: its results, and the committed evidence where they are not there.
+"""One study, wired: a profile with its data, models, scores, sets and runs, where the rooms meet.
 
 Results lie in `results/<profile>/`; a notebook opened without them reads the committed evidence of
 the same profile, or of any published one; a warning says so, and so does `notes`.
@@ -20,8 +18,9 @@ import numpy as np
 import pandas as pd
 
 from instructmining_core import files
-from instructmining_core.config import FinetuneConfig, ModelRef
-from instructmining_core.finetuning.ledger import Ledger, RunSpec
+from instructmining_core.config import FinetuneConfig, InstructMiningError, ModelRef
+from instructmining_core.finetuning.ledger import Ledger
+from instructmining_core.finetuning.run import EvalSets, RunSpec
 from instructmining_core.finetuning.sets import (
     TrainingSet,
     anchors,
@@ -29,25 +28,45 @@ from instructmining_core.finetuning.sets import (
     fusion_sets,
     set_means,
 )
-from instructmining_core.regression.run_table import assemble
+from instructmining_core.regression.run_table import run_table
 
 from .design import designed_arm
 from .profile import Profile, load_profile
 from .study_data import StudyData, read_study_data
 
 
-class MissingInput(RuntimeError):
+class MissingInput(InstructMiningError):
     """A stage was opened before the one that makes its input, and no evidence is committed."""
 
 
-class StudyFiles:
-    """The files of one profile's study, found, read and written whole or not at all."""
+@dataclass(frozen=True)
+class PlannedRun:
+    """One finetune to be done: which rows, which seeds, and what to call it."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.folder = files.results(name)
+    row_hashes: tuple[str, ...]
+    label: dict = field(default_factory=dict)  # goes to the ledger beside the run, not hashed
+    init_seed: int = 0
+    order_seed: int = 0
+    by_epoch: bool = False  # also evaluate after each epoch; names no other run
+
+
+class Study:
+    """A profile with its data, models, scores, sets and runs, each made once and kept."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.name = profile.name
+        self.folder = files.results(profile.name)
         self.notes: list[str] = []
         self._asked: dict[str, list[str]] = {}
+        self._evals: dict[tuple, EvalSets] = {}
+
+    @classmethod
+    def open(cls, name_or_yaml: str | Path) -> Study:
+        """The study of a preset or of a profile file."""
+        return cls(load_profile(name_or_yaml))
+
+    # Files
 
     def find(self, name: str) -> Path:
         """The file `name` of this study: from its results, else from the committed evidence.
@@ -88,7 +107,7 @@ class StudyFiles:
             else:
                 frame.to_parquet(part, index=False)
 
-    def claim(self, claim: str, *, ours: str, detectable: str, verdict: str) -> None:
+    def record_claim(self, claim: str, *, ours: str, detectable: str, verdict: str) -> None:
         """Record what this run says of one of the paper's claims (`paper.claims`)."""
         record = {"claim": claim, "ours": ours, "detectable": detectable, "verdict": verdict}
         files.write_atomic(self.folder / "claims" / f"{claim}.json", json.dumps(record, indent=2))
@@ -102,33 +121,6 @@ class StudyFiles:
         asked = self._asked.setdefault(purpose, [])
         asked += [run_id for run_id in run_ids if run_id not in asked]
         files.write_atomic(self.folder / "runs" / f"{purpose}.json", json.dumps(asked))
-
-
-EVALS = ("eval_1", "eval_2")
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One finetune to be done: which rows, which seeds, and what to call it."""
-
-    row_hashes: tuple[str, ...]
-    label: dict = field(default_factory=dict)  # goes to the ledger beside the run, not hashed
-    init_seed: int = 0
-    order_seed: int = 0
-    by_epoch: bool = False  # also evaluate after each epoch; names no other run
-
-
-class Study(StudyFiles):
-    """A profile with its data, models, scores, sets and runs, each made once and kept."""
-
-    def __init__(self, profile: Profile) -> None:
-        super().__init__(profile.name)
-        self.profile = profile
-
-    @classmethod
-    def open(cls, name_or_yaml: str | Path) -> Study:
-        """The study of a preset or of a profile file."""
-        return cls(load_profile(name_or_yaml))
 
     # Data, models, scores
 
@@ -172,7 +164,7 @@ class Study(StudyFiles):
     @cached_property
     def scores(self) -> pd.DataFrame:
         """Every candidate and pool row with its indicators (notebook 03)."""
-        from instructmining_core.indicators.scorer import read_scores
+        from instructmining_core.indicators.score_table import read_scores
 
         return read_scores(self.find("scores.parquet"))
 
@@ -193,7 +185,7 @@ class Study(StudyFiles):
         part.attrs = self.scores.attrs
         return part
 
-    def scorer(self, *, progress: bool = True):
+    def scorer(self):
         """The indicators with this study's models opened; knn_6 is measured against a fixed,
         seeded sample of the candidates. What is in the bank is not computed again.
         """
@@ -209,7 +201,7 @@ class Study(StudyFiles):
         )
         rows = self.data.candidates
         size = min(self.profile.models.reference_rows, len(rows))
-        scorer.make_reference(rows, size=size, seed=self.profile.data.seed, progress=progress)
+        scorer.make_reference(rows, size=size, seed=self.profile.data.seed)
         return scorer
 
     # Sets and runs
@@ -304,24 +296,21 @@ class Study(StudyFiles):
         tables = [self.data.candidates, *self.data.pools.values(), *tables]
         rows = pd.concat([table[["row_hash", "messages"]] for table in tables])
         rows = rows[rows["row_hash"].isin(hashes)].drop_duplicates("row_hash")
-        encoded = encode_many(
-            lm.tokenizer, rows["messages"].tolist(), max_tokens=config.max_tokens
-        )
+        encoded = encode_many(lm.tokenizer, rows["messages"].tolist(), max_tokens=config.max_tokens)
         return dict(zip(rows["row_hash"], encoded, strict=True))
 
-    def encoded_evals(self, lm, config: FinetuneConfig) -> dict[str, list]:
-        """The two evaluation sets, tokenised."""
-        from instructmining_core.data.tokenization import encode
+    def encoded_evals(self, lm, config: FinetuneConfig) -> EvalSets:
+        """The two evaluation sets, tokenised once for each tokeniser and length."""
+        from instructmining_core.data.tokenization import encode_many
 
         longest = self.profile.data.eval_tokens or config.max_tokens
-
-        return {
-            name: [
-                encode(lm.tokenizer, messages, max_tokens=longest)
-                for messages in getattr(self.data, name)["messages"]
-            ]
-            for name in EVALS
-        }
+        key = (lm.resolved.id, lm.resolved.revision, longest)
+        if key not in self._evals:
+            self._evals[key] = EvalSets({
+                name: encode_many(lm.tokenizer, table["messages"].tolist(), max_tokens=longest)
+                for name, table in (("eval_1", self.data.eval_1), ("eval_2", self.data.eval_2))
+            })  # fmt: skip
+        return self._evals[key]
 
     def runs(self, purpose: str) -> pd.DataFrame:
         """Finished runs that a purpose asked for, from the ledger (or the committed evidence)."""
@@ -345,7 +334,7 @@ class Study(StudyFiles):
         """Runs of designed sets with the sets' means, shares and three log losses."""
         scores = self.scores if scores is None else scores
         means = set_means(self.sets, scores, list(self.profile.indicators))
-        frame = assemble(runs, means, "loss_eval_1")
+        frame = run_table(runs, means, "loss_eval_1")
         frame["log_loss_token"] = np.log(frame["loss_eval_1_token"])
         frame["log_loss_eval_2"] = np.log(frame["loss_eval_2"])
         return frame.sort_values(["set_id", "init_seed"]).reset_index(drop=True)
@@ -359,4 +348,4 @@ class Study(StudyFiles):
             if not s.anchor
         ]
         means = set_means(self.sets, self.scores, list(self.profile.indicators))
-        return assemble(pd.DataFrame(planned), means, "loss").drop(columns=["loss", "log_loss"])
+        return run_table(pd.DataFrame(planned), means, "loss").drop(columns=["loss", "log_loss"])
