@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from instructmining_core.data.duplicates import SHINGLE, THRESHOLD
+from instructmining_core.data.duplicates import RUN, THRESHOLD
 from instructmining_core.data.export import SourceRows, keys_of, output_format, write_rows
 from instructmining_core.data.readers import file_sha256
 from instructmining_core.indicators.score_table import read_scores
@@ -48,7 +48,7 @@ def diversity(
     from instructmining_core.indicators.turns import read
 
     try:
-        model = embedding.load(encoder)
+        model = embedding.load_encoder(encoder)
     except HubError as error:
         return {"left_out": str(error)}
     return of_set([read(messages) for messages in sources.fetch(selection.kept)], model)
@@ -89,7 +89,7 @@ def select_to(
         "differences": differences,
         "support": json.loads(reach.reset_index().to_json(orient="records")),
         "top": top,
-        "near_duplicate": {"run_of_words": SHINGLE, "share_held_by_a_better_row": THRESHOLD},
+        "near_duplicate": {"run_of_words": RUN, "share_held_by_a_better_row": THRESHOLD},
         "counts": selection.counts(),
         "diversity": diversity(encoder, selection, sources),
         "score_column": column,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from instructmining_core.data.duplicates import boilerplate, groups, run_table
+from instructmining_core.data.duplicates import boilerplate, groups, word_runs
 
 SPLITS = ("base_text", "standin", "candidates", "pool", "eval_1", "eval_2")
 EVALS = ("eval_1", "eval_2")
@@ -49,7 +49,7 @@ def split(rows: pd.DataFrame, roles: dict[str, str], sizes: SplitSizes, seed: in
         (a second row of a function in an evaluation set, or past a split's size)
     """
     texts = (rows["prompt"] + "\n" + rows["response"]).tolist()
-    runs = run_table(texts)
+    runs = word_runs(texts)
     common = boilerplate(runs, sizes.most_copies)
     runs = runs[~runs["text"].isin(common)]
     table = rows.assign(group=groups(runs, len(rows))).drop(index=rows.index[common])

@@ -14,7 +14,7 @@ import pandas as pd
 
 from instructmining_core import files
 from instructmining_core.config import ProfileError
-from instructmining_core.data.duplicates import shared_runs, texts_of
+from instructmining_core.data.duplicates import full_texts, shared_runs
 
 from ..profile import DataConfig, Profile
 from ..study_data import StudyData, read_exams
@@ -138,7 +138,7 @@ def base_texts(profile: Profile) -> list[str]:
     Documents that share a run of eight words with an evaluation row are left out; which ones is
     kept in the cache, since looking through millions of words takes longer than reading them.
     """
-    texts, asked = _documents(profile), texts_of(_exam(profile.data))
+    texts, asked = _documents(profile), full_texts(_exam(profile.data))
     digest = hashlib.sha256()
     for text in (*texts, *asked):
         digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())

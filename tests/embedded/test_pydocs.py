@@ -97,7 +97,7 @@ def test_near_copies_by_hand():
         f"{eight} tail", f"head, {eight.upper()}!", "one two three four five six seven other eight",
         "a non-zero value of the_name in row ten", "so a nonzero value of the_name in row ten",
     ]  # fmt: skip
-    runs = duplicates.run_table(texts)
+    runs = duplicates.word_runs(texts)
     group = duplicates.groups(runs, len(texts))
     assert group[0] == group[1] != group[2]
     assert group[3] == group[4]  # hyphens taken out: eight words in common
@@ -107,12 +107,12 @@ def test_near_copies_by_hand():
 
 def test_boilerplate_keeps_the_first_copies_only():
     texts = ["if true the input is copied else changed"] * 4 + ["a b c d e f g h"]
-    assert duplicates.boilerplate(duplicates.run_table(texts), most=2).tolist() == [2, 3]
+    assert duplicates.boilerplate(duplicates.word_runs(texts), most=2).tolist() == [2, 3]
 
 
 def test_groups_join_through_a_chain():
     a, b = "a1 a2 a3 a4 a5 a6 a7 a8", "b1 b2 b3 b4 b5 b6 b7 b8"
-    group = duplicates.groups(duplicates.run_table([a, f"{a} {b}", b, "c"]), 4)
+    group = duplicates.groups(duplicates.word_runs([a, f"{a} {b}", b, "c"]), 4)
     assert group[0] == group[1] == group[2] != group[3]
 
 
