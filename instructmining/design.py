@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 
 from instructmining_core.finetuning.sets import TrainingSet, designed_sets
-from instructmining_core.regression.ols import RankError
 from instructmining_core.regression.planner import d_optimal, half_widths
-from instructmining_core.regression.run_table import Standardizer
+from instructmining_core.regression.run_table import RankError, Standardizer
 
 from .profile import DesignConfig
 
@@ -64,7 +63,7 @@ def design_matrix(sets: Sequence[TrainingSet], scores: pd.DataFrame,
     shares = pd.DataFrame([dict(one.shares) for one in sets]).fillna(0.0).sort_index(axis=1)
     rows = scores.drop_duplicates("row_hash")
     place = {one: i for i, one in enumerate(rows["row_hash"])}
-    values = Standardizer.fit(scores, columns).apply(rows).to_numpy(float)
+    values = Standardizer.fit(scores, columns).transform(rows).to_numpy(float)
     means = [np.nanmean(values[[place[h] for h in one.row_hashes]], axis=0) for one in sets]
     return np.hstack([shares.to_numpy(float), np.array(means)])
 

@@ -82,7 +82,7 @@ if seeds is None:
     seeds = pilot.assumed(0.01)
     print("No set was repeated: the noise between seeds is assumed to be 0.01.")
 if fit is not None:
-    print(f"The line leaves {fit.ols.sigma / seeds.sd:.1f} times the sd between seeds.")
+    print(f"The line leaves {fit.sigma / seeds.sd:.1f} times the sd between seeds.")
 pilot.noise_table(seeds, fit).round(5)
 
 # %% [markdown]
@@ -122,11 +122,12 @@ except RunsError as error:
 # Where `realised` lies above the band, the pilot's noise was not the whole of it: what the line misses can't be seen in repeats of the same sets.
 #
 # Would fewer runs have done?
+# A number of runs suffices where every slope's reported half-width is within the target, and stays so with more runs.
 
 # %%
 target = 0.01  # log loss per sd of a row: one per cent of the loss
 if table is not None:
-    print(pilot.sufficed(table, target))
+    display(pilot.within_target(table, target))
     display(
         table.pivot(
             index="coefficient", columns="runs", values=["planned", "hc3"]

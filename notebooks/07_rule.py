@@ -50,17 +50,18 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 import pandas as pd
 
 from instructmining import claims, figures, tables
-from instructmining.simulation import studies as simulate
+from instructmining.simulation.studies import null_r2
 from instructmining.study import Study
-from instructmining_core import regression
-from instructmining_core import regression as inference
-from instructmining_core.regression import checks
+from instructmining_core.regression import checks, inference
 from instructmining_core.regression.intervals import r2_of, significant
-from instructmining_core.regression.run_table import DESIGNED, pick_arms
+from instructmining_core.regression.paper_rule import fit_paper
+from instructmining_core.regression.permutation import permutation
+from instructmining_core.regression.rule import fit_rule, mundlak_test
+from instructmining_core.regression.run_table import DESIGNED, RunsError, Standardizer, pick_arms
 
 study = Study.open(profile)
 runs, columns = study.sweep(), study.profile.rule_columns()
-constants = regression.Standardizer.fit(study.candidate_scores, columns)
+constants = Standardizer.fit(study.candidate_scores, columns)
 print(
     f"{len(runs)} runs of {runs['set_id'].nunique()} sets, {runs['arm'].value_counts().to_dict()}"
 )
@@ -75,7 +76,7 @@ print(*study.notes)
 
 # %%
 studies = study.profile.inference.simulated_studies
-null = pd.concat([simulate.null_r2(sources, studies, seed=0) for sources in (4, 8, 12)])
+null = pd.concat([null_r2(sources, studies, seed=0) for sources in (4, 8, 12)])
 display(tables.failure_table(null))
 figures.design_failure(null)
 # %% [markdown]
@@ -90,8 +91,11 @@ figures.design_failure(null)
 # Both intervals speak of these sources.
 
 # %%
-screens = regression.univariate(runs, columns, constants)
-print(screens.attrs["multiplicity"])
+screens = checks.univariate(runs, columns, constants)
+print(
+    f"{len(screens)} single tests at 5 %: {0.05 * len(screens):.2g} would pass with no effect at all; "
+    f"{(screens['p'] < 0.05).sum()} pass, {(screens['p_holm'] < 0.05).sum()} after Holm's correction"
+)
 significant(
     screens[["estimate", "low", "high", "p", "p_holm", "r2", "r2_low", "r2_high"]]
 )
@@ -111,14 +115,14 @@ figures.regression_panels(pick_arms(runs, DESIGNED), columns, fit=screens)
 # The raw slope is per unit of the indicator, its bounds are for these sources.
 
 # %%
-fit = regression.fit_rule(runs, columns, constants)
+fit = fit_rule(runs, columns, constants)
 jackknife = tables.jackknife(runs, columns, constants)
 r2, r2_low, r2_high = r2_of(fit)
 print(
     f"Fitted to {len(fit.runs)} designed runs of {len(runs)} in all, one a set: "
     f"R² beyond the shares {r2:.2f} [{r2_low:.2f}, {r2_high:.2f}], these sources."
 )
-significant(tables.coefficient_table(fit, jackknife))
+significant(tables.both_intervals(fit, jackknife))
 
 # %% [markdown]
 # Beside it, the paper's fit by the paper's procedure and without shares: on all arms, and on fusion alone, which is the paper's own design.
@@ -126,7 +130,7 @@ significant(tables.coefficient_table(fit, jackknife))
 
 # %%
 size = min(4, len(columns))
-by_paper = regression.fit_paper(runs, columns, constants, size=size)
+by_paper = fit_paper(runs, columns, constants, size=size)
 significant(tables.paper_table(runs, columns, constants, size))
 
 # %%
@@ -140,7 +144,7 @@ figures.coefficients(tables.coefficient_frame(fit, jackknife, by_paper))
 # %%
 rows = tables.rows_of_sets(study)
 tests = [
-    inference.permutation(
+    permutation(
         runs,
         columns,
         constants,
@@ -170,7 +174,7 @@ print(
     f"Sources with too few sets to be tested (their number of sets): {few or 'none'}."
 )
 display(significant(held))
-significant(inference.summary(held))
+significant(inference.over_sources(held))
 
 # %%
 figures.predicted_measured(tables.predictions(fit), title="in sample")
@@ -178,11 +182,18 @@ figures.predicted_measured(tables.predictions(fit), title="in sample")
 # ## Between sources and within them
 #
 # If the slopes between sources and those within them differ, a rule fitted to mixtures is not a rule for rows {cite:p}`mundlak1978`.
+# A small p says that they differ; a large one does not prove them equal.
 
 # %%
-split, equality = tables.mundlak(study, runs, columns, constants)
-print(equality)
-significant(split)
+means = study.candidate_scores.groupby("source")[columns].mean()
+try:
+    split = mundlak_test(runs, columns, means, constants)
+    print(
+        f"equal slopes: F({split.df1}, {split.df2}) = {split.f:.2f}, p = {split.p:.2g}"
+    )
+    display(significant(split.table))
+except RunsError as error:
+    print(error)
 
 # %% [markdown]
 # ## How stable is it?
@@ -194,13 +205,17 @@ chosen = inference.bootstrap_choice(
     runs, columns, constants, n=study.profile.inference.bootstraps, size=size
 )
 noise = inference.seed_variance(runs)
-print(tables.line_enough(inference.lack_of_fit(fit, noise)))
+left = inference.lack_of_fit(fit, noise)
+print(
+    f"The line leaves {left['ratio']:.1f} [{left['ratio_low']:.1f}, {left['ratio_high']:.1f}] times "
+    f"the sd of a seed, p = {left['p']:.2g} that this is seed noise alone."
+)
 display(significant(pd.DataFrame([vars(noise)], ["sd between seeds of one set"])))
 display(significant(tables.dimensions(runs, fit)))
 significant(tables.choice_table(chosen, study.profile.inference.bootstraps))
 
 # %%
-figures.residual_page(inference.residual_page(fit))
+figures.residual_page(inference.influence_table(fit))
 # %% [markdown]
 # ## Does it depend on how the loss is averaged?
 #
@@ -209,7 +224,9 @@ figures.residual_page(inference.residual_page(fit))
 
 # %%
 variants = checks.variant_table(runs, columns, constants)
-print(checks.variants_said(variants))
+turned = variants.groupby("column")[["sign_differs", "contradicts"]].any()
+print("sign changes:", list(turned.index[turned["sign_differs"]]) or "none")
+print("beyond both intervals:", list(turned.index[turned["contradicts"]]) or "none")
 for name, effective in checks.effective_n(runs).items():
     print(f"The token mean of {name} rests on {effective:.0f} prompts' worth of tokens.")
 checks.variant_page(variants)
@@ -221,19 +238,22 @@ checks.variant_page(variants)
 # Below, the indicators' slopes without and with these two; all intervals are for these sources.
 
 # %%
-compared = tables.baselines(study, runs, columns, constants)
+compared = tables.vocabulary_baselines(study, runs, columns, constants)
 display(significant(compared))
-significant(regression.baseline_slopes(compared))
+significant(checks.baseline_slopes(compared))
 
 # %% [markdown]
 # ## Length, or training tokens?
 #
 # One arm holds the number of training tokens fixed instead of the number of rows.
 # The slope of length alone, beside the shares, in both designs.
+# If its interval at equal tokens holds zero, what the rule calls length may be training tokens.
+# If it leaves out zero on the same side, length matters beyond the number of tokens.
 
 # %%
 lengths = checks.length_slopes(runs, constants)
-print(checks.length_said(lengths))
+if lengths.empty:
+    print("No fit at equal tokens here: the coefficient stays “length or training tokens”.")
 significant(lengths)
 
 # %% [markdown]
@@ -244,8 +264,8 @@ significant(lengths)
 # %%
 card = tables.rule_card(study, fit, jackknife, held, tests[0])
 card.save(study.folder / "rule.json")
-study.claim("rule_predicts", **claims.rule_claim(fit, tests[0], noise))
-study.claim("rule_transfers", **claims.transfer_claim(inference.summary(held)))
+study.record_claim("rule_predicts", **claims.rule_claim(fit, tests[0], noise))
+study.record_claim("rule_transfers", **claims.transfer_claim(inference.over_sources(held)))
 from IPython.display import Markdown
 
 from instructmining.reports import card_markdown

@@ -131,22 +131,25 @@ def fitted_card(
     material: Material, not_for: str, permutations: int, auto_size: int | None
 ) -> RuleCard:
     """The within-source rule with its inference, as a card."""
-    from instructmining_core import regression
+    from instructmining_core.regression.inference import held_out
+    from instructmining_core.regression.permutation import permutation
+    from instructmining_core.regression.rule import fit_rule
     from instructmining_core.regression.rule_card import make_card
+    from instructmining_core.regression.run_table import Standardizer
 
     from ..tables import jackknife
 
     runs, scores, columns, on = material
-    constants = regression.Standardizer.fit(scores, columns)
-    fitted = regression.fit_rule(runs, columns, constants)
-    test = regression.permutation(
+    constants = Standardizer.fit(scores, columns)
+    fitted = fit_rule(runs, columns, constants)
+    test = permutation(
         runs, columns, constants, size=min(4, len(columns)), n_permutations=permutations
     )
     sets = f"{len(fitted.runs)} sets from {len(fitted.sources)} sources"
     return make_card(
         fitted, scores, fitted_on=f"{on}: {sets} ({', '.join(fitted.sources)})",
         not_for=not_for, new_sources=jackknife(runs, columns, constants),
-        held_out=regression.held_out(runs, columns, constants), permutation=test,
+        held_out=held_out(runs, columns, constants), permutation=test,
         auto_size=auto_size,
     )  # fmt: skip
 
@@ -182,12 +185,18 @@ def _needed(study: Study, frame: pd.DataFrame, noise, target: float) -> list[str
     from .. import pilot
 
     within = pilot.arm_plan(study, frame, noise, every=10)
-    between = pilot.arm_plan(study, frame, noise, kind="between")
     needed, most = pilot.runs_needed(within, target), within.table["runs"].max()
+    slopes = within.table["coefficient"].nunique()
+    advice = (f"Plan anew after {pilot.REPLAN_EVERY} runs: the noise is known better then."
+              if within.sources >= 8 else
+              f"{within.sources} sources: slopes within them can be had with more runs, but for "
+              "new sources more runs do not help, add sources (8 or more).")
     return [
         f"designed runs for a half-width of {target:g} (safe: with the upper end of the "
         f"band; none: more than the {most} planned):\n{_table(needed, True)}",
-        f"within sources: {within.advice}", f"between sources: {between.advice}",
+        f"within sources: {advice}",
+        f"between sources: Slopes between sources rest on {within.sources} sources, not on runs: "
+        f"more runs do not help, add sources (at least {slopes + 2} for {slopes} slopes).",
     ]  # fmt: skip
 
 

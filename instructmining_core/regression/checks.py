@@ -1,12 +1,4 @@
-"""Length or training tokens? The slope of length at equal rows and at equal training tokens.
-
-At a fixed number of rows the mean response length *is* the number of training tokens; sets with as
-many tokens each, but not rows, tell the two apart (`equal_tokens`).
-
-What stands beside the rule: single indicators, plain baselines, and a second loss.
-
-One rule under every variant of the loss that the ledger holds: which signs depend on it?
-"""
+"""What stands beside the rule: single indicators, plain baselines, other losses, equal tokens."""
 
 from __future__ import annotations
 
@@ -17,73 +9,52 @@ import pandas as pd
 
 from .inference import jackknife_sources
 from .intervals import r2_of
-from .ols import RankError, residualise
-from .rule import LENGTH_LABEL, RuleFit, fit_pooled, fit_rule
+from .rule import RuleFit, fit_rule, residualise
 from .run_table import DESIGNED, EQUAL_TOKENS, RunsError, Standardizer
 
 
-def holm(p: Sequence[float]) -> np.ndarray:
-    """Holm's step-down adjusted p-values, in the order given (Holm 1979)."""
-    p = np.asarray(p, float)
-    order = np.argsort(p)
-    stepped = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(stepped, 1.0)
-    return adjusted
-
-
 def univariate(runs: pd.DataFrame, columns: Sequence[str],
-               standardisation: Standardizer | None = None, *, shares: bool = True,
-               arms: Sequence[str] | None = DESIGNED, outcome: str = "log_loss") -> pd.DataFrame:
-    """Each indicator alone, beside the source shares (shares=False: beside a constant).
+               standardizer: Standardizer | None = None) -> pd.DataFrame:
+    """Each indicator alone, beside the source shares.
 
-    Columns of RuleFit.table, r2 (beyond the controls) with r2_low and r2_high (these sources), p_holm;
-    `.attrs["multiplicity"]` is the line to print under the table.
+    Columns of RuleFit.table, r2 (beyond the shares) with r2_low and r2_high (these sources),
+    p_holm (Holm 1979, over all the indicators).
     """
+    from statsmodels.stats.multitest import multipletests
+
     rows = []
     for column in columns:
-        one = standardisation and Standardizer(standardisation.mean[[column]],
-                                                  standardisation.sd[[column]])
-        fit = (fit_rule if shares else fit_pooled)(runs, [column], one, arms=arms,
-                                                     outcome=outcome)
+        fit = fit_rule(runs, [column], standardizer)
         r2, low, high = r2_of(fit)
         rows.append(fit.table().assign(r2=r2, r2_low=low, r2_high=high))
     frame = pd.concat(rows)
-    frame["p_holm"] = holm(frame["p"])
-    frame.attrs["multiplicity"] = (
-        f"{len(frame)} single tests at 5 %: {0.05 * len(frame):.2g} would pass with no effect "
-        f"at all; {int((frame['p'] < 0.05).sum())} pass, "
-        f"{int((frame['p_holm'] < 0.05).sum())} after Holm's correction")
+    frame["p_holm"] = multipletests(frame["p"], method="holm")[1]
     return frame
 
 
 def baseline_comparison(runs: pd.DataFrame, columns: Sequence[str], baselines: Sequence[str],
-                        standardisation: Standardizer | None = None, *,
-                        arms: Sequence[str] | None = DESIGNED,
-                        outcome: str = "log_loss") -> pd.DataFrame:
+                        standardizer: Standardizer | None = None) -> pd.DataFrame:
     """How much of the loss is mere vocabulary and token count.
 
-    baselines : columns of `runs` such as `unigram` (unigram.unigram_losses) and `log_tokens`.
+    baselines : columns of `runs`, of any unit, such as a unigram model's losses.
     One row a model (shares, + each baseline, + all baselines, + indicators, + both): terms, r2
     beyond the shares with r2_low and r2_high (these sources), and adjusted r2 on the residual
     degrees of freedom. `baseline_slopes` of it has the slopes.
     """
     both = [*baselines, *columns]
-    constants = Standardizer.fit(runs, list(baselines))
-    own = standardisation or Standardizer.identity(columns)
-    joint = Standardizer(pd.concat([constants.mean, own.mean[list(columns)]]),
-                            pd.concat([constants.sd, own.sd[list(columns)]]))
+    plain = Standardizer.fit(runs, list(baselines))
+    own = standardizer or Standardizer.identity(columns)
+    joint = Standardizer(pd.concat([plain.mean, own.mean]), pd.concat([plain.sd, own.sd]))
     models = {f"+ {b}": [b] for b in baselines}
     models |= {"+ all baselines": list(baselines), "+ indicators": list(columns),
                "+ baselines and indicators": both}
-    fits = {name: fit_rule(runs, terms, Standardizer(joint.mean[terms], joint.sd[terms]),
-                             arms=arms, outcome=outcome) for name, terms in models.items()}
+    fits = {name: fit_rule(runs, terms, joint) for name, terms in models.items()}
     any_fit = fits["+ indicators"]
-    left = residualise(any_fit.ols.y[:, None], any_fit.controls)[:, 0]
+    left = residualise(any_fit.ols.model.endog[:, None], any_fit.controls)[:, 0]
     free = len(left) - any_fit.controls.shape[1]
     rows = []
     for name, fit in fits.items():
-        adjusted = 1 - fit.ols.sigma**2 / (left @ left / free)
+        adjusted = 1 - fit.sigma**2 / (left @ left / free)
         r2, low, high = r2_of(fit)
         rows.append({"model": name, "terms": len(fit.columns), "r2": r2, "r2_low": low,
                      "r2_high": high, "r2_adjusted": adjusted})
@@ -123,14 +94,13 @@ def sign_flags(first: RuleFit, second: RuleFit) -> pd.DataFrame:
     return frame
 
 
-def transfer_slope(score: pd.Series, runs: pd.DataFrame, *,
-                   arms: Sequence[str] | None = DESIGNED, outcome: str = "log_loss") -> RuleFit:
+def transfer_slope(score: pd.Series, runs: pd.DataFrame, outcome: str = "log_loss") -> RuleFit:
     """Loss of base B on the score of base A's rule, beside source shares: does the rule carry?
 
     score : mean predicted log loss of each set by rule A, index as `runs`. A slope of 1 carries
     over whole, 0 not at all; `RuleFit.table()` has its interval.
     """
-    return fit_rule(runs.assign(score=score), ["score"], arms=arms, outcome=outcome)
+    return fit_rule(runs.assign(score=score), ["score"], outcome=outcome)
 
 
 # the ledger's column of losses, in nats per token -> what it is; the first is the study's loss
@@ -144,22 +114,18 @@ VARIANTS = {
 }
 
 
-def held(runs: pd.DataFrame) -> dict[str, str]:
-    """The variants of which every run has a value, column -> what it is."""
-    return {c: name for c, name in VARIANTS.items() if c in runs and runs[c].notna().all()}
-
-
 def variant_table(runs: pd.DataFrame, columns: Sequence[str],
-                  standardisation: Standardizer | None = None) -> pd.DataFrame:
+                  standardizer: Standardizer | None = None) -> pd.DataFrame:
     """The within-source slopes under every loss at hand, each against the study's own.
 
-    runs : as for `fit_rule`, with the ledger's losses (nats per token, > 0)
+    runs : as for `fit_rule`, with the ledger's losses (nats per token, > 0); a loss counts where
+    every run has it
     returns : one row a variant and indicator: loss, column, estimate, low, high (these sources),
         sign_differs, contradicts (see `sign_flags`; both False for the study's own loss)
     """
-    names = held(runs)
+    names = {c: name for c, name in VARIANTS.items() if c in runs and runs[c].notna().all()}
     logs = runs.assign(**{f"log {c}": np.log(runs[c].astype(float)) for c in names})
-    fits = {c: fit_rule(logs, columns, standardisation, outcome=f"log {c}") for c in names}
+    fits = {c: fit_rule(logs, columns, standardizer, outcome=f"log {c}") for c in names}
     own = next(iter(fits.values()))
     parts = []
     for column, fit in fits.items():
@@ -183,17 +149,6 @@ def variant_page(table: pd.DataFrame) -> pd.DataFrame:
     return page.loc[columns, losses]
 
 
-def variants_said(table: pd.DataFrame) -> str:
-    """One sentence: which indicators change their sign with the loss, and which beyond doubt."""
-    turned = list(dict.fromkeys(table.loc[table["sign_differs"], "column"]))
-    firm = list(dict.fromkeys(table.loc[table["contradicts"], "column"]))
-    losses = table["loss"].nunique()
-    if not turned:
-        return f"No slope changes its sign over the {losses} losses."
-    beyond = f"beyond both intervals: {', '.join(firm)}" if firm else "none beyond its intervals"
-    return (f"Over the {losses} losses the sign changes for {', '.join(turned)}; {beyond}.")
-
-
 def effective_n(runs: pd.DataFrame) -> dict[str, float]:
     """Prompts that the token mean of each evaluation set rests on, (Σt)²/Σt² for t tokens."""
     columns = [c for c in runs if str(c).startswith("effective_n_")]
@@ -201,22 +156,22 @@ def effective_n(runs: pd.DataFrame) -> dict[str, float]:
             for c in columns if runs[c].notna().any()}
 
 
-def length_slopes(runs: pd.DataFrame, constants: Standardizer) -> pd.DataFrame:
+def length_slopes(runs: pd.DataFrame, standardizer: Standardizer) -> pd.DataFrame:
     """The slope of `len_out` alone, beside source shares: at equal rows and at equal tokens.
 
-    One row a design: sets, tokens (mean that a set was trained on) and tokens_cv (sd over mean),
-    estimate, low, high (these sources), new_low, new_high (new sources). Empty where the study has
-    no equal-token arm, or too few sets to fit it.
+    At equal rows the mean response length *is* the number of training tokens; sets with as many
+    tokens each tell the two apart. One row a design: sets, tokens (mean that a set was trained on)
+    and tokens_cv (sd over mean), estimate, low, high (these sources), new_low, new_high (new
+    sources). Empty where the study has no equal-token arm, or too few sets to fit it.
     """
-    one = Standardizer(constants.mean[["len_out"]], constants.sd[["len_out"]])
     rows = {}
     for name, arms in (("equal rows", DESIGNED), ("equal tokens", (EQUAL_TOKENS,))):
         try:
-            fit = fit_rule(runs, ["len_out"], one, arms=arms)
-        except (RunsError, RankError):
+            fit = fit_rule(runs, ["len_out"], standardizer, arms=arms)
+        except RunsError:
             return pd.DataFrame()
         trained = fit.runs["tokens_trained"]
-        new_low, new_high = _new_sources(runs, one, arms)
+        new_low, new_high = _new_sources(runs, standardizer, arms)
         rows[name] = {
             "sets": len(fit.runs), "tokens": trained.mean(),
             "tokens_cv": trained.std() / trained.mean(),
@@ -226,27 +181,10 @@ def length_slopes(runs: pd.DataFrame, constants: Standardizer) -> pd.DataFrame:
     return pd.DataFrame(rows).T.rename_axis("design")
 
 
-def length_said(table: pd.DataFrame) -> str:
-    """What `length_slopes` licenses, in one sentence."""
-    if table.empty:
-        return ("This run has no fit at equal tokens, so the coefficient stays "
-                f"“{LENGTH_LABEL}”.")
-    equal, rows = table.loc["equal tokens"], table.loc["equal rows"]
-    slope = f"{equal['estimate']:+.4f} [{equal['low']:+.4f}, {equal['high']:+.4f}]"
-    before = f"{rows['estimate']:+.4f} [{rows['low']:+.4f}, {rows['high']:+.4f}]"
-    if equal["low"] <= 0 <= equal["high"]:
-        said = "length by itself is not seen: what the rule calls length may be training tokens"
-    elif equal["estimate"] * rows["estimate"] > 0:
-        said = "length matters beyond the number of training tokens"
-    else:
-        said = "longer rows act the other way once they bring no more tokens"
-    return f"At equal tokens the slope of length is {slope}, at equal rows {before}: {said}."
-
-
-def _new_sources(runs: pd.DataFrame, one: Standardizer, arms: tuple[str, ...]):
+def _new_sources(runs: pd.DataFrame, standardizer: Standardizer, arms: tuple[str, ...]):
     """The jackknife's bounds, NaN where a deletion leaves too little to fit."""
     try:
-        found = jackknife_sources(runs, ["len_out"], one, arms=arms).table.loc["len_out"]
-    except (RunsError, RankError):
+        found = jackknife_sources(runs, ["len_out"], standardizer, arms=arms).table.loc["len_out"]
+    except RunsError:
         return np.nan, np.nan
     return found["low"], found["high"]

@@ -1,7 +1,4 @@
-"""How firm a fit stands: seed variance, choice under the bootstrap, collinearity, residuals.
-
-Does the rule hold for a source it has not seen? RuleFit without a source, test inside it.
-"""
+"""How firm a fit stands: for sources it has not seen, against seed noise, under the bootstrap."""
 
 from __future__ import annotations
 
@@ -15,10 +12,19 @@ from scipy.stats import f as fisher
 from scipy.stats import t as student
 
 from .intervals import sd_ratio_interval
-from .ols import RankError, residualise, slope_map
-from .paper_rule import NEAR_BEST, SubsetSearch
-from .rule import NEW_SOURCES, RuleFit, interval_table
-from .run_table import DESIGNED, RunsError, Standardizer, pick_arms, share_matrix, standardised
+from .paper_rule import SubsetSearch
+from .rule import LEVEL, NEW_SOURCES, RuleFit, interval_table, residualise, slope_map
+from .run_table import (
+    DESIGNED,
+    RankError,
+    RunsError,
+    Standardizer,
+    pick_arms,
+    share_matrix,
+    standardised,
+)
+
+MIN_SETS = 6  # of a source, for its held-out fit to say anything
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,8 @@ def deletion_maps(shares: np.ndarray, X: np.ndarray) -> np.ndarray:
 
 
 def jackknife_sources(runs: pd.DataFrame, columns: Sequence[str],
-                      standardisation: Standardizer | None = None, *, level: float = 0.95,
-                      arms: Sequence[str] | None = DESIGNED,
-                      outcome: str = "log_loss") -> Jackknife:
+                      standardizer: Standardizer | None = None, *,
+                      arms: Sequence[str] | None = DESIGNED) -> Jackknife:
     """Intervals for new sources: (S−1)/S · Σ_s (β₋ₛ − β)², t on S − 1 degrees of freedom.
 
     A mixed set is deleted with each of its sources, which widens the interval a little.
@@ -60,14 +65,14 @@ def jackknife_sources(runs: pd.DataFrame, columns: Sequence[str],
     if len(sources) < 3:
         raise RunsError(f"{len(sources)} sources say nothing about new ones: at least 3, "
                         "better 8 or more")
-    X = standardised(runs, columns, standardisation)
-    y = runs[outcome].to_numpy(float)
+    X = standardised(runs, columns, standardizer)
+    y = runs["log_loss"].to_numpy(float)
     beta = slope_map(X, shares) @ y
     replicates = deletion_maps(shares, X) @ y
     gaps = replicates - beta
     covariance = (len(sources) - 1) / len(sources) * gaps.T @ gaps
     table = interval_table(pd.Series(beta, list(columns)), np.sqrt(np.diag(covariance)),
-                           len(sources) - 1, level)
+                           len(sources) - 1)
     table["interval"] = NEW_SOURCES
     names = list(columns)
     return Jackknife(table, pd.DataFrame(covariance, names, names),
@@ -75,25 +80,24 @@ def jackknife_sources(runs: pd.DataFrame, columns: Sequence[str],
 
 
 def held_out(runs: pd.DataFrame, columns: Sequence[str],
-             standardisation: Standardizer | None = None, *, min_sets: int = 6,
-             arms: Sequence[str] | None = DESIGNED, outcome: str = "log_loss") -> pd.DataFrame:
+             standardizer: Standardizer | None = None) -> pd.DataFrame:
     """R² and calibration slope inside each source, by a rule that was fitted without it.
 
-    One row a source with at least `min_sets` within-source sets: n_sets, r2, slope, slope_low,
+    One row a source with at least MIN_SETS within-source sets: n_sets, r2, slope, slope_low,
     slope_high. r2 and slope are about the source's own mean, since its constant is unknown: r2 =
     1 − Σ(dy − dŷ)²/Σdy², which is negative where the rule does harm; slope of dy on dŷ, 1 where
     effects are of the right size, with t(n_sets − 2) bounds for this source's sets. r2 has bounds
-    only over sources: `summary(frame)`. Sources with too few sets are in `.attrs["too_few"]`.
+    only over sources: `over_sources(frame)`. Sources with too few sets are in `.attrs["too_few"]`.
     """
-    runs = pick_arms(runs, arms)
+    runs = pick_arms(runs, DESIGNED)
     shares, sources = share_matrix(runs)
-    X = standardised(runs, columns, standardisation)
-    y = runs[outcome].to_numpy(float)
+    X = standardised(runs, columns, standardizer)
+    y = runs["log_loss"].to_numpy(float)
     rows, too_few = [], {}
     for s, name in enumerate(sources):
         inside = np.flatnonzero(shares[:, s] == 1)
         kept = np.flatnonzero(shares[:, s] == 0)
-        if len(inside) < min_sets:
+        if len(inside) < MIN_SETS:
             too_few[name] = len(inside)
             continue
         try:
@@ -106,7 +110,7 @@ def held_out(runs: pd.DataFrame, columns: Sequence[str],
         df = max(len(inside) - 2, 0)
         error = (np.sqrt(((true - slope * guess) ** 2).sum() / df / (guess @ guess))
                  if df else np.nan)
-        half = student.ppf(0.975, df) * error if df else np.nan
+        half = student.ppf(0.5 + LEVEL / 2, df) * error if df else np.nan
         rows.append({"source": name, "n_sets": len(inside),
                      "r2": 1 - ((true - guess) ** 2).sum() / (true**2).sum(),
                      "slope": slope, "slope_low": slope - half, "slope_high": slope + half})
@@ -116,13 +120,13 @@ def held_out(runs: pd.DataFrame, columns: Sequence[str],
     return frame
 
 
-def summary(held: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
-    """Mean over sources of r2 and slope, with t(S−1) bounds: mean, low, high, lowest, sources."""
+def over_sources(held: pd.DataFrame) -> pd.DataFrame:
+    """r2 and slope of `held_out` over sources: mean, low, high by t(S−1), lowest, sources."""
     rows = {}
     for column in ("r2", "slope"):
         values = held[column].dropna().to_numpy(float)
         n = len(values)
-        half = (student.ppf(0.5 + level / 2, n - 1) * values.std(ddof=1) / np.sqrt(n)
+        half = (student.ppf(0.5 + LEVEL / 2, n - 1) * values.std(ddof=1) / np.sqrt(n)
                 if n > 1 else np.nan)
         mean = values.mean() if n else np.nan
         rows[column] = {"mean": mean, "low": mean - half, "high": mean + half,
@@ -140,23 +144,20 @@ class SeedVariance:
     high: float
 
 
-def seed_variance(runs: pd.DataFrame, *, level: float = 0.95,
-                  outcome: str = "log_loss") -> SeedVariance:
+def seed_variance(runs: pd.DataFrame) -> SeedVariance:
     """From sets that were run on several seeds: the pooled sd inside a set_id.
 
     8 anchors on 3 seeds give 16 degrees of freedom, a pilot of 4 sets on 3 seeds gives 8.
     """
-    groups = runs.groupby("set_id")[outcome]
-    repeated = groups.transform("size") > 1
+    repeated = runs.groupby("set_id")["log_loss"].transform("size") > 1
     if not repeated.any():
-        raise RunsError("no set was run on more than one seed: add anchors (subsets.anchors)")
+        raise RunsError("no set was run on more than one seed: add anchors")
     part = runs[repeated]
-    gaps = part[outcome] - part.groupby("set_id")[outcome].transform("mean")
+    gaps = part["log_loss"] - part.groupby("set_id")["log_loss"].transform("mean")
     df = int(len(part) - part["set_id"].nunique())
     total = float((gaps**2).sum())
-    tail = (1 - level) / 2
-    return SeedVariance(np.sqrt(total / df), df, np.sqrt(total / chi2.ppf(1 - tail, df)),
-                        np.sqrt(total / chi2.ppf(tail, df)))
+    low, high = np.sqrt(total / chi2.isf([(1 - LEVEL) / 2, (1 + LEVEL) / 2], df))
+    return SeedVariance(np.sqrt(total / df), df, low, high)
 
 
 def lack_of_fit(fit: RuleFit, seeds: SeedVariance) -> dict[str, float]:
@@ -165,34 +166,32 @@ def lack_of_fit(fit: RuleFit, seeds: SeedVariance) -> dict[str, float]:
     ratio : residual sd / seed sd, with ratio_low and ratio_high (95 %, from F); f, df1, df2,
     p : one-sided.
     """
-    ratio = float(fit.ols.sigma / seeds.sd)
-    low, high = sd_ratio_interval(ratio, fit.ols.df, seeds.df)
+    ratio = float(fit.sigma / seeds.sd)
+    low, high = sd_ratio_interval(ratio, fit.df, seeds.df)
     return {"ratio": ratio, "ratio_low": low, "ratio_high": high, "f": ratio**2,
-            "df1": fit.ols.df, "df2": seeds.df,
-            "p": float(fisher.sf(ratio**2, fit.ols.df, seeds.df))}
+            "df1": fit.df, "df2": seeds.df,
+            "p": float(fisher.sf(ratio**2, fit.df, seeds.df))}
 
 
 def bootstrap_choice(runs: pd.DataFrame, columns: Sequence[str],
-                     standardisation: Standardizer | None = None, *, n: int = 1000,
-                     size: int = 4, seed: int = 0, shares: bool = True,
-                     near: float = NEAR_BEST, arms: Sequence[str] | None = DESIGNED,
-                     outcome: str = "log_loss") -> pd.DataFrame:
+                     standardizer: Standardizer | None = None, *, n: int = 1000,
+                     size: int = 4) -> pd.DataFrame:
     """How often the procedure chooses each indicator when the runs are drawn again.
 
     By column: frequency (share of n draws), sign_positive (share of its choices with a slope
-    above 0). `.attrs["sets"]` counts whole choices. shares=False: the paper's procedure.
+    above 0). `.attrs["sets"]` counts whole choices.
     """
-    runs = pick_arms(runs, arms)
-    X = standardised(runs, columns, standardisation)
-    y = runs[outcome].to_numpy(float)
-    controls = share_matrix(runs)[0] if shares else np.ones((len(X), 1))
-    rng = np.random.default_rng(seed)
+    runs = pick_arms(runs, DESIGNED)
+    X = standardised(runs, columns, standardizer)
+    y = runs["log_loss"].to_numpy(float)
+    controls = share_matrix(runs)[0]
+    rng = np.random.default_rng(0)
     chosen, positive, sets = np.zeros(X.shape[1]), np.zeros(X.shape[1]), {}
     for _ in range(n):
         draw = rng.integers(len(X), size=len(X))
         search = SubsetSearch(X[draw], controls[draw][:, controls[draw].any(axis=0)], size,
                               smaller=True)
-        choice = search.choose(y[draw][:, None], near)
+        choice = search.choose(y[draw][:, None])
         members = search.members(choice.subset[0])
         chosen[members] += 1
         positive[members] += choice.beta[0, : len(members)] > 0
@@ -211,7 +210,6 @@ def effective_dimensions(X: np.ndarray, controls: np.ndarray | None = None) -> p
     participation : (Σλ)²/Σλ² of the covariance's eigenvalues; for_99 : components that hold
     99 % of the variance; first_three : their share; condition : sqrt(largest/smallest λ).
     """
-    X = np.asarray(X, float)
     left = residualise(X, np.ones((len(X), 1)) if controls is None else controls)
     values = np.linalg.svd(left, compute_uv=False) ** 2
     shares = np.cumsum(values) / values.sum()
@@ -223,12 +221,13 @@ def effective_dimensions(X: np.ndarray, controls: np.ndarray | None = None) -> p
     })
 
 
-def residual_page(fit: RuleFit) -> pd.DataFrame:
+def influence_table(fit: RuleFit) -> pd.DataFrame:
     """One row a run: fitted, residual, studentised, leverage, cook, and set_id, arm, source.
 
-    A page to look at; no run is dropped for what it shows.
+    To look at; no run is dropped for what it shows.
     """
     labels = fit.runs[[c for c in ("set_id", "arm", "source") if c in fit.runs]]
-    return labels.assign(fitted=fit.ols.fitted, residual=fit.ols.residuals,
-                         studentised=fit.ols.studentised(), leverage=fit.ols.leverage,
-                         cook=fit.ols.cook())
+    found = fit.ols.get_influence()
+    return labels.assign(fitted=fit.ols.fittedvalues, residual=fit.ols.resid,
+                         studentised=found.resid_studentized_internal,
+                         leverage=found.hat_matrix_diag, cook=found.cooks_distance[0])

@@ -1,4 +1,4 @@
-"""Intervals of what is no slope: R², shares of draws, ratios of spreads, medians."""
+"""Intervals of what is no slope: R², ratios of spreads, medians."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, special, stats
 
-from .rule import RuleFit
+from .rule import LEVEL, RuleFit
+
+TAIL = (1 - LEVEL) / 2
+POWER = 0.8
 
 
-def r2_interval(r2: float, terms: int, df: int, level: float = 0.95) -> tuple[float, float]:
+def r2_interval(r2: float, terms: int, df: int) -> tuple[float, float]:
     """Bounds of the population R² of a fixed design, by inverting the noncentral F.
 
     r2 : observed share of what the controls leave over that `terms` regressors explain; df :
@@ -23,24 +26,23 @@ def r2_interval(r2: float, terms: int, df: int, level: float = 0.95) -> tuple[fl
     if not (0 <= r2 < 1 and df > 0):
         return np.nan, np.nan
     f = (r2 / terms) / ((1 - r2) / df)
-    tail = (1 - level) / 2
-    bounds = [_noncentrality(f, terms, df, p) for p in (1 - tail, tail)]
+    bounds = [_noncentrality(f, terms, df, p) for p in (1 - TAIL, TAIL)]
     low, high = (value / (value + terms + df) for value in bounds)
     return low, high
 
 
-def r2_of(fit: RuleFit, level: float = 0.95) -> tuple[float, float, float]:
+def r2_of(fit: RuleFit) -> tuple[float, float, float]:
     """R² of a fit beyond its controls, with the bounds of `r2_interval`."""
     r2 = fit.r2_beyond_controls
-    return (r2, *r2_interval(r2, len(fit.columns), fit.ols.df, level))
+    return (r2, *r2_interval(r2, len(fit.columns), fit.df))
 
 
-def r2_detectable(needed: float, terms: int, df: int, power: float = 0.8) -> float:
-    """The population R² at which the observed one passes `needed` with this power."""
+def r2_detectable(needed: float, terms: int, df: int) -> float:
+    """The population R² at which the observed one passes `needed` with a power of 80 %."""
     if not 0 < needed < 1 or df <= 0:
         return np.nan
     f = (needed / terms) / ((1 - needed) / df)
-    value = _noncentrality(f, terms, df, 1 - power)
+    value = _noncentrality(f, terms, df, 1 - POWER)
     return value / (value + terms + df)
 
 
@@ -63,41 +65,24 @@ def _bracket(excess: Callable[[float], float]) -> float:
     return high
 
 
-def share_interval(count: float, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a share, `count` of `n` (Wilson 1927)."""
-    if n < 1:
-        return np.nan, np.nan
-    z = stats.norm.isf((1 - level) / 2)
-    share = count / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def sd_ratio_interval(
-    ratio: float, df1: int, df2: int, level: float = 0.95
-) -> tuple[float, float]:
+def sd_ratio_interval(ratio: float, df1: int, df2: int) -> tuple[float, float]:
     """Bounds of a ratio of two independent standard deviations, from F on df1 and df2."""
-    tail = (1 - level) / 2
-    return (float(ratio / np.sqrt(stats.f.isf(tail, df1, df2))),
-            float(ratio / np.sqrt(stats.f.ppf(tail, df1, df2))))
+    return (float(ratio / np.sqrt(stats.f.isf(TAIL, df1, df2))),
+            float(ratio / np.sqrt(stats.f.ppf(TAIL, df1, df2))))
 
 
-def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
     """Bounds of a median by order statistics: no assumption but independent draws.
 
     NaN where there are too few values for the level.
     """
-    found = np.sort(np.asarray(values, float)[~np.isnan(np.asarray(values, float))])
-    # the k-th smallest and the k-th largest hold the median unless fewer than k lie on one side
-    k = int(stats.binom.ppf((1 - level) / 2, len(found), 0.5))
-    if k < 1:
-        return np.nan, np.nan
-    return float(found[k - 1]), float(found[len(found) - k])
+    found = np.asarray(values, float)
+    test = stats.quantile_test(found[~np.isnan(found)], p=0.5)
+    return tuple(map(float, test.confidence_interval(LEVEL)))
 
 
-def significant(frame: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
-    """The table with its floats as text of `digits` significant digits.
+def significant(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table with its floats as text of three significant digits.
 
     Rounding to places prints 0.0000 for the slope of a quantity whose unit is small.
 
@@ -106,6 +91,6 @@ def significant(frame: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     """
     out = frame.copy()
     for column in out.select_dtypes("floating"):
-        shown = [f"{value:.{digits}g}" for value in out[column]]
+        shown = [f"{value:.3g}" for value in out[column]]
         out[column] = ["" if text == "nan" else text for text in shown]
     return out

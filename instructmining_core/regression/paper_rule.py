@@ -1,7 +1,4 @@
-"""The paper's own fit: the best four indicators by R², then by p-values, without source shares.
-
-The paper's choice of variables, over all subsets of one size and many outcomes at once.
-"""
+"""The paper's own fit: the best four indicators by R², then by p-values, without source shares."""
 
 from __future__ import annotations
 
@@ -13,11 +10,11 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from .ols import residualise
-from .rule import RuleFit, fit_pooled
+from .rule import RuleFit, fit_pooled, residualise
 from .run_table import Standardizer, pick_arms, standardised
 
 NEAR_BEST = 0.01  # R² within this of the best counts as "highest"; the paper gives no figure
+NOT_VALID = "the paper's procedure, not valid after selection"
 
 
 @dataclass(frozen=True)
@@ -82,8 +79,8 @@ class SubsetSearch:
         """The permutation statistic, (B,): the largest R² over the subsets."""
         return self.r2(Y).max(axis=1)
 
-    def choose(self, Y: np.ndarray, near: float = NEAR_BEST) -> Choice:
-        """Of the subsets within `near` of the best R², the one whose largest p is smallest."""
+    def choose(self, Y: np.ndarray) -> Choice:
+        """Of the subsets within NEAR_BEST of the best R², the one whose largest p is smallest."""
         E = residualise(Y, self.controls)
         cross, beta, total = self._slopes(E)
         r2 = (cross * beta).sum(axis=2) / total[:, None]
@@ -93,15 +90,12 @@ class SubsetSearch:
             tvalue = np.abs(beta) / np.sqrt(np.maximum(variance, 0)[:, :, None] * diagonal)
         term = np.arange(self.size) < self.terms[:, None]
         p = np.where(term, 2 * student.sf(np.nan_to_num(tvalue), self.df[:, None]), 0.0)
-        allowed = r2 >= r2.max(axis=1, keepdims=True) - near
+        allowed = r2 >= r2.max(axis=1, keepdims=True) - NEAR_BEST
         best = np.where(allowed, p.max(axis=2), np.inf).argmin(axis=1)
         rows = np.arange(len(best))
         shown = np.where(term[best], p[rows, best], np.nan)
         scale = self.scale[self.subsets[best]]
         return Choice(best, r2[rows, best], shown, beta[rows, best] / scale)
-
-
-NOT_VALID = "the paper's procedure, not valid after selection"
 
 
 @dataclass(frozen=True)
@@ -115,42 +109,31 @@ class PaperFit:
     fit: RuleFit
     candidates: pd.DataFrame
 
-    def table(self, level: float = 0.95) -> pd.DataFrame:
+    def table(self) -> pd.DataFrame:
         """The chosen terms as in RuleFit.table, p-values and bounds labelled as not valid."""
-        frame = self.fit.table(level)
-        classical = np.sqrt(np.diag(self.fit.ols.cov_classical()))[1:]
-        frame["p_paper"] = _p_values(frame["estimate"].to_numpy() / classical, self.fit.ols.df)
-        frame["interval"] = NOT_VALID
-        return frame
-
-
-def _p_values(tvalues: np.ndarray, df: int) -> np.ndarray:
-    return 2 * student.sf(np.abs(tvalues), df)
+        return self.fit.table().assign(p_paper=self.fit.ols.pvalues[1:], interval=NOT_VALID)
 
 
 def fit_paper(runs: pd.DataFrame, columns: Sequence[str],
-              standardisation: Standardizer | None = None, *, size: int = 4,
-              near: float = NEAR_BEST, arms: Sequence[str] | None = None,
-              outcome: str = "log_loss") -> PaperFit:
+              standardizer: Standardizer | None = None, *, size: int = 4,
+              arms: Sequence[str] | None = None) -> PaperFit:
     """"First highest R², then the most significant p values" (paper v3, section on the rule).
 
     Our reading, since the paper gives no figures: all subsets of up to `size` terms (v3 has four)
-    with a constant; of those within `near` of the best R², the one whose largest p is smallest.
+    with a constant; of those within NEAR_BEST of the best R², the one whose largest p is smallest.
     arms=None takes every run at equal rows, ("fusion",) the paper's own design.
     """
     picked = pick_arms(runs, arms)
-    X = standardised(picked, columns, standardisation)
-    y = picked[outcome].to_numpy(float)[:, None]
+    X = standardised(picked, columns, standardizer)
+    y = picked["log_loss"].to_numpy(float)[:, None]
     search = SubsetSearch(X, np.ones((len(X), 1)), size, smaller=True)
-    chosen = int(search.choose(y, near).subset[0])
+    chosen = int(search.choose(y).subset[0])
     r2 = search.r2(y)[0]
     rows = []
-    for g in np.flatnonzero(r2 >= r2.max() - near):
+    for g in np.flatnonzero(r2 >= r2.max() - NEAR_BEST):
         one = SubsetSearch(X[:, search.members(g)], np.ones((len(X), 1)), search.size)
         rows.append({"columns": ", ".join(columns[i] for i in search.members(g)), "r2": r2[g],
                      "largest_p": float(one.choose(y).p.max()), "chosen": bool(g == chosen)})
     names = [columns[i] for i in search.members(chosen)]
-    part = standardisation and Standardizer(standardisation.mean[names],
-                                               standardisation.sd[names])
     candidates = pd.DataFrame(rows).sort_values("r2", ascending=False, ignore_index=True)
-    return PaperFit(fit_pooled(picked, names, part, outcome=outcome), candidates)
+    return PaperFit(fit_pooled(picked, names, standardizer), candidates)

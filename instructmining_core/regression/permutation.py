@@ -1,6 +1,4 @@
-"""A permutation test of the whole procedure, choice of variables included.
-
-Sets that share rows have like losses: how alike, and inference that takes it into account.
+"""A permutation test of the whole procedure, choice of variables included; shared rows counted.
 
 What a row does to the loss beyond its source and its indicators goes into every set that holds the
 row. So the errors of two sets that share rows are correlated, and tilted sets of one source share
@@ -24,18 +22,18 @@ import numpy as np
 import pandas as pd
 from scipy.stats import chi2
 
-from .ols import residualise
 from .paper_rule import SubsetSearch
+from .rule import LEVEL, residualise
 from .run_table import DESIGNED, Standardizer, pick_arms, share_matrix, standardised
 
 MOST = 0.999  # of the error variance: at 1 two sets of the same rows could not be told apart
 GRID = np.linspace(0.0, MOST, 112)
 
 
-def overlap(sets: Sequence[Sequence[str]]) -> np.ndarray:
+def row_overlap(sets: Sequence[Sequence[str]]) -> np.ndarray:
     """K, (n, n): rows that two sets share over the geometric mean of their sizes.
 
-    >>> overlap([["a", "b"], ["b", "c"], ["d", "e"]])[0]
+    >>> row_overlap([["a", "b"], ["b", "c"], ["d", "e"]])[0]
     array([1. , 0.5, 0. ])
     """
     codes, _ = pd.factorize(np.array([row for rows in sets for row in rows], dtype=object))
@@ -46,18 +44,12 @@ def overlap(sets: Sequence[Sequence[str]]) -> np.ndarray:
     return held @ held.T
 
 
-def overlap_of(runs: pd.DataFrame, rows: Mapping[str, Sequence[str]]) -> np.ndarray:
-    """K of a table of runs; rows : set_id -> the set's row hashes."""
-    return overlap([rows[set_id] for set_id in runs["set_id"]])
-
-
-def row_share(y: np.ndarray, X: np.ndarray, K: np.ndarray,
-              level: float = 0.95) -> tuple[float, float, float]:
+def row_share(y: np.ndarray, X: np.ndarray, K: np.ndarray) -> tuple[float, float, float]:
     """The part of the error variance that belongs to rows: estimate, low, high, each 0 to MOST.
 
     By restricted maximum likelihood, bounds where the profile falls by a χ² quantile.
-    y : (n,); X : (n, k), the regressors; K : (n, n) from `overlap`. All 0 where too few runs are
-    left to tell, or no two sets share a row.
+    y : (n,); X : (n, k), the regressors; K : (n, n) from `row_overlap`. All 0 where too few runs
+    are left to tell, or no two sets share a row.
     """
     u, s, _ = np.linalg.svd(X, full_matrices=True)
     rest = u[:, int((s > 1e-10 * s.max()).sum()):]
@@ -69,7 +61,7 @@ def row_share(y: np.ndarray, X: np.ndarray, K: np.ndarray,
     variance = GRID[:, None] * values + 1 - GRID[:, None]
     deviance = len(values) * np.log((squares / variance).sum(axis=1))
     deviance += np.log(variance).sum(axis=1)
-    inside = GRID[deviance <= deviance.min() + chi2.ppf(level, 1)]
+    inside = GRID[deviance <= deviance.min() + chi2.ppf(LEVEL, 1)]
     return float(GRID[deviance.argmin()]), float(inside.min()), float(inside.max())
 
 
@@ -123,7 +115,7 @@ def freedman_lane(search: SubsetSearch, y: np.ndarray, n_permutations: int,
 
 
 def permutation(runs: pd.DataFrame, columns: Sequence[str],
-                standardisation: Standardizer | None = None, *, null: str = "H0b",
+                standardizer: Standardizer | None = None, *, null: str = "H0b",
                 size: int = 4, n_permutations: int = 999, seed: int = 0,
                 rows: Mapping[str, Sequence[str]] | None = None,
                 arms: Sequence[str] | None = DESIGNED, outcome: str = "log_loss") -> Permutation:
@@ -132,20 +124,20 @@ def permutation(runs: pd.DataFrame, columns: Sequence[str],
     null="H0b" (the verdict): R² beyond the source shares. "H0a": R² beyond a constant, losses
     permuted freely. One run a set; runs as in `fit_rule`.
     rows : set_id -> row hashes. Sets that share rows have like errors, and permuting those rejects
-        too often. With `rows` the runs are whitened first (see `shared_rows`) at the estimated
+        too often. With `rows` the runs are whitened first (`whitener`) at the estimated
         share of the rows and at both its bounds; the answer is that of the largest p (Berger &
         Boos 1994). Without them the errors are taken as unrelated.
     """
     if null not in MEANING:
         raise ValueError(f"null {null!r} is none of {list(MEANING)}")
     runs = pick_arms(runs, arms)
-    X = standardised(runs, columns, standardisation)
+    X = standardised(runs, columns, standardizer)
     y = runs[outcome].to_numpy(float)
     controls = share_matrix(runs)[0] if null == "H0b" else np.ones((len(X), 1))
     rng = np.random.default_rng(seed)
     shares, K = (None,), None
     if rows is not None:
-        K = overlap_of(runs, rows)
+        K = row_overlap([rows[set_id] for set_id in runs["set_id"]])
         shares = sorted(set(row_share(y, controls, K)))
     tests = [_test(X, y, controls, size, n_permutations, rng, null, K, share) for share in shares]
     return max(tests, key=lambda test: test.p)

@@ -11,23 +11,23 @@ from scipy.stats import f as fisher
 from scipy.stats import t as student
 
 from .inference import SeedVariance
-from .ols import RankError
-from .rule import RuleFit
+from .rule import LEVEL, RuleFit
+from .run_table import RankError
 
 REPLAN_EVERY = 30  # runs
 RANDOM_SHARE = 0.2  # of the sets stays undesigned, so that lack of fit can be seen
+PASSES = 3  # of exchanges over the chosen sets, at most
+BAND = 0.80  # of studies whose half-width lies in the planned band
 
 
 @dataclass(frozen=True)
 class Precision:
     """table : one row a number of runs and a coefficient: runs, coefficient, half_width, low,
-    high (80 % band, log loss per sd); sigma, df : the noise it rests on; advice : one line
+    high (80 % band, log loss per sd); sources : how many
     """
 
     table: pd.DataFrame
-    sigma: float
-    df: int
-    advice: str
+    sources: int
 
     def runs_needed(self, target: float, *, safe: bool = True) -> pd.Series:
         """Fewest planned runs with half_width ≤ target, by coefficient; NaN where none suffices.
@@ -39,7 +39,7 @@ class Precision:
         return enough.groupby("coefficient")["runs"].min().reindex(names)
 
 
-def half_widths(M: np.ndarray, sigma: float, level: float = 0.95) -> np.ndarray:
+def half_widths(M: np.ndarray, sigma: float) -> np.ndarray:
     """t(N−k) · σ · sqrt([(M'M)⁻¹]_jj) of every coefficient, (k,); M : (N, k).
 
     Infinite where M has too few rows or can't tell a coefficient from the others.
@@ -49,11 +49,11 @@ def half_widths(M: np.ndarray, sigma: float, level: float = 0.95) -> np.ndarray:
     if N <= k or np.linalg.matrix_rank(M) < k:
         return np.full(k, np.inf)
     r_inv = np.linalg.inv(np.linalg.qr(M)[1])
-    return student.ppf(0.5 + level / 2, N - k) * sigma * np.sqrt((r_inv**2).sum(axis=1))
+    return student.ppf(0.5 + LEVEL / 2, N - k) * sigma * np.sqrt((r_inv**2).sum(axis=1))
 
 
 def sigma_band(sigma: float, df_pilot: int, df_study: int,
-               level: float = 0.80) -> tuple[float, float]:
+               level: float = BAND) -> tuple[float, float]:
     """Bounds for the residual sd that the study will have, given the pilot's.
 
     Both are estimates of one σ, so that their squared ratio is F(df_study, df_pilot).
@@ -64,57 +64,41 @@ def sigma_band(sigma: float, df_pilot: int, df_study: int,
 
 
 def plan_runs(shares: np.ndarray, X: np.ndarray, columns: Sequence[str], pilot: SeedVariance,
-              sizes: Sequence[int] | None = None, *, kind: str = "within",
-              level: float = 0.95) -> Precision:
+              sizes: Sequence[int]) -> Precision:
     """Half-widths of the slopes after the first N sets of a design, with an 80 % band.
 
     shares : (n, S) and X : (n, p), the planned sets in the order in which they will be run;
-    pilot : from `seed_variance` on 4 sets × 3 seeds, or `replan`; sizes : numbers of runs
-    (default: every 30, and all). kind="between": the same table, and the advice to add sources.
+    pilot : from `seed_variance` on 4 sets × 3 seeds, or `replan`; sizes : numbers of runs N
     """
-    n = len(X)
-    sizes = sizes or sorted({*range(REPLAN_EVERY, n, REPLAN_EVERY), n})
     rows = []
     for N in sizes:
         part = shares[:N][:, shares[:N].any(axis=0)]
         M = np.hstack([part, X[:N]])
-        unit = half_widths(M, 1.0, level)[-len(columns):]
+        unit = half_widths(M, 1.0)[-len(columns):]
         low, high = (sigma_band(pilot.sd, pilot.df, N - M.shape[1]) if N > M.shape[1]
                      else (np.nan, np.nan))
         rows += [{"runs": N, "coefficient": c, "half_width": u * pilot.sd, "low": u * low,
                   "high": u * high} for c, u in zip(columns, unit, strict=True)]
-    return Precision(pd.DataFrame(rows), pilot.sd, pilot.df, _advice(shares, columns, kind))
-
-
-def _advice(shares: np.ndarray, columns: Sequence[str], kind: str) -> str:
-    S = shares.shape[1]
-    if kind == "between":
-        return (f"Slopes between sources rest on {S} sources, not on runs: more runs do not help, "
-                f"add sources (at least {len(columns) + 2} for {len(columns)} slopes).")
-    if S < 8:
-        return (f"{S} sources: slopes within them can be had with more runs, but for new sources "
-                "more runs do not help, add sources (8 or more).")
-    return f"Plan anew after {REPLAN_EVERY} runs: the noise is known better then."
+    return Precision(pd.DataFrame(rows), shares.shape[1])
 
 
 def replan(pilot: SeedVariance, fit: RuleFit) -> SeedVariance:
     """The noise to plan with once runs are in: the fit's residual sd where it has more degrees
     of freedom than the pilot, since it also holds what a straight line misses.
     """
-    if fit.ols.df <= pilot.df:
+    if fit.df <= pilot.df:
         return pilot
-    low, high = sigma_band(fit.ols.sigma, fit.ols.df, 10**6, 0.95)
-    return SeedVariance(fit.ols.sigma, fit.ols.df, low, high)
+    low, high = sigma_band(fit.sigma, fit.df, 10**6, LEVEL)
+    return SeedVariance(fit.sigma, fit.df, low, high)
 
 
-def d_optimal(M: np.ndarray, n: int, seed: int = 0, *, random_share: float = RANDOM_SHARE,
-              passes: int = 3, groups: Sequence[str] | None = None,
+def d_optimal(M: np.ndarray, n: int, seed: int = 0, *, groups: Sequence[str] | None = None,
               quota: Mapping[str, int] | None = None) -> np.ndarray:
     """Positions of `n` of the candidate sets, chosen to make det(M'M) large; the rest random.
 
     M : (candidates, k), shares and standardised set means of ≥ 1,000 tilted candidates, all known
     before training; groups, quota : a label for each candidate, and how many sets of each label
-    are wanted (n in all; default: any candidate may take any place). A share `random_share` is
+    are wanted (n in all; default: any candidate may take any place). A share RANDOM_SHARE is
     drawn at random first, the others are added one by one and then exchanged while the
     determinant grows (Fedorov 1972, one exchange a step). Returned in running order: random and
     chosen sets interleaved. Errors: RankError.
@@ -129,7 +113,7 @@ def d_optimal(M: np.ndarray, n: int, seed: int = 0, *, random_share: float = RAN
     rng = np.random.default_rng(seed)
     random: list[int] = []
     for group, many in room.items():
-        drawn = rng.choice(np.flatnonzero(labels == group), round(random_share * many), False)
+        drawn = rng.choice(np.flatnonzero(labels == group), round(RANDOM_SHARE * many), False)
         random += drawn.tolist()
         room[group] -= len(drawn)
     # a ridge far below any real information lets the first steps invert
@@ -145,7 +129,7 @@ def d_optimal(M: np.ndarray, n: int, seed: int = 0, *, random_share: float = RAN
         chosen.append(best)
         free[best] = False
         A += np.outer(M[best], M[best])
-    for _ in range(passes):
+    for _ in range(PASSES):
         if not _exchange(M, A, chosen, free, labels):
             break
     order = rng.permutation(n)

@@ -1,155 +1,240 @@
-"""Slopes between sources against slopes within: the Mundlak split and its test.
+"""The rule: within-source slopes of the log loss on set means, beside the source shares.
 
-The main estimator: within-source slopes of the log loss on set means, beside source shares.
+Least squares is statsmodels'; here are what it does not have and how a study's runs go into it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from scipy.stats import f as fisher
 from scipy.stats import t as student
 
-from .ols import OLS, ols, residualise, vif
-from .run_table import DESIGNED, RunsError, Standardizer, pick_arms, share_matrix, standardised
+from ..config import InstructMiningError
+from .run_table import (
+    DESIGNED,
+    RankError,
+    RunsError,
+    Standardizer,
+    pick_arms,
+    share_matrix,
+    standardised,
+)
 
+if TYPE_CHECKING:
+    from statsmodels.regression.linear_model import RegressionResults
+
+LEVEL = 0.95  # of every interval
 THESE_SOURCES = "these sources: HC3, t(n-k)"
 NEW_SOURCES = "new sources: delete-one-source jackknife, t(S-1)"
 LENGTH_LABEL = "length or training tokens"
+
+
+def ols(X: np.ndarray, y: np.ndarray, names: Sequence[str]) -> RegressionResults:
+    """Least squares of y, (n,), on X, (n, k), any constant included, by statsmodels.
+
+    Errors: RankError with the names of the columns at fault, or where n ≤ k; InstructMiningError
+    where values are missing.
+    """
+    # takes a second to import, and most callers of this room fit nothing
+    from statsmodels.regression.linear_model import OLS
+
+    X, y = np.asarray(X, float), np.asarray(y, float)
+    if not (np.isfinite(X).all() and np.isfinite(y).all()):
+        bad = [n for n, ok in zip(names, np.isfinite(X).all(axis=0), strict=True) if not ok]
+        raise InstructMiningError(f"values are missing or infinite in {bad or 'the outcome'}: drop "
+                                  "those runs or those columns")
+    if X.shape[0] <= X.shape[1]:
+        raise RankError(f"{X.shape[0]} runs can't fit {X.shape[1]} coefficients: add runs or "
+                        "leave columns out")
+    norms = np.linalg.norm(X, axis=0)
+    weak = np.abs(np.diag(np.linalg.qr(X / np.where(norms > 0, norms, 1), mode="r"))) < 1e-9
+    if weak.any():
+        bad = [n for n, w in zip(names, weak, strict=True) if w]
+        raise RankError(f"columns {bad} are constant or follow from the others in these "
+                        f"{X.shape[0]} runs: leave them out or vary them in the design")
+    model = OLS(y, X)
+    model.data.xnames = list(names)
+    return model.fit()
+
+
+def hc3(fit: RegressionResults) -> np.ndarray:
+    """HC3 covariance of the coefficients, (k, k): MacKinnon & White 1985; Long & Ervin 2000.
+
+    As statsmodels', but a run with leverage 1 is fitted exactly and says nothing of the noise: its
+    term is 0 instead of 0/0.
+    """
+    room = 1 - fit.get_influence().hat_matrix_diag
+    if (room > 1e-9).all():
+        return fit.cov_HC3
+    scaled = np.divide(fit.resid, room, out=np.zeros_like(room), where=room > 1e-9)
+    half = fit.model.pinv_wexog * scaled
+    return half @ half.T
+
+
+def residualise(X: np.ndarray, controls: np.ndarray) -> np.ndarray:
+    """X minus its projection on the columns of `controls`, (n, p); controls may lack full rank."""
+    u, s, _ = np.linalg.svd(controls, full_matrices=False)
+    basis = u[:, s > 1e-10 * s.max()]
+    return X - basis @ (basis.T @ X)
+
+
+def slope_map(X: np.ndarray, controls: np.ndarray) -> np.ndarray:
+    """The matrix A, (p, n), with A y = slopes of y on X beside `controls` (Frisch–Waugh–Lovell).
+
+    For many outcomes or many deletions at once. Raises RankError where the controls leave some
+    direction of X without variation.
+    """
+    left = residualise(X, controls)
+    if np.linalg.matrix_rank(left, tol=1e-9 * max(np.linalg.norm(X), 1e-300)) < X.shape[1]:
+        raise RankError(f"{X.shape[1]} slopes can't be told apart beside the controls in "
+                        f"{X.shape[0]} runs")
+    return np.linalg.pinv(left)
+
+
+def vif(X: np.ndarray, controls: np.ndarray | None = None) -> np.ndarray:
+    """Variance inflation of each column of X, (p,), beside `controls` (default: a constant).
+
+    1/(1 − R²_j), R²_j from regressing column j on the others, both after the controls are
+    taken out; with a constant this is the usual VIF. Infinite where the others give a column
+    exactly.
+    """
+    left = residualise(X, np.ones((len(X), 1)) if controls is None else controls)
+    scale = np.linalg.norm(left, axis=0)
+    if (scale == 0).any():
+        return np.full(X.shape[1], np.inf)
+    corr = (left / scale).T @ (left / scale)
+    if np.linalg.matrix_rank(corr) < len(corr):
+        return np.full(X.shape[1], np.inf)
+    return np.diag(np.linalg.inv(corr))
 
 
 @dataclass(frozen=True)
 class RuleFit:
     """A fitted rule. Slopes are changes of log loss per sd of the indicator over the pool's rows.
 
-    kind : "within", "between" or "pooled"
-    columns : indicators in the rule, in order; the last len(columns) coefficients of `ols`
-    sources : names of the share columns, () where the fit has a constant instead
-    runs : the table the fit saw, one row a set
+    kind : "within" or "pooled"; columns : indicators in the rule, in order, the last coefficients
+    of `ols`, which is statsmodels' result; sources : names of the share columns, () where the fit
+    has a constant instead; runs : the table that the fit saw, one row a set
     """
 
     kind: str
     columns: tuple[str, ...]
     sources: tuple[str, ...]
-    ols: OLS
-    standardisation: Standardizer
+    ols: RegressionResults
+    standardizer: Standardizer
     runs: pd.DataFrame
 
     @property
     def slopes(self) -> pd.Series:
         """Standardised slopes, indexed by column."""
-        return pd.Series(self.ols.beta[-len(self.columns):], list(self.columns), name="estimate")
+        return pd.Series(self.ols.params[-len(self.columns):], list(self.columns), name="estimate")
 
     @property
     def intercept(self) -> float:
         """Log loss at the pool's mean row: the constant, or the sources' constants averaged."""
-        return float(np.mean(self.ols.beta[: -len(self.columns)]))
+        return float(np.mean(self.ols.params[: -len(self.columns)]))
 
     @property
     def controls(self) -> np.ndarray:
         """The share columns or the constant, (n, S) or (n, 1)."""
-        return self.ols.X[:, : -len(self.columns)]
+        return self.ols.model.exog[:, : -len(self.columns)]
 
     @property
     def indicators(self) -> np.ndarray:
         """The standardised set means, (n, p)."""
-        return self.ols.X[:, -len(self.columns):]
+        return self.ols.model.exog[:, -len(self.columns):]
+
+    @property
+    def sigma(self) -> float:
+        """Residual sd of log loss on `df` degrees of freedom."""
+        return float(np.sqrt(self.ols.scale))
+
+    @property
+    def df(self) -> int:
+        """Residual degrees of freedom, runs minus coefficients."""
+        return int(self.ols.df_resid)
 
     @property
     def covariance(self) -> pd.DataFrame:
         """HC3 covariance of the slopes, (p, p)."""
         p = len(self.columns)
-        return pd.DataFrame(self.ols.cov_hc3()[-p:, -p:], list(self.columns), list(self.columns))
-
-    @property
-    def r2(self) -> float:
-        """Share of the variance of log loss that the whole fit explains."""
-        return self.ols.r2
+        return pd.DataFrame(hc3(self.ols)[-p:, -p:], list(self.columns), list(self.columns))
 
     @property
     def r2_beyond_controls(self) -> float:
         """Share of what the controls leave over that the indicators explain."""
-        left = residualise(self.ols.y[:, None], self.controls)[:, 0]
-        return float(1 - self.ols.residuals @ self.ols.residuals / (left @ left))
+        left = residualise(self.ols.model.endog[:, None], self.controls)[:, 0]
+        return float(1 - self.ols.ssr / (left @ left))
 
-    def table(self, level: float = 0.95) -> pd.DataFrame:
+    def table(self) -> pd.DataFrame:
         """One row an indicator: estimate, raw, se, t, p, low, high, vif, interval, label.
 
         estimate, se, low, high : log loss per sd; raw : log loss per unit of the indicator;
         interval : what the bounds speak of; label : what the coefficient may be called.
         """
-        return coefficient_table(self, level)
+        frame = interval_table(self.slopes, np.sqrt(np.diag(self.covariance)), self.df)
+        frame.insert(1, "raw", self.slopes / self.standardizer.sd[list(self.columns)])
+        frame["vif"] = vif(self.indicators, self.controls)
+        frame["interval"] = THESE_SOURCES
+        tokens_fixed = "arm" in self.runs and set(self.runs["arm"]) == {"tokens"}
+        frame["label"] = [LENGTH_LABEL if c == "len_out" and not tokens_fixed else c
+                          for c in self.columns]
+        return frame
 
 
-def coefficient_table(fit: RuleFit, level: float) -> pd.DataFrame:
-    """See RuleFit.table."""
-    frame = interval_table(fit.slopes, np.sqrt(np.diag(fit.covariance)), fit.ols.df, level)
-    frame.insert(1, "raw", fit.slopes / fit.standardisation.sd[list(fit.columns)])
-    frame["vif"] = vif(fit.indicators, fit.controls)
-    frame["interval"] = THESE_SOURCES
-    tokens_fixed = "arm" in fit.runs and set(fit.runs["arm"]) == {"tokens"}
-    frame["label"] = [LENGTH_LABEL if c == "len_out" and not tokens_fixed else c
-                      for c in fit.columns]
-    return frame
-
-
-def interval_table(estimate: pd.Series, se: np.ndarray, df: int, level: float) -> pd.DataFrame:
+def interval_table(estimate: pd.Series, se: np.ndarray, df: int) -> pd.DataFrame:
     """estimate, se, t, p, low, high by column, from Student's t on df degrees of freedom."""
     frame = pd.DataFrame({"estimate": estimate})
     frame["se"] = se
     frame["t"] = frame["estimate"] / frame["se"]
     frame["p"] = 2 * student.sf(frame["t"].abs(), df)
-    half = student.ppf(0.5 + level / 2, df) * frame["se"]
+    half = student.ppf(0.5 + LEVEL / 2, df) * frame["se"]
     frame["low"], frame["high"] = frame["estimate"] - half, frame["estimate"] + half
     frame.index.name = "column"
     return frame
 
 
-def fit_rule(runs: pd.DataFrame, columns: Sequence[str],
-               standardisation: Standardizer | None = None, *,
-               arms: Sequence[str] | None = DESIGNED, outcome: str = "log_loss") -> RuleFit:
+def fit_rule(runs: pd.DataFrame, columns: Sequence[str], standardizer: Standardizer | None = None,
+             *, arms: Sequence[str] | None = DESIGNED, outcome: str = "log_loss") -> RuleFit:
     """log L = Σ_s α_s w_s + Σ_j β_j X̄_j + ε over one run a set; statistics.md section 3.
 
-    runs : `log_loss`, `share_<source>` and the columns, from `runs.assemble`; arms : which runs
+    runs : `log_loss`, `share_<source>` and the columns, from `run_table`; arms : which runs
     enter (default: the designed ones; fusion runs hold every source, so that they could be in no
-    delete-one-source fit; None takes all at equal rows). Without `standardisation` the columns are
+    delete-one-source fit; None takes all at equal rows). Without `standardizer` the columns are
     taken as standardised. Errors: RunsError, RankError (set means that can't be told apart).
     """
     runs = pick_arms(runs, arms)
     shares, sources = share_matrix(runs)
-    X = standardised(runs, columns, standardisation)
+    X = standardised(runs, columns, standardizer)
     names = [f"share_{s}" for s in sources] + list(columns)
     fitted = ols(np.hstack([shares, X]), runs[outcome].to_numpy(float), names)
     return RuleFit("within", tuple(columns), sources, fitted,
-               standardisation or Standardizer.identity(columns), runs)
+                   standardizer or Standardizer.identity(columns), runs)
 
 
 def fit_pooled(runs: pd.DataFrame, columns: Sequence[str],
-               standardisation: Standardizer | None = None, *,
-               arms: Sequence[str] | None = None, outcome: str = "log_loss") -> RuleFit:
+               standardizer: Standardizer | None = None) -> RuleFit:
     """log L = β0 + Σ_j β_j X̄_j + ε, no source shares: the regression of the paper's rule.
 
-    What it finds mixes slopes between sources with slopes within; arms as in `fit_rule`.
+    What it finds mixes slopes between sources with slopes within; all runs at equal rows.
     """
-    runs = pick_arms(runs, arms)
-    if not len(columns):
-        raise RunsError("no columns to fit")
-    X = standardised(runs, columns, standardisation)
-    fitted = ols(np.hstack([np.ones((len(X), 1)), X]), runs[outcome].to_numpy(float),
+    runs = pick_arms(runs, None)
+    X = standardised(runs, columns, standardizer)
+    fitted = ols(np.hstack([np.ones((len(X), 1)), X]), runs["log_loss"].to_numpy(float),
                  ["constant", *columns])
     return RuleFit("pooled", tuple(columns), (), fitted,
-               standardisation or Standardizer.identity(columns), runs)
+                   standardizer or Standardizer.identity(columns), runs)
 
 
 @dataclass(frozen=True)
-class Mundlak:
-    """log L = β0 + W β_W + B β_B, B = Σ_s w_s μ_s, W = X̄ − B (Mundlak 1978).
-
-    table : by column: within, within_low, within_high, between, between_low, between_high,
-        difference, se, t, p, low, high (of the difference); all bounds HC3, these sources
+class MundlakTest:
+    """table : by column: within, within_low, within_high, between, between_low, between_high,
+    difference, se, t, p, low, high (of the difference); all bounds HC3, these sources
     f, df1, df2, p : Wald test of β_B = β_W for all columns together, HC3, these sources
     """
 
@@ -158,20 +243,18 @@ class Mundlak:
     df1: int
     df2: int
     p: float
-    between: RuleFit
 
 
-def mundlak(runs: pd.DataFrame, columns: Sequence[str], source_means: pd.DataFrame,
-            standardisation: Standardizer | None = None, *,
-            arms: Sequence[str] | None = None, level: float = 0.95,
-            outcome: str = "log_loss") -> Mundlak:
-    """Split the set means in what their sources' means give and what the tilt gives.
+def mundlak_test(runs: pd.DataFrame, columns: Sequence[str], source_means: pd.DataFrame,
+                 standardizer: Standardizer | None = None) -> MundlakTest:
+    """Are slopes between sources those within? log L = β0 + W β_W + B β_B (Mundlak 1978).
 
-    source_means : index source, the pool's means of each column, raw units (standardised units
-    where `standardisation` is None). Needs more sources than columns + 1, since B has only S − 1
-    dimensions: otherwise a RunsError that says to name fewer columns or add sources.
+    B = Σ_s w_s μ_s is what the means of a set's sources give, W = X̄ − B what its tilt gives; over
+    all runs at equal rows. source_means : index source, the pool's means of each column, raw units
+    (standardised units without `standardizer`). Needs more sources than columns + 1, since B has
+    only S − 1 dimensions: otherwise a RunsError that says to name fewer columns or add sources.
     """
-    runs = pick_arms(runs, arms)
+    runs = pick_arms(runs, None)
     shares, sources = share_matrix(runs)
     if len(sources) <= len(columns) + 1:
         raise RunsError(f"{len(sources)} sources span {len(sources) - 1} dimensions, too few for "
@@ -181,26 +264,24 @@ def mundlak(runs: pd.DataFrame, columns: Sequence[str], source_means: pd.DataFra
     missing = sorted(set(sources) - set(source_means.index))
     if missing:
         raise RunsError(f"source_means has no row for {missing}")
-    X = standardised(runs, columns, standardisation)
-    means = source_means.loc[list(sources)]
-    B = shares @ standardised(means, columns, standardisation)
-    p = len(columns)
+    X = standardised(runs, columns, standardizer)
+    B = shares @ standardised(source_means.loc[list(sources)], columns, standardizer)
+    p, df = len(columns), len(X) - 2 * len(columns) - 1
     names = ["constant", *(f"within_{c}" for c in columns), *(f"between_{c}" for c in columns)]
-    fit = ols(np.hstack([np.ones((len(X), 1)), X - B, B]), runs[outcome].to_numpy(float), names)
+    fit = ols(np.hstack([np.ones((len(X), 1)), X - B, B]), runs["log_loss"].to_numpy(float), names)
+    errors = hc3(fit)
     contrast = np.hstack([np.zeros((p, 1)), -np.eye(p), np.eye(p)])
-    cov = contrast @ fit.cov_hc3() @ contrast.T
-    difference = pd.Series(contrast @ fit.beta, list(columns))
-    table = interval_table(difference, np.sqrt(np.diag(cov)), fit.df, level)
+    cov = contrast @ errors @ contrast.T
+    difference = pd.Series(contrast @ fit.params, list(columns))
+    table = interval_table(difference, np.sqrt(np.diag(cov)), df)
     table = table.rename(columns={"estimate": "difference"})
-    errors = np.sqrt(np.diag(fit.cov_hc3()))
-    sides = [("within", slice(1, p + 1)), ("between", slice(p + 1, None))]
-    for place, (name, part) in enumerate(sides):
-        own = interval_table(pd.Series(fit.beta[part], list(columns)), errors[part], fit.df, level)
+    for place, (name, start) in enumerate((("within", 1), ("between", p + 1))):
+        part = slice(start, start + p)
+        own = interval_table(pd.Series(fit.params[part], list(columns)),
+                             np.sqrt(np.diag(errors))[part], df)
         for i, column in enumerate(("estimate", "low", "high")):
             label = name if column == "estimate" else f"{name}_{column}"
             table.insert(3 * place + i, label, own[column])
     table["interval"] = THESE_SOURCES
     f = float(difference @ np.linalg.solve(cov, difference) / p)
-    between = RuleFit("between", tuple(columns), (), fit,
-                  standardisation or Standardizer.identity(columns), runs)
-    return Mundlak(table, f, p, fit.df, float(fisher.sf(f, p, fit.df)), between)
+    return MundlakTest(table, f, p, df, float(fisher.sf(f, p, df)))

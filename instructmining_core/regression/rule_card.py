@@ -22,7 +22,7 @@ from ..files import write_atomic
 from ..indicators import INDICATORS, Indicator
 from .inference import Jackknife
 from .permutation import Permutation
-from .rule import RuleFit
+from .rule import RuleFit, hc3
 from .run_table import RunsError
 
 SCHEMA = "instructmining.rule/2"  # /2 adds uncertainty.constants: the sources' own constants
@@ -365,8 +365,8 @@ def make_card(fit: RuleFit, scores: pd.DataFrame, *, fitted_on: str, not_for: st
         "outcome": outcome,
         "intercept": fit.intercept,
         "coefficients": _coefficients(fit, scores, known, new_sources),
-        "standardisation": {c: {"mean": float(fit.standardisation.mean[c]),
-                                "sd": float(fit.standardisation.sd[c])} for c in fit.columns},
+        "standardisation": {c: {"mean": float(fit.standardizer.mean[c]),
+                                "sd": float(fit.standardizer.sd[c])} for c in fit.columns},
         "held_out": _records(held_out),
         "permutation_p": getattr(permutation, "p", permutation),
         "models": _models(fit.columns, known, base),
@@ -458,16 +458,16 @@ def _uncertainty(fit: RuleFit, new: Jackknife | None) -> dict[str, Any]:
     pick = np.zeros((p + 1, m + p))
     pick[0, :m] = 1 / m
     pick[1:, m:] = np.eye(p)
-    joint = fit.ols.cov_hc3()
-    constants = [{"source": source, "estimate": float(fit.ols.beta[i]),
+    joint = hc3(fit.ols)
+    constants = [{"source": source, "estimate": float(fit.ols.params[i]),
                   "variance": float(joint[i, i]),
                   "covariance_with_slopes": joint[i, m:].tolist()}
                  for i, source in enumerate(fit.sources)]
     return {
-        "sigma": fit.ols.sigma, "df": fit.ols.df,
+        "sigma": fit.sigma, "df": fit.df,
         "covariance": (pick @ joint @ pick.T).tolist(),
         "new_sources_covariance": None if new is None else new.covariance.to_numpy().tolist(),
-        "source_sd": float(np.std(fit.ols.beta[:m], ddof=1)) if m > 1 else None,
+        "source_sd": float(np.std(fit.ols.params[:m], ddof=1)) if m > 1 else None,
         "sources": m,
         "constants": constants,
     }

@@ -8,12 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ..config import InstructMiningError
+
 DESIGNED = ("within", "mixed")
 EQUAL_TOKENS = "tokens"  # the arm at equal tokens instead of rows
 
 
-class RunsError(ValueError):
+class RunsError(InstructMiningError):
     """The table of runs can't be used as asked."""
+
+
+class RankError(RunsError):
+    """A design matrix can't tell its columns apart."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,13 @@ class Standardizer:
         """Leaves values as they are: for columns that are standardised already."""
         return cls(pd.Series(0.0, list(columns)), pd.Series(1.0, list(columns)))
 
-    def apply(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """(value − mean)/sd for the columns known here; same index."""
-        columns = list(self.mean.index)
-        return (frame[columns].astype(float) - self.mean) / self.sd
+    def transform(self, frame: pd.DataFrame, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """(value − mean)/sd of the columns (default: all that are known here); same index."""
+        columns = list(self.mean.index if columns is None else columns)
+        return (frame[columns].astype(float) - self.mean[columns]) / self.sd[columns]
 
 
-def assemble(ledger: pd.DataFrame, means: pd.DataFrame, loss: str) -> pd.DataFrame:
+def run_table(ledger: pd.DataFrame, means: pd.DataFrame, loss: str) -> pd.DataFrame:
     """Join the ledger and the set means to the table of runs that every fit takes.
 
     ledger : one row a run, with `set_id`, `arm`, `source`, `shares` (dict), `status` and a
@@ -112,7 +118,7 @@ def share_matrix(runs: pd.DataFrame) -> tuple[np.ndarray, tuple[str, ...]]:
     """Shares of the sources that occur, (n, S), and their names; every row must sum to one."""
     columns = [c for c in runs if str(c).startswith("share_")]
     if not columns:
-        raise RunsError("no share_<source> columns in the runs: make them with runs.assemble")
+        raise RunsError("no share_<source> columns in the runs: make them with run_table")
     shares = runs[columns].fillna(0.0).to_numpy(float)
     off = np.abs(shares.sum(axis=1) - 1) > 1e-6
     if off.any():
@@ -124,8 +130,8 @@ def share_matrix(runs: pd.DataFrame) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def standardised(runs: pd.DataFrame, columns: Sequence[str],
-                 standardisation: Standardizer | None) -> np.ndarray:
+                 standardizer: Standardizer | None) -> np.ndarray:
     """Indicator means in units of the pool's sd, (n, p); None: the columns are standardised."""
-    if standardisation is None:
+    if standardizer is None:
         return runs[list(columns)].to_numpy(float)
-    return standardisation.apply(runs)[list(columns)].to_numpy(float)
+    return standardizer.transform(runs, columns).to_numpy(float)

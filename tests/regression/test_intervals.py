@@ -1,4 +1,4 @@
-"""Intervals of R², shares, ratios and medians: against quantiles, statsmodels and coverage."""
+"""Intervals of R², ratios and medians: against quantiles and coverage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import doctest
 import numpy as np
 import pytest
 from scipy import stats
-from statsmodels.stats.proportion import proportion_confint
 
 from instructmining_core.regression import intervals
 
@@ -43,12 +42,6 @@ def test_r2_detectable_passes_the_threshold_four_times_in_five():
     seen = intervals.r2_detectable(0.25, 4, 50)
     f = (0.25 / 4) / (0.75 / 50)
     assert stats.ncf.sf(f, 4, 50, seen / (1 - seen) * 54) == pytest.approx(0.8, abs=1e-6)
-
-
-@pytest.mark.parametrize("count, n", [(0, 20), (3, 40), (17, 17)])
-def test_share_interval_is_wilsons(count, n):
-    assert intervals.share_interval(count, n) == pytest.approx(
-        proportion_confint(count, n, method="wilson"), abs=1e-12)
 
 
 def test_sd_ratio_interval_covers():

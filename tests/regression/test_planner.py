@@ -7,9 +7,7 @@ from scipy.stats import t
 
 from instructmining.simulation.worlds import COLUMNS, design, outcomes, synthetic_world
 from instructmining_core.finetuning.sets import designed_sets, fusion_sets
-from instructmining_core.regression import fit_rule
 from instructmining_core.regression.inference import SeedVariance
-from instructmining_core.regression.ols import RankError
 from instructmining_core.regression.planner import (
     d_optimal,
     half_widths,
@@ -17,6 +15,8 @@ from instructmining_core.regression.planner import (
     replan,
     sigma_band,
 )
+from instructmining_core.regression.rule import fit_rule
+from instructmining_core.regression.run_table import RankError
 
 PILOT = SeedVariance(0.01, 8, 0.0068, 0.019)
 
@@ -50,9 +50,9 @@ def test_sigma_band_holds_a_study_in_80_percent():
 
 
 def test_plan_shrinks_with_runs_and_counts_what_is_needed(made):
-    plan = plan_runs(made.shares, made.X, COLUMNS, PILOT)
+    plan = plan_runs(made.shares, made.X, COLUMNS, PILOT, [30, 60, 90, 120])
     wide = plan.table.pivot(index="runs", columns="coefficient", values="half_width")
-    assert wide.index.tolist() == [30, 60, 90, 120]
+    assert plan.sources == 10 and wide.index.tolist() == [30, 60, 90, 120]
     assert (wide.loc[120] < wide.loc[60]).all()
     assert (plan.table["low"].dropna() < plan.table["half_width"].loc[
         plan.table["low"].dropna().index]).all()
@@ -64,10 +64,9 @@ def test_plan_shrinks_with_runs_and_counts_what_is_needed(made):
 def test_plan_is_what_the_study_then_has(made):
     drawn = outcomes(made, 1, np.random.default_rng(3))
     fit = fit_rule(made.runs(drawn.Y[:, 0]), COLUMNS)
-    last = plan_runs(made.shares, made.X, COLUMNS, replan(PILOT, fit)).table.tail(9)
+    last = plan_runs(made.shares, made.X, COLUMNS, replan(PILOT, fit), [len(made.X)]).table
     p = len(COLUMNS)
-    classical = np.sqrt(np.diag(fit.ols.cov_classical()))[-p:]
-    assert last["half_width"].to_numpy() == pytest.approx(t.ppf(0.975, fit.ols.df) * classical)
+    assert last["half_width"].to_numpy() == pytest.approx(t.ppf(0.975, fit.df) * fit.ols.bse[-p:])
 
 
 def test_replan_keeps_the_pilot_until_the_fit_knows_more(made):
@@ -75,16 +74,8 @@ def test_replan_keeps_the_pilot_until_the_fit_knows_more(made):
     runs = made.runs(drawn.Y[:, 0])
     fit = fit_rule(runs, COLUMNS)
     found = replan(PILOT, fit)
-    assert found.df == fit.ols.df and found.low < found.sd < found.high
+    assert found.df == fit.df and found.low < found.sd < found.high
     assert replan(SeedVariance(0.01, 500, 0.009, 0.011), fit).df == 500
-
-
-def test_more_runs_do_not_help_between_sources(made):
-    between = plan_runs(made.shares, made.X, COLUMNS, PILOT, kind="between").advice
-    assert "more runs do not help, add sources" in between and "10 sources" in between
-    few = plan_runs(made.shares[:, :4], made.X, COLUMNS, PILOT).advice
-    assert "add sources" in few
-    assert "add sources" not in plan_runs(made.shares, made.X, COLUMNS, PILOT).advice
 
 
 def test_d_optimal_beats_random_and_keeps_a_fifth_random(world):

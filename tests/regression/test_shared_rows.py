@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from instructmining.simulation.studies import permutation_size
-from instructmining_core.regression.permutation import GRID, MOST, overlap, row_share, whitener
+from instructmining_core.regression.permutation import GRID, MOST, row_overlap, row_share, whitener
 
 
 def drawn(seed: int, share: float, n: int = 160, rows: int = 300, size: int = 60):
@@ -14,11 +14,11 @@ def drawn(seed: int, share: float, n: int = 160, rows: int = 300, size: int = 60
     effects = dict(zip((f"r{i}" for i in range(rows)), rng.normal(size=rows), strict=True))
     of_rows = np.array([sum(effects[r] for r in one) / np.sqrt(size) for one in sets])
     y = np.sqrt(share) * of_rows + np.sqrt(1 - share) * rng.normal(size=n)
-    return overlap(sets), y, np.column_stack([np.ones(n), rng.normal(size=(n, 2))])
+    return row_overlap(sets), y, np.column_stack([np.ones(n), rng.normal(size=(n, 2))])
 
 
 def test_overlap_by_hand():
-    K = overlap([["a", "b", "c", "d"], ["c", "d"], ["x", "y", "z"], ["a", "b", "c", "d"]])
+    K = row_overlap([["a", "b", "c", "d"], ["c", "d"], ["x", "y", "z"], ["a", "b", "c", "d"]])
     half = 2 / np.sqrt(8)
     assert K == pytest.approx(np.array([
         [1, half, 0, 1], [half, 1, 0, half], [0, 0, 1, 0], [1, half, 0, 1],
@@ -54,7 +54,7 @@ def test_the_profile_is_the_restricted_likelihood():
 
 
 def test_sets_without_a_common_row_have_nothing_to_share():
-    K = overlap([[f"{i}-{j}" for j in range(5)] for i in range(20)])
+    K = row_overlap([[f"{i}-{j}" for j in range(5)] for i in range(20)])
     y = np.random.default_rng(0).normal(size=20)
     assert row_share(y, np.ones((20, 1)), K) == (0.0, 0.0, 0.0)
 
@@ -66,6 +66,6 @@ def test_whitening_takes_the_correlation_out():
 
 
 def test_the_test_keeps_its_level_only_where_shared_rows_are_counted():
-    found = permutation_size(3, 30, 11, n_permutations=99)[["rows_plain", "rows_counted"]].mean()
+    found = permutation_size(3, 30, 11, 99)[["rows_plain", "rows_counted"]].mean()
     assert found["rows_plain"] > 0.12  # twice the level and more
     assert found["rows_counted"] < 0.11  # 90 studies at 5 %: 98 % of them reject less than 11 %

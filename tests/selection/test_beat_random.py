@@ -9,7 +9,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestIndPower
 
-from instructmining.simulation.studies import GateDesign, simulate_crossed, simulate_gate
+from instructmining.simulation.studies import holm_rows, simulate_crossed, simulate_gate
 from instructmining_core.config import InstructMiningError
 from instructmining_core.selection import beat_random, contrasts
 from instructmining_core.selection.beat_random import answers_table, beats_length, both_ends
@@ -309,23 +309,21 @@ def test_selection_table_has_the_paper_shape(study):
 
 
 def test_acceptance_of_the_gate_quick():
-    null = simulate_gate(GateDesign(), studies=4000, seed=1)
+    null = simulate_gate(4000, 1)
     assert null["better"] <= 0.035 and null["worse"] <= 0.035
     assert null["covered"] == pytest.approx(0.95, abs=0.012)
-    assert simulate_gate(GateDesign(pools=3), studies=4000, seed=2)["any_better"] <= 0.035
-    assert simulate_gate(GateDesign(effect=-0.016), studies=4000, seed=3)["better"] >= 0.75
+    assert simulate_gate(4000, 2, pools=3)["any_better"] <= 0.035
+    assert simulate_gate(4000, 3, effect=-0.016)["better"] >= 0.75
 
 
 def test_simulated_holm_is_holm():
-    from instructmining.simulation.studies import _holm_rows
-
     p = RNG.uniform(size=(5, 4))
     theirs = [multipletests(row, method="holm")[1] for row in p]
-    assert _holm_rows(p) == pytest.approx(np.array(theirs))
+    assert holm_rows(p) == pytest.approx(np.array(theirs))
 
 
 def test_prompt_interval_covers_where_runs_alone_do_not():
-    cover = simulate_crossed(studies=400, seed=4)
+    cover = simulate_crossed(400, 4)
     assert cover["crossed"] >= 0.92
     assert cover["runs_only"] < 0.85
 

@@ -17,11 +17,11 @@ from instructmining.simulation.worlds import COLUMNS, synthetic_world
 from instructmining.study import Study
 from instructmining_core.config import FinetuneConfig
 from instructmining_core.finetuning import sweep
+from instructmining_core.finetuning.run import EvalSets
 from instructmining_core.finetuning.sets import anchors, designed_sets, fusion_sets, set_means
-from instructmining_core.regression.ols import RankError
 from instructmining_core.regression.planner import half_widths
 from instructmining_core.regression.rule import fit_rule
-from instructmining_core.regression.run_table import Standardizer
+from instructmining_core.regression.run_table import RankError, Standardizer
 
 DESIGN = DesignConfig(size=100, fusion=35, within=60, mixed=30, anchors=8, anchor_seeds=2)
 NOISE, MISSED = 0.01, 0.03  # sd between seeds; sd of what a line misses, the same at every seed
@@ -103,7 +103,7 @@ def test_a_pilots_runs_have_the_sweeps_ids_and_their_own_list(study, tmp_path, m
     real = Invented(tmp_path)
     base = SimpleNamespace(id="b", revision="r")
     real.lm = SimpleNamespace(dtype="torch.float32", resolved=base)
-    real.encoded_evals = lambda lm, config: {}
+    real.encoded_evals = lambda lm, config: EvalSets()
     real.encoded_rows = lambda *args: {}
     real.ledger = None
     Study.run(real, "sweep", pilot.sweep_plans(real))
@@ -120,7 +120,7 @@ def test_half_widths_of_both_arms_and_the_runs_a_target_needs(study):
     assert table.groupby("arm")["runs"].max().to_dict() == {"fusion": 35, "designed": 90}
     rows = frame[frame["arm"] != "fusion"].sample(frac=1.0, random_state=DESIGN.seed)
     shares = rows[[c for c in rows if c.startswith("share_")]].to_numpy()
-    X = Standardizer.fit(study.world, COLUMNS).apply(rows)[list(COLUMNS)].to_numpy()
+    X = Standardizer.fit(study.world, COLUMNS).transform(rows)[list(COLUMNS)].to_numpy()
     by_hand = half_widths(np.hstack([shares, X]), NOISE)[-9:]
     last = table.query("arm == 'designed' and runs == 90")
     assert last["half_width"].to_numpy() == pytest.approx(by_hand)
@@ -138,7 +138,7 @@ def test_the_table_of_noise_shows_both_and_says_which_is_used(study):
     assert seeds.df == 16 and seeds.sd == pytest.approx(NOISE, rel=0.4)
     table = pilot.noise_table(seeds, fit)
     assert table["used"].tolist() == ["", "yes"]
-    assert table.at["left by the line", "sd"] == pytest.approx(fit.ols.sigma)
+    assert table.at["left by the line", "sd"] == pytest.approx(fit.sigma)
     assert table.at["left by the line", "sd"] > 2 * seeds.sd
     assert pilot.noise_table(seeds)["used"].tolist() == ["yes"]
 
@@ -154,7 +154,7 @@ def test_replanning_starts_from_the_pilot_and_learns_what_the_line_misses(study)
     assert medians.at[30, "in_band"] == 0 and medians.at[90, "in_band"] == 1
     fit = fit_rule(runs, COLUMNS, Standardizer.fit(study.world, COLUMNS))
     last = table[table["runs"] == 90]
-    classical = t.ppf(0.975, fit.ols.df) * np.sqrt(np.diag(fit.ols.cov_classical()))[-9:]
+    classical = t.ppf(0.975, fit.df) * fit.ols.bse[-9:]
     assert last["realised"].to_numpy() == pytest.approx(classical)
     reported = (fit.table()["high"] - fit.table()["low"]) / 2
     assert last["hc3"].to_numpy() == pytest.approx(reported.to_numpy())
@@ -162,13 +162,13 @@ def test_replanning_starts_from_the_pilot_and_learns_what_the_line_misses(study)
 
 def test_fewer_runs_would_have_sufficed_or_not():
     table = pd.DataFrame({"runs": [30, 30, 60, 60, 90, 90], "hc3": [9, 5, 4, 3, 3.5, 2]})
-    assert "60 of the 90 runs would have sufficed" in pilot.sufficed(table, 4)
-    assert "all 90 runs were needed" in pilot.sufficed(table, 3.6)
-    assert "all 90 runs are too few" in pilot.sufficed(table, 1)
-    assert "0 of 2 with 30, 2 of 2 with 60" in pilot.sufficed(table, 4)
+    found = pilot.within_target(table, 4)
+    assert found["within"].to_dict() == {30: 0, 60: 2, 90: 2} and (found["slopes"] == 2).all()
+    assert found["suffices"].tolist() == [False, True, True]
+    assert pilot.within_target(table, 3.6)["suffices"].tolist() == [False, False, True]
+    assert not pilot.within_target(table, 1)["suffices"].any()
     # 60 runs were there, 90 no longer: then 60 did not suffice
-    back = table.assign(hc3=[9, 9, 3, 3, 5, 3])
-    assert "too few" in pilot.sufficed(back, 4)
+    assert not pilot.within_target(table.assign(hc3=[9, 9, 3, 3, 5, 3]), 4)["suffices"].any()
 
 
 def test_no_candidates_is_the_plain_draw_of_before():

@@ -1,15 +1,15 @@
 """Acceptance of statistics.md, sections 1, 4 and 5, with few studies and bounds to match.
 
-The full version: python -m instructmining_core.acceptance --full table.csv
+The full version: python -m instructmining.simulation.acceptance --full table.csv
 """
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from instructmining.simulation import acceptance
+from instructmining.paper import R_SQUARED
+from instructmining.simulation import acceptance, studies
 from instructmining.simulation.studies import (
-    PAPER_R2,
     coverage,
     design_comparison,
     null_r2,
@@ -22,7 +22,7 @@ from instructmining.simulation.studies import (
 def test_the_papers_r2_lies_in_the_null_of_its_own_design():
     null = null_r2(4, 150, 1)
     assert 0.27 <= null["r2"].median() <= 0.60
-    assert (null["r2"] > PAPER_R2).mean() > 0.2
+    assert (null["r2"] > R_SQUARED).mean() > 0.2
     assert null["all_significant"].mean() > 0.6
     assert null["repeat_rank_correlation"].median() < 0.5
     assert null["first_three"].median() > 0.98 and null["vif"].median() > 20
@@ -35,9 +35,10 @@ def test_more_sources_give_more_dimensions_but_no_cure():
     assert many["all_significant"].mean() > 0.3
 
 
-def test_null_r2_is_seeded_and_without_source_effects_is_small():
+def test_null_r2_is_seeded_and_without_source_effects_is_small(monkeypatch):
     assert null_r2(4, 3, 5).equals(null_r2(4, 3, 5))
-    assert null_r2(4, 40, 5, source_sd=0.0)["r2"].median() < 0.12
+    monkeypatch.setattr(studies, "SOURCE_SD", 0.0)
+    assert null_r2(4, 40, 5)["r2"].median() < 0.12
 
 
 def test_choosing_four_of_nine_from_noise():
@@ -54,14 +55,14 @@ def test_intervals_cover():
 
 
 def test_h0b_keeps_its_level_and_h0a_does_not():
-    found = permutation_size(4, 40, 3, n_permutations=99)
+    found = permutation_size(4, 40, 3, 99)
     # 160 studies at 5 %: 99.9 % of such simulations reject 0.6 % to 12 %
     assert 0.006 <= found["h0b"].mean() <= 0.12
     assert found["h0a"].mean() > 0.9
 
 
 def test_tilted_sets_find_what_fusion_cannot():
-    both = design_comparison(n_designs=4, n_studies=15, seed=1)
+    both = design_comparison(4, 15, 1)
     median = both.groupby("design").median(numeric_only=True)
     tilted, fused = median.loc["designed with shares"], median.loc["fusion with shares"]
     assert tilted["rank_correlation"] >= 0.85
@@ -80,9 +81,9 @@ def test_the_command_writes_its_table_and_fails_where_a_figure_fails(tmp_path, m
     good = acceptance.judged([("a", 0.5, (0.0, 1.0), "0.4"), ("b", 2.0, None, "")])
     assert good["passed"].tolist() == [True, None]
     monkeypatch.setattr(acceptance, "table", lambda size, seed: good)
-    assert acceptance.main([str(tmp_path / "t.csv"), "--full"]) == 0
+    assert acceptance.command([str(tmp_path / "t.csv"), "--full"]) == 0
     assert pd.read_csv(tmp_path / "t.csv")["value"].tolist() == [0.5, 2.0]
     bad = acceptance.judged([("a", 1.5, (0.0, 1.0), "")])
     monkeypatch.setattr(acceptance, "table", lambda size, seed: bad)
-    assert acceptance.main([str(tmp_path / "t.json")]) == 1
+    assert acceptance.command([str(tmp_path / "t.json")]) == 1
     assert np.isfinite(pd.read_json(tmp_path / "t.json")["value"]).all()
