@@ -6,11 +6,12 @@ Every module and notebook takes its absolute paths from here, and writes what ot
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ def cache() -> Path:
     return platformdirs.user_cache_path("instructmining", appauthor=False)
 
 
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file's bytes as they lie on the disk (a gzip file is not unpacked), as hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 @contextmanager
 def being_written(path: str | Path) -> Iterator[Path]:
     """A name beside `path` to write to; it becomes `path` at the end, and goes after an error.
@@ -86,14 +93,9 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
-def write_json(
-    path: Path, content: Mapping[str, Any], *, default: Callable[[Any], Any] | None = None
-) -> None:
-    """Write one JSON object by `write_atomic`. NaN and infinities become null.
-
-    default : for `json.dumps`
-    """
-    write_atomic(path, json.dumps(_finite(content), allow_nan=False, default=default))
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write one JSON object by `write_atomic`. NaN and infinities become null."""
+    write_atomic(path, json.dumps(_finite(content), allow_nan=False))
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from instructmining_core.data.duplicates import RUN, THRESHOLD
 from instructmining_core.data.export import SourceRows, keys_of, output_format, write_rows
-from instructmining_core.data.readers import file_sha256
+from instructmining_core.files import file_sha256
 from instructmining_core.indicators.score_table import read_scores
 from instructmining_core.models.hub import HubError
 from instructmining_core.regression.rule_card import RuleCard, load_rule
@@ -170,7 +170,7 @@ def _tell(report: dict) -> None:
 
 def _verdict(out: str, verdict: dict) -> list[str]:
     """The verdict's page and the contrasts of the selection, each with what it could have seen."""
-    from ..reports import verdict_said
+    from ..reports import contrast_line
 
     with open(f"{out}.verdict.md", encoding="utf-8") as page:
         answer = page.readline().strip()
@@ -179,7 +179,7 @@ def _verdict(out: str, verdict: dict) -> list[str]:
     )
     lines = [answer, f"the pool is {verdict['pool']}: {verdict['pool_why']}"]
     lines += [
-        f"verdict: {one['method']} against {one['versus']} at {one['budget']}: {verdict_said(one)}"
+        f"verdict: {one['method']} against {one['versus']} at {one['budget']}: {contrast_line(one)}"
         for one in numbers.to_dict("records")
     ]
     return [*lines, f"the verdict in full: {out}.verdict.md"]

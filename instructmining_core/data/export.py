@@ -19,9 +19,9 @@ import orjson
 import pandas as pd
 
 from ..config import InstructMiningError
-from ..files import write_atomic
+from ..files import file_sha256, write_atomic
 from .formats import Messages
-from .readers import file_sha256, is_hub_name
+from .readers import is_hub_name
 from .records import iter_rows, row_hash
 
 WRITABLE = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import io
 import json
 import re
@@ -52,12 +51,6 @@ def is_hub_name(where: str | Path) -> bool:
     if Path(text).exists() or path.endswith(SUFFIXES) or text.startswith((".", "/", "~")):
         return False
     return HUB_NAME.match(text) is not None
-
-
-def file_sha256(path: str | Path) -> str:
-    """sha256 of a file's bytes as they lie on the disk (a gzip file is not unpacked), as hex."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_raw(where: str | Path, stdin: BinaryIO | None = None) -> Iterator[Raw]:

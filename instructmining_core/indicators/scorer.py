@@ -22,8 +22,9 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..config import REFERENCE_ROWS, InstructMiningError
-from ..data.records import file_sha256, row_hash
+from ..data.records import row_hash
 from ..data.tokenization import clean_text
+from ..files import file_sha256
 from ..models.loading import open_tokenizer
 from . import ROLES, Indicator, chosen_indicators
 from .bank import ScoreCache, Scores, key_hash
@@ -161,7 +162,8 @@ class Models:
 
         ref = self.refs[role]
         resolved = hub.resolve(ref, standins=self.standins)
-        dtype = "" if role == "base" else hub.pick_dtype(ref.dtype, self.device or hub.pick_device())
+        device = self.device or hub.pick_device()
+        dtype = "" if role == "base" else hub.pick_dtype(ref.dtype, device)
         about = {
             "model": resolved.id, "revision": resolved.revision,
             "dtype": str(dtype).removeprefix("torch."), "stand_in": resolved.stand_in, "note": "",

