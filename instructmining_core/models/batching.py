@@ -12,15 +12,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-_OUT_OF_MEMORY = (
-    "out of memory", "can't allocate memory", "defaultcpuallo",
-    "cublas_status_alloc_failed", "cudnn_status_alloc_failed",  # a library found no workspace
-)  # fmt: skip
+from ..config import InstructMiningError
+from .memory import free_gpu_cache, is_out_of_memory
+
 _WASTE = 32  # a batch ends where its padding would pass this part of the budget
-
-
-class BatchError(ValueError):
-    """A batch function or a length that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -30,29 +25,13 @@ class Failed:
     reason: str
 
 
-class TokenMeter:
-    """Counts the real tokens that models have read; given as `progress` it stands in for a bar.
-
-    told : called with the tokens of each finished batch
-
-    It is false, so that code which only knows on and off draws no bar of its own.
-    """
-
-    def __init__(self, told: Callable[[int], None]) -> None:
-        self.told = told
-
-    def __bool__(self) -> bool:
-        return False
-
-
 def token_budget_batches(
-    lengths: Sequence[int] | np.ndarray, max_tokens: int, max_rows: int | None = None
+    lengths: Sequence[int] | np.ndarray, max_tokens: int
 ) -> list[np.ndarray]:
     """Row numbers in batches whose padded size stays within a budget, longest first.
 
     lengths : shape (n,), tokens of each row.
     max_tokens : padded tokens of a batch (rows times longest row); one longer row is alone.
-    max_rows : rows of a batch at most; None for no limit.
 
     Longest first, so that memory runs out in the first batch or not at all. The order among rows
     of equal length is that of their numbers: the same rows always give the same batches. A batch
@@ -60,14 +39,14 @@ def token_budget_batches(
     be mostly padding.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    if max_tokens < 1 or (max_rows is not None and max_rows < 1):
-        raise BatchError(f"max_tokens={max_tokens} and max_rows={max_rows} must be at least 1.")
+    if max_tokens < 1:
+        raise InstructMiningError(f"max_tokens={max_tokens}; it must be at least 1.")
     order = np.argsort(-lengths, kind="stable")
     total = np.concatenate([[0], np.cumsum(lengths[order])])
     batches, start = [], 0
     while start < len(order):
         longest = max(1, int(lengths[order[start]]))
-        rows = min(max(1, max_tokens // longest), max_rows or len(order), len(order) - start)
+        rows = min(max(1, max_tokens // longest), len(order) - start)
         real = total[start + 1 : start + rows + 1] - total[start]
         padding = longest * np.arange(1, rows + 1) - real
         rows = max(1, int(np.searchsorted(padding, max_tokens // _WASTE, side="right")))
@@ -94,7 +73,7 @@ def pad(
     [[5, 6], [0, 7]]
     """
     if side not in ("left", "right"):
-        raise BatchError(f"side={side!r}; it must be 'left' or 'right'.")
+        raise InstructMiningError(f"side={side!r}; it must be 'left' or 'right'.")
     width = max((len(row) for row in rows), default=0)
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -109,28 +88,27 @@ def map_batches(
     fn: Callable[[np.ndarray], Sequence[Any]],
     lengths: Sequence[int] | np.ndarray,
     max_tokens: int,
-    progress: bool | TokenMeter = False,
+    progress: bool = False,
     desc: str = "",
     *,
-    max_rows: int | None = None,
     on_batch: Callable[[np.ndarray, Sequence[Any]], None] | None = None,
     on_halved: Callable[[int], None] | None = None,
 ) -> list[Any]:
     """Call `fn` on batches of row numbers; the results in the rows' own order.
 
     fn : row numbers, shape (batch,) -> one result a row.
-    lengths, max_tokens, max_rows : as in `token_budget_batches`.
+    lengths, max_tokens : as in `token_budget_batches`.
     on_batch : called with the row numbers and results of each finished batch, so that a score bank
         can store them; what it raises is raised here.
     on_halved : called with the new budget whenever memory ran out, so that the next call can start
         there.
-    progress : a bar in tokens, with tokens a second and time left; or a meter that is told of them.
+    progress : a bar in tokens, with tokens a second and time left.
 
     When memory runs out (GPU or CPU) the batch is cut in two and every later one keeps to the
     smaller size. A row that does not fit alone gives `Failed(reason)`; the others go on.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    waiting = token_budget_batches(lengths, max_tokens, max_rows)[::-1]
+    waiting = token_budget_batches(lengths, max_tokens)[::-1]
     results: list[Any] = [None] * len(lengths)
     bar = tqdm(
         total=int(lengths.sum()), desc=desc, unit="token", unit_scale=True, disable=not progress
@@ -141,31 +119,22 @@ def map_batches(
             done, reason = _attempt(fn, batch)
             if reason and len(batch) > 1:
                 budget = max(1, len(batch) * int(lengths[batch].max()) // 2)
-                waiting = _again(lengths, [batch, *waiting[::-1]], budget, max_rows)
+                waiting = _again(lengths, [batch, *waiting[::-1]], budget)
                 if on_halved is not None:
                     on_halved(budget)
                 continue
             if reason:
                 done = [Failed(f"out of memory on one row of {lengths[batch[0]]} tokens: {reason}")]
             if len(done) != len(batch):
-                raise BatchError(f"The function gave {len(done)} results for {len(batch)} rows.")
+                raise InstructMiningError(
+                    f"The function gave {len(done)} results for {len(batch)} rows."
+                )
             for row, result in zip(batch, done, strict=True):
                 results[row] = result
             if on_batch is not None:
                 on_batch(batch, done)
-            tokens = int(lengths[batch].sum())
-            bar.update(tokens)
-            if isinstance(progress, TokenMeter):
-                progress.told(tokens)
+            bar.update(int(lengths[batch].sum()))
     return results
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out: on a GPU, or the CPU's allocator."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in text for sign in _OUT_OF_MEMORY)
-    )
 
 
 def _attempt(fn: Callable, batch: np.ndarray) -> tuple[Sequence[Any] | None, str]:
@@ -176,19 +145,11 @@ def _attempt(fn: Callable, batch: np.ndarray) -> tuple[Sequence[Any] | None, str
             raise
         # Only the text leaves this block: the error's traceback holds the batch's tensors.
         reason = (str(error) or type(error).__name__).splitlines()[0]
-    _free_gpu_memory()
+    free_gpu_cache()
     return None, reason
 
 
-def _again(lengths, batches, budget: int, max_rows) -> list[np.ndarray]:
+def _again(lengths, batches, budget: int) -> list[np.ndarray]:
     """The failed batch and those after it in smaller batches, the last one first."""
     rows = np.concatenate(batches)
-    return [rows[b] for b in token_budget_batches(lengths[rows], budget, max_rows)][::-1]
-
-
-def _free_gpu_memory() -> None:
-    import sys
-
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return [rows[b] for b in token_budget_batches(lengths[rows], budget)][::-1]

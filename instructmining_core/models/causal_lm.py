@@ -1,15 +1,11 @@
-"""Load a causal LM; the negative log-likelihood of responses, the same at every batch size.
+"""A causal LM opened for its loss: the negative log-likelihood of responses, at any batch size.
 
 Logits are made at target positions only and in chunks: 8 x 2,048 tokens x 152k vocabulary would be
-5 GB in bfloat16.
-
-How a causal LM turns hidden states into logits, found out by trying.
-
-The loss needs logits at target positions only, so the decoder and the output projection are called
-apart. Some families change the logits after the projection: Gemma caps them
-(`final_logit_softcapping`), Cohere multiplies (`logit_scale`), Granite divides by `logits_scaling`
-where another family multiplies by the same name. So names are hints only: each candidate is held
-against the model's own logits on a few tokens, and a model that fits none uses its own forward.
+5 GB in bfloat16. So the decoder and the output projection are called apart. Some families change
+the logits after the projection: Gemma caps them (`final_logit_softcapping`), Cohere multiplies
+(`logit_scale`), Granite divides by `logits_scaling` where another family multiplies by the same
+name. So names are hints only: each candidate is held against the model's own logits on a few
+tokens, and a model that fits none uses its own forward.
 """
 
 from __future__ import annotations
@@ -17,27 +13,29 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
-from ..data.tokenization import Encoded
-from . import hub
+from ..config import InstructMiningError
+from ..data.tokenization import Encoded, end_ids
 from .attention import quickest
-from .batching import Failed, TokenMeter, map_batches, pad
-from .distributed import own_device, sharding
-from .memory import SHARE, fitting_tokens, free_bytes, keep_freed_memory
+from .batching import Failed, map_batches, pad
+from .loading import LoadedModel, open_model
 
 if TYPE_CHECKING:
     from ..config import ModelRef
 
-
-class HeadError(RuntimeError):
-    """A model whose logits cannot be had."""
+FIRST = 64  # target tokens of the `nll_first64` column
+_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits made at once, tokens x vocabulary
+COLUMNS = (
+    "nll", "tokens", "nll_first64", "tokens_first64", "nll_eos", "tokens_eos",
+    "nll_first", "tokens_first", "reason",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,15 +57,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def decoder(model: nn.Module) -> nn.Module:
     """The part of a causal LM that ends in hidden states, last norm included."""
-    inner = unwrapped(model)
-    return inner.base_model
+    return unwrapped(model).base_model
 
 
 def find_head(model: nn.Module) -> Head:
     """How `model`'s logits come from its decoder's hidden states; see the module's text.
 
-    Tries on 8 made-up tokens, in evaluation mode. Raises HeadError where the model's own logits
-    there are not finite: nothing could be compared.
+    Tries on 8 made-up tokens, in evaluation mode. Raises InstructMiningError where the model's own
+    logits there are not finite: nothing could be compared.
     """
     inner = unwrapped(model)
     training, device = inner.training, next(inner.parameters()).device
@@ -78,8 +75,10 @@ def find_head(model: nn.Module) -> Head:
             ids = (torch.arange(8, device=device)[None] * 7 + 3) % vocabulary
             own = inner(input_ids=ids, use_cache=False).logits[0]
             if not torch.isfinite(own).all():
-                raise HeadError("The model's logits are not finite on a plain input; its weights "
-                                "are broken, or its dtype overflows (try float32).")
+                raise InstructMiningError(
+                    "The model's logits are not finite on a plain input; its weights are broken, "
+                    "or its dtype overflows (try float32)."
+                )
             return _matching(inner, ids, own)
     finally:
         inner.train(training)
@@ -118,26 +117,16 @@ def _candidates(inner, linear) -> Iterator[tuple[str, Callable[[Tensor], Tensor]
             yield "divide", lambda h, s=scale: plain(h) / s
 
 
-FIRST = 64  # target tokens of the `nll_first64` column
-BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # padded tokens of a batch at most, if none are asked
-_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits made at once, tokens x vocabulary
-COLUMNS = ("nll", "tokens", "nll_first64", "tokens_first64", "nll_eos", "tokens_eos", "reason")
-
-
 @dataclass
-class LM:
+class LM(LoadedModel):
     """A causal LM with all that a loss needs.
 
     model : Hugging Face causal LM, or a PeftModel around one. dtype : of its weights.
-    batch_limit : padded tokens of a batch, once memory ran out; later calls do not try more.
     """
 
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    resolved: hub.Resolved
-    device: str
-    dtype: torch.dtype
-    batch_limit: int | None = None
+    # On a CPU small ones, whose activations stay in its caches: twice as fast as 16,384.
+    batch_tokens: ClassVar[dict[str, int]] = {"cpu": 2048, "cuda": 65536}
+
     _found: tuple[nn.Module, Head] | None = field(default=None, repr=False)
 
     @property
@@ -148,45 +137,25 @@ class LM:
         return self._found[1]
 
     @property
-    def pad_id(self) -> int:
-        """Id that fills rows; masked, so any id does where the tokenizer has no pad token."""
-        pad_id = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad_id is None else pad_id
+    def config(self):
+        """The decoder's configuration."""
+        return unwrapped(self.model).config.get_text_config()
+
+    def logit_rows(self) -> float:
+        """Tokens whose logits are made at once."""
+        if self.head.way == "forward":
+            return float("inf")
+        return max(1, _CHUNK[torch.device(self.device).type] // int(self.config.vocab_size))
+
+    def max_positions(self) -> float:
+        """Tokens that a row may have; infinite where the configuration names no limit."""
+        return getattr(self.config, "max_position_embeddings", None) or float("inf")
 
 
 def load_lm(ref: ModelRef, device: str | None = None, *, standins=None) -> LM:
-    """Load tokenizer and weights, pinned, without remote code; sdpa attention where it has it.
-
-    ref, standins : as in `hub.resolve`; `ref.dtype` as in `hub.pick_dtype`.
-    device : "cpu", "cuda", "cuda:1"; None takes a GPU where there is one. Of several processes
-        (`accelerate launch`) each takes its own GPU for "cuda"; where the base is to be cut up
-        among them the weights stay on the CPU until `sharded.cut`.
-    """
-    keep_freed_memory()
-    device = own_device(device or hub.pick_device())
-    dtype = hub.pick_dtype(ref.dtype, device)
-    resolved = hub.fetch(hub.resolve(ref, standins=standins))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolved.folder, trust_remote_code=False)
-        model = _load_model(resolved.folder, dtype).to("cpu" if sharding() else device).eval()
-    except ValueError as error:
-        if "trust_remote_code" not in str(error) and "model type" not in str(error):
-            raise
-        raise hub.HubError(
-            f"{ref.id} needs its own code, which is never run here, or its model type is not known "
-            "to the installed transformers. Choose a model that transformers has."
-        ) from error
-    return LM(model, tokenizer, resolved, device, dtype)
-
-
-def _load_model(folder, dtype: torch.dtype) -> nn.Module:
-    options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **options)
-    except ValueError as error:
-        if "scaled_dot_product_attention" not in str(error):
-            raise
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    """Load tokenizer and weights of a causal LM; arguments and errors as in `open_model`."""
+    opened = open_model(ref, AutoModelForCausalLM, device=device, standins=standins)
+    return LM(**vars(opened))
 
 
 def response_nll(
@@ -194,17 +163,16 @@ def response_nll(
     rows: Sequence[Encoded],
     *,
     batch_tokens: int | None = None,
-    progress: bool | TokenMeter = False,
+    progress: bool = False,
     padding_side: str = "right",
     on_batch: Callable[[np.ndarray, Sequence[tuple]], None] | None = None,
 ) -> pd.DataFrame:
     """Negative log-likelihood of each row's target tokens.
 
-    rows : token ids with target marks; `templates.encode` makes them.
-    batch_tokens : padded tokens of a batch, halved when memory runs out; None takes `BATCH_TOKENS`
-        (on a CPU small ones, whose activations stay in its caches: twice as fast as 16,384), or
-        fewer where the free memory holds fewer.
-    progress : a bar of tokens; or a meter that is told of them.
+    rows : token ids with target marks; `tokenization.encode` makes them.
+    batch_tokens : padded tokens of a batch, halved when memory runs out; None takes
+        `LM.batch_tokens`, or fewer where the free memory holds fewer.
+    progress : a bar of tokens.
     padding_side : "right"; "left" is there to show that it does not matter.
     on_batch : called with row numbers and their tuples (in the order of `COLUMNS`) of each batch.
 
@@ -212,7 +180,9 @@ def response_nll(
         nll : float64, sum over target tokens, nats; NaN with a `reason` where it cannot be had.
         tokens : number of target tokens.
         nll_first64, tokens_first64 : the same over the first 64 target tokens.
-        nll_eos, tokens_eos : the same over the eos that ends a response; NaN and 0 if it was cut.
+        nll_eos, tokens_eos : the same over the token that ends a response; NaN and 0 if it was cut.
+        nll_first, tokens_first : the same over the first token of each response's text; NaN and 0
+            where no response has any. What is left without first and end is the body.
         reason : "" or why `nll` is NaN.
 
     In float32 a row's values agree at any batch size, order and padding side to 1e-5 relative.
@@ -220,13 +190,13 @@ def response_nll(
     prediction, so it must not be a target.
     """
     lm.model.eval()
-    limit = max_positions(lm)
+    limit, ends = lm.max_positions(), end_ids(lm.tokenizer)
     found = [_nan(_unusable(row, limit)) for row in rows]
     chosen = np.array([i for i, row in enumerate(rows) if not _unusable(row, limit)], dtype=int)
     lengths = [len(rows[i].ids) for i in chosen]
 
     def batch(numbers: np.ndarray) -> list[tuple]:
-        return _batch_rows(lm, [rows[i] for i in chosen[numbers]], padding_side)
+        return _batch_rows(lm, [rows[i] for i in chosen[numbers]], padding_side, ends)
 
     def keep(numbers: np.ndarray, results: Sequence) -> None:
         results = [_nan(r.reason) if isinstance(r, Failed) else r for r in results]
@@ -235,40 +205,14 @@ def response_nll(
         if on_batch is not None:
             on_batch(chosen[numbers], results)
 
-    def halved(tokens: int) -> None:
-        lm.batch_limit = tokens
-
     if lengths:
+        budget = lm.first_batch(batch_tokens, lm.config)
         with quickest(unwrapped(lm.model), lm.device):
             map_batches(
-                batch, lengths, _budget(lm, batch_tokens), progress, f"loss of {len(rows)} rows",
-                on_batch=keep, on_halved=halved,
+                batch, lengths, budget, progress, f"loss of {len(rows)} rows",
+                on_batch=keep, on_halved=lm.halved,
             )  # fmt: skip
     return pd.DataFrame(found, columns=list(COLUMNS))
-
-
-def _budget(lm: LM, asked: int | None) -> int:
-    """Padded tokens of the first batch: what was asked for, else what memory holds up to a cap."""
-    most = asked
-    if most is None:
-        kind = torch.device(lm.device).type
-        config = unwrapped(lm.model).config.get_text_config()
-        at_once = float("inf") if lm.head.way == "forward" else _logit_rows(lm, kind)
-        free = SHARE[kind] * free_bytes(lm.device)
-        most = min(BATCH_TOKENS[kind], fitting_tokens(config, lm.dtype.itemsize, free, at_once))
-    return min(most, lm.batch_limit or most)
-
-
-def _logit_rows(lm: LM, kind: str) -> int:
-    """Tokens whose logits are made at once."""
-    vocabulary = int(unwrapped(lm.model).config.get_text_config().vocab_size)
-    return max(1, _CHUNK[kind] // vocabulary)
-
-
-def max_positions(lm: LM) -> float:
-    """Tokens that a row may have; infinite where the model's configuration names no limit."""
-    config = unwrapped(lm.model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or float("inf")
 
 
 def _unusable(row: Encoded, limit: float) -> str:
@@ -281,29 +225,34 @@ def _unusable(row: Encoded, limit: float) -> str:
 
 
 def _nan(reason: str) -> tuple:
-    return (np.nan, 0, np.nan, 0, np.nan, 0, reason)
+    return (np.nan, 0) * 4 + (reason,)
 
 
-def _batch_rows(lm: LM, rows: Sequence[Encoded], side: str) -> list[tuple]:
+def _batch_rows(lm: LM, rows: Sequence[Encoded], side: str, ends: frozenset[int]) -> list[tuple]:
     ids, mask = pad([row.ids for row in rows], lm.pad_id, side)
     wanted, _ = pad([row.targets for row in rows], 0, side)
     wanted[:, 0] = 0
     nll = token_nll(lm, ids, mask, wanted.astype(bool)).double().cpu().numpy()
     cuts = np.cumsum(wanted.sum(1))[:-1]
-    eos = lm.tokenizer.eos_token_id
-    return [_summary(row, part, eos) for row, part in zip(rows, np.split(nll, cuts), strict=True)]
+    return [_summary(row, part, ends) for row, part in zip(rows, np.split(nll, cuts), strict=True)]
 
 
-def _summary(row: Encoded, nll: np.ndarray, eos: int) -> tuple:
-    n = len(row.ids)
-    ends = [row.ids[i] == eos and (i + 1 == n or not row.targets[i + 1])
-            for i in range(1, n) if row.targets[i]]
-    at_end = np.array(ends, dtype=bool)
-    first = nll[:FIRST]
+def _summary(row: Encoded, nll: np.ndarray, ends: frozenset[int]) -> tuple:
+    """One row of `response_nll`; nll : of its targets, in their order."""
+    targets = (False, *row.targets[1:], False)
+    places = [i for i, target in enumerate(targets) if target]
+    at_end = np.array([row.ids[i] in ends and not targets[i + 1] for i in places], dtype=bool)
+    at_start = np.array([not targets[i - 1] for i in places], dtype=bool) & ~at_end
     reason = "" if np.isfinite(nll).all() else "the model's loss is not finite on this row"
     total = nll.sum() if not reason else np.nan
-    eos_nll = nll[at_end].sum() if at_end.any() else np.nan
-    return (total, len(nll), first.sum(), len(first), eos_nll, int(at_end.sum()), reason)
+    first = nll[:FIRST]
+    return (
+        total, len(nll), first.sum(), len(first), *_part(nll, at_end), *_part(nll, at_start), reason
+    )
+
+
+def _part(nll: np.ndarray, chosen: np.ndarray) -> tuple[float, int]:
+    return (nll[chosen].sum() if chosen.any() else np.nan), int(chosen.sum())
 
 
 @torch.inference_mode()
@@ -320,7 +269,7 @@ def token_nll(lm: LM, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> 
     if lm.head.way == "forward":
         return _forward_nll(lm, inputs, before, goal)
     hidden = decoder(lm.model)(**inputs).last_hidden_state[before]
-    step = _logit_rows(lm, device.type)
+    step = int(lm.logit_rows())
     parts = [
         nn.functional.cross_entropy(lm.head.project(h).float(), g, reduction="none")
         for h, g in zip(hidden.split(step), goal.split(step), strict=True)
@@ -341,7 +290,7 @@ def _inputs(ids: np.ndarray, mask: np.ndarray, device) -> dict:
 
 
 def _forward_nll(lm: LM, inputs: dict, before: Tensor, goal: Tensor) -> Tensor:
-    """By the model's own forward, for heads that `heads.find_head` cannot take apart."""
+    """By the model's own forward, for heads that `find_head` cannot take apart."""
     inner = unwrapped(lm.model)
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         keep = before.any(0).nonzero()[:, 0]

@@ -54,7 +54,7 @@ class Resolved:
         (`model_sha256`) or of a GGUF file.
     folder : where the files lie; None for a hub model and the file of a GGUF until `fetch`.
     stand_in : True for a small model built on the spot.
-    quantisation : of the GGUF file that the weights were unpacked from ("Q4_1"), known once fetched.
+    quantisation : of the GGUF file that the weights came from ("Q4_1"), known once fetched.
     """
 
     id: str

@@ -1,17 +1,20 @@
-"""A model opened for scoring, and how one is pinned, loaded and named in keys."""
+"""A model opened for scoring or finetuning: pinned, tensors only, no remote code."""
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from . import hub, memory
 
 if TYPE_CHECKING:
     from ..config import ModelRef
-    from .hub import Resolved
 
 UNLIMITED = 1_000_000  # tokenizers without a limit say 10^30
 BATCH_TOKENS = {"cpu": 16_384, "cuda": 65_536}  # padded tokens of a batch at most
+_LONGEST = 4096  # tokens of a row, where neither model nor tokenizer names a limit
 
 
 @dataclass
@@ -29,9 +32,11 @@ class LoadedModel:
     batch_limit : padded tokens of a batch that memory was found to hold; 0 before it ran out
     """
 
+    batch_tokens: ClassVar[dict[str, int]] = BATCH_TOKENS
+
     model: Any
     tokenizer: Any
-    resolved: Resolved
+    resolved: hub.Resolved
     device: str = "cpu"
     dtype: Any = ""
     max_tokens: int = 0
@@ -43,19 +48,21 @@ class LoadedModel:
         """Padded tokens of the first batch: those asked for, else what memory holds up to a cap.
 
         config : of the model, where it is not `model.config`
-
-        No logits are counted: a scorer's head is a number or two a row.
         """
-        from .memory import SHARE, fitting_tokens, free_bytes
-
         if asked is None:
             kind = self.device.split(":")[0]
             config = config or getattr(self.model, "config", None)
-            asked = BATCH_TOKENS[kind]
+            asked = self.batch_tokens[kind]
             if config is not None:  # a table of word vectors has none, and needs no memory
-                free = SHARE[kind] * free_bytes(self.device)
-                asked = min(asked, fitting_tokens(config, self.dtype.itemsize, free, 0))
+                free = memory.SHARE[kind] * memory.free_bytes(self.device)
+                rows = self.logit_rows()
+                fits = memory.fitting_tokens(config, self.dtype.itemsize, free, rows)
+                asked = min(asked, fits)
         return min(asked, self.batch_limit or asked)
+
+    def logit_rows(self) -> float:
+        """Tokens whose logits are made at once: a scorer has none, but a number or two a row."""
+        return 0
 
     def halved(self, tokens: int) -> None:
         """Remember, for later calls, the budget to which memory cut a batch."""
@@ -73,51 +80,78 @@ class LoadedModel:
 def open_model(
     ref: ModelRef, auto_class, *, device: str | None = None, standins: Path | None = None
 ) -> LoadedModel:
-    """Load weights and tokenizer by an Auto class: pinned, safetensors, no remote code.
+    """Load weights and tokenizer by an Auto class.
 
     ref, standins : as in `hub.resolve`; `ref.dtype` as in `hub.pick_dtype`
-    auto_class : `AutoModelForSequenceClassification`, `AutoModelForSeq2SeqLM`, ...
+    auto_class : `AutoModelForSequenceClassification`, `AutoModelForCausalLM`, ...
+    device : "cpu", "cuda", "cuda:1"; None takes a GPU where there is one
+
+    An adapter is laid over its base and merged into it, in float32. Attention is sdpa where the
+    model has it. Raises HubError for weights that hold more than tensors, and for a model that
+    wants to run code of its own.
     """
-    from transformers import AutoTokenizer
-
-    from . import hub
-    from .memory import keep_freed_memory
-
-    keep_freed_memory()
+    memory.keep_freed_memory()
     device = device or hub.pick_device()
     dtype = hub.pick_dtype(ref.dtype, device)
     resolved = hub.fetch(hub.resolve(ref, standins=standins))
-    tokenizer = AutoTokenizer.from_pretrained(resolved.folder, trust_remote_code=False)
-    model = auto_class.from_pretrained(
-        resolved.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
-    )
-    return LoadedModel(
-        model.to(device).eval(), tokenizer, resolved, device, dtype, token_limit(model, tokenizer)
-    )
+    try:
+        model = _weights(resolved.folder, auto_class, dtype, standins)
+        tokenizer = _tokenizer(resolved.folder, standins)
+    except pickle.UnpicklingError as error:
+        raise hub.HubError(f"The weights of {ref.id} hold more than tensors, and are not loaded: "
+                           f"{str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error) and "model type" not in str(error):
+            raise
+        raise hub.HubError(
+            f"{ref.id} needs its own code, which is never run here, or its model type is not known "
+            "to the installed transformers. Choose a model that transformers has."
+        ) from error
+    longest = token_limit(model, tokenizer)
+    return LoadedModel(model.to(device).eval(), tokenizer, resolved, device, dtype, longest)
 
 
 def open_tokenizer(ref: ModelRef, *, standins: Path | None = None) -> LoadedModel:
     """The tokenizer of a model, without its weights in memory."""
+    resolved = hub.fetch(hub.resolve(ref, standins=standins))
+    return LoadedModel(None, _tokenizer(resolved.folder, standins), resolved)
+
+
+def _weights(folder: Path, auto_class, dtype, standins: Path | None):
+    # An adapter is found by transformers too, but its base only by a name that transformers knows.
+    base = hub.adapter_base(folder)
+    if base is None:
+        return auto_class.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    import torch
+    from peft import PeftModel
+
+    under = hub.fetch(hub.resolve(base, standins=standins)).folder
+    model = _weights(under, auto_class, torch.float32, standins)
+    return PeftModel.from_pretrained(model, folder).merge_and_unload().to(dtype)
+
+
+def _tokenizer(folder: Path, standins: Path | None):
+    """The tokenizer in a folder; for an adapter without one its base's."""
     from transformers import AutoTokenizer
 
-    from . import hub
+    base = hub.adapter_base(folder)
+    if base is not None and not list(folder.glob("tokenizer*")):
+        folder = hub.fetch(hub.resolve(base, standins=standins)).folder
+        return _tokenizer(folder, standins)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
-    resolved = hub.fetch(hub.resolve(ref, standins=standins))
-    tokenizer = AutoTokenizer.from_pretrained(resolved.folder, trust_remote_code=False)
-    return LoadedModel(None, tokenizer, resolved)
 
-
-def token_limit(model, tokenizer, most: int = 4096) -> int:
-    """Longest row that model and tokenizer take, in tokens; `most` where neither names a limit."""
+def token_limit(model, tokenizer) -> int:
+    """Longest row that model and tokenizer take, in tokens, and never more than 4,096."""
     named = (
         getattr(tokenizer, "model_max_length", None),
         getattr(model.config, "max_position_embeddings", None),
     )
-    return min([most, *(int(n) for n in named if n and 0 < n < UNLIMITED)])
+    return min([_LONGEST, *(int(n) for n in named if n and 0 < n < UNLIMITED)])
 
 
-def identity(model) -> dict:
-    """Id, revision, dtype and stand-in flag of an opened model (or an LM), for keys and cards."""
+def identity(model: LoadedModel | None) -> dict:
+    """Id, revision, dtype and stand-in flag of an opened model, for keys and cards."""
     if model is None:
         return {"model": "", "revision": "", "dtype": "", "stand_in": False, "note": ""}
     resolved = model.resolved
@@ -126,5 +160,5 @@ def identity(model) -> dict:
         "revision": resolved.revision,
         "dtype": str(model.dtype).removeprefix("torch."),
         "stand_in": bool(resolved.stand_in),
-        "note": getattr(model, "note", ""),
+        "note": model.note,
     }

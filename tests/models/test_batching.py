@@ -3,20 +3,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from instructmining_core.config import InstructMiningError
 from instructmining_core.models.batching import (
-    BatchError,
     Failed,
-    TokenMeter,
-    is_out_of_memory,
     map_batches,
     pad,
     padded_share,
     token_budget_batches,
 )
+from instructmining_core.models.memory import is_out_of_memory
 
 
 def test_literal_batches_longest_first():
-    batches = token_budget_batches([3, 9, 9, 3, 4], 18, None)
+    batches = token_budget_batches([3, 9, 9, 3, 4], 18)
     assert [b.tolist() for b in batches] == [[1, 2], [4], [0, 3]]
 
 
@@ -27,11 +26,10 @@ def test_one_row_may_exceed_the_budget_alone():
 @pytest.mark.parametrize("budget", [64, 700, 5000])
 def test_every_row_once_and_within_budget(budget):
     lengths = np.random.default_rng(0).integers(0, 400, 777)
-    batches = token_budget_batches(lengths, budget, 50)
+    batches = token_budget_batches(lengths, budget)
     assert sorted(np.concatenate(batches).tolist()) == list(range(777))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * lengths[batch].max() <= budget
-        assert len(batch) <= 50
 
 
 @pytest.mark.parametrize("rows", [512, 2048, 20_000])
@@ -53,7 +51,7 @@ def test_pad_both_sides_literally():
     ids, mask = pad([[5, 6, 7], [8]], 0, "left")
     assert ids.tolist() == [[5, 6, 7], [0, 0, 8]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert ids.dtype == np.int64 and pad([], 0)[0].shape == (0, 0)
-    with pytest.raises(BatchError, match="side"):
+    with pytest.raises(InstructMiningError, match="side"):
         pad([[1]], 0, "middle")
 
 
@@ -100,7 +98,7 @@ def test_other_errors_are_raised():
     with pytest.raises(RuntimeError, match="shapes"):
         map_batches(fn, [1, 1], 10)
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
-    with pytest.raises(BatchError, match="1 results for 2 rows"):
+    with pytest.raises(InstructMiningError, match="1 results for 2 rows"):
         map_batches(lambda rows: [0], [1, 1], 10)
 
 
@@ -123,9 +121,3 @@ def test_on_batch_sees_each_row_once_even_if_stopped():
 def test_progress_counts_tokens(capsys):
     map_batches(lambda rows: list(rows), [700, 300], 1000, True, "loss")
     assert "loss: 100%" in capsys.readouterr().err
-
-
-def test_a_meter_is_told_of_real_tokens_and_draws_nothing(capsys):
-    told = []
-    map_batches(lambda rows: list(rows), [7, 3, 3], 7, TokenMeter(told.append), "loss")
-    assert told == [7, 6] and capsys.readouterr().err == ""

@@ -14,8 +14,9 @@ def frame(*rows):
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-SHORT = (6.0, 3, 6.0, 3, 1.0, 1, "")  # 2 nats a token; 2.5 without eos
-LONG = (100.0, 100, 128.0, 64, np.nan, 0, "")  # 1 nat a token; 2 over the first 64; cut, no eos
+# nll, tokens, over the first 64, of the end, of the first token, reason
+SHORT = (6.0, 3, 6.0, 3, 1.0, 1, 4.0, 1, "")  # 2 nats a token; 2.5 without eos; body of 1 token: 1
+LONG = (100.0, 100, 128.0, 64, np.nan, 0, 2.0, 1, "")  # 1 nat a token, 2 over the first 64; cut
 
 
 def test_every_mean_by_hand():
@@ -24,13 +25,16 @@ def test_every_mean_by_hand():
     assert found["token_mean"] == pytest.approx(106 / 103)
     assert found["first64"] == pytest.approx(2.0)
     assert found["without_eos"] == pytest.approx((2.5 + 1) / 2)
+    assert found["body_prompt_mean"] == pytest.approx((1 / 1 + 98 / 99) / 2)
+    assert found["body_token_mean"] == pytest.approx(99 / 100)
+    assert (found["first_token"], found["end_of_text"]) == (pytest.approx(3.0), pytest.approx(1.0))
     assert found["effective_n"] == pytest.approx(103**2 / (9 + 10_000))
     assert found["nats_per_byte"] == pytest.approx(106 / 53)
     assert (found["rows"], found["missing"]) == (2, 0)
 
 
 def test_rows_without_response_are_left_out_and_counted():
-    empty = (np.nan, 0, np.nan, 0, np.nan, 0, "no response token within max_tokens")
+    empty = (np.nan, 0, np.nan, 0, np.nan, 0, np.nan, 0, "no response token within max_tokens")
     found = losses(frame(SHORT, empty), response_bytes=[12, 5])
     assert found["prompt_mean"] == pytest.approx(2.0)
     assert found["nats_per_byte"] == pytest.approx(0.5)
@@ -38,18 +42,19 @@ def test_rows_without_response_are_left_out_and_counted():
 
 
 @pytest.mark.parametrize("bad", [
-    (np.nan, 0, np.nan, 0, np.nan, 0, "out of memory on one row of 9 tokens: x"),
-    (np.nan, 5, np.nan, 5, np.nan, 1, "the model's loss is not finite on this row"),
+    (np.nan, 0, np.nan, 0, np.nan, 0, np.nan, 0, "out of memory on one row of 9 tokens: x"),
+    (np.nan, 5, 7.0, 5, 1.0, 1, np.nan, 1, "the model's loss is not finite on this row"),
 ])
 def test_a_row_that_failed_makes_every_mean_nan(bad):
     found = losses(frame(SHORT, bad))
-    for name in ("prompt_mean", "token_mean", "first64", "without_eos"):
-        assert np.isnan(found[name]), name
+    means = set(found) - {"rows", "missing", "effective_n"}
+    assert {name for name in means if np.isfinite(found[name])} == set()
 
 
 def test_an_eos_alone_is_no_text():
-    found = losses(frame(SHORT, (4.0, 1, 4.0, 1, 4.0, 1, "")))
+    found = losses(frame(SHORT, (4.0, 1, 4.0, 1, 4.0, 1, np.nan, 0, "")))
     assert found["without_eos"] == pytest.approx(2.5) and found["prompt_mean"] == pytest.approx(3.0)
+    assert (found["first_token"], found["body_prompt_mean"]) == (4.0, 1.0)
 
 
 def test_no_row_is_nan_not_zero():

@@ -11,13 +11,12 @@ import pytest
 import torch
 import transformers as tf
 
-from instructmining_core.config import ModelRef
+from instructmining_core.config import InstructMiningError, ModelRef
 from instructmining_core.data.tokenization import Encoded
-from instructmining_core.models import attention
+from instructmining_core.models import attention, memory
 from instructmining_core.models import causal_lm as lm_module
 from instructmining_core.models.causal_lm import (
     LM,
-    HeadError,
     find_head,
     load_lm,
     response_nll,
@@ -57,7 +56,7 @@ class Added(tf.LlamaForCausalLM):
 
 def wrapped(model) -> LM:
     tokenizer = types.SimpleNamespace(eos_token_id=EOS, pad_token_id=None)
-    where = Resolved("test", "seed 0", None, True, None)
+    where = Resolved("test", "seed 0", None, True)
     return LM(model.eval(), tokenizer, where, "cpu", next(model.parameters()).dtype)
 
 
@@ -224,7 +223,7 @@ def test_nan_of_one_row_is_said_and_stays_there():
 def test_broken_weights_are_an_error():
     model = build(tf.LlamaConfig(**GROUPED, **IDS))
     model.lm_head.weight.data[0, 0] = float("nan")
-    with pytest.raises(HeadError, match="not finite"):
+    with pytest.raises(InstructMiningError, match="not finite"):
         find_head(model)
 
 
@@ -283,12 +282,12 @@ def test_the_first_batch_is_no_larger_than_free_memory(monkeypatch):
     rows = some_rows(60)
     sizes = padded_sizes(monkeypatch)
     expected = response_nll(lm, rows)["nll"]
-    assert 600 < max(sizes) <= lm_module.BATCH_TOKENS["cpu"]
+    assert 600 < max(sizes) <= LM.batch_tokens["cpu"]
     # By hand: 4 bytes x (8 x 32 hidden + 3 x 64 MLP) + 4 x 32, and 12 bytes x 300 logits.
-    monkeypatch.setattr(lm_module, "free_bytes", lambda device: 2 * 200 * (1792 + 128 + 3600))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * 200 * (1792 + 128 + 3600))
     sizes.clear()
     np.testing.assert_allclose(response_nll(lm, rows)["nll"], expected, rtol=1e-5)
-    assert 100 < max(sizes) <= 200 and lm.batch_limit is None
+    assert 100 < max(sizes) <= 200 and lm.batch_limit == 0
     sizes.clear()
     response_nll(lm, rows, batch_tokens=1000)
     assert max(sizes) > 300, "what is asked for is tried"
