@@ -129,9 +129,7 @@ print(
 # ## The same seed gives the same loss, another seed another
 
 # %%
-from instructmining_core.data.records import row_hash
-
-hashes = tuple(row_hash(m) for m in chosen["messages"])
+hashes = tuple(chosen["row_hash"])
 plans = [PlannedRun(hashes, {"set_id": "one"}, init_seed=s, order_seed=s) for s in (0, 1, 2)]
 seeds = study.run("one", plans)
 seeds[["init_seed", "order_seed", "loss_eval_1", "loss_eval_2", "seconds"]].round(4)

@@ -9,11 +9,19 @@ import sys
 import pandas as pd
 import pytest
 
-from instructmining.embedded import corpus as libraries
-from instructmining.embedded import corpus as pydocs
-from instructmining.embedded import splits
+from instructmining.embedded import corpus as corpus_module
+from instructmining.embedded.corpus import (
+    ROLES,
+    Corpus,
+    SplitSizes,
+    build_corpus,
+    find_library,
+    held_hashes,
+    read_library,
+    split_rows,
+)
 from instructmining.embedded.docstrings import clean, pieces
-from instructmining_core.data import duplicates
+from instructmining_core.config import InstructMiningError
 
 NUMPY_DOC = """Estimate the power of a signal.
 
@@ -91,35 +99,10 @@ def test_clean_takes_markup_away():
     assert clean(text) == "Return a `pkg.Thing` or `None`, see the guide for *all* cases."
 
 
-def test_near_copies_by_hand():
-    eight = "one two three four five six seven eight"
-    texts = [
-        f"{eight} tail", f"head, {eight.upper()}!", "one two three four five six seven other eight",
-        "a non-zero value of the_name in row ten", "so a nonzero value of the_name in row ten",
-    ]  # fmt: skip
-    runs = duplicates.word_runs(texts)
-    group = duplicates.groups(runs, len(texts))
-    assert group[0] == group[1] != group[2]
-    assert group[3] == group[4]  # hyphens taken out: eight words in common
-    pairs = duplicates.shared_runs(texts[:1], texts[1:3])
-    assert pairs.to_numpy().tolist() == [[0, 0]]
-
-
-def test_boilerplate_keeps_the_first_copies_only():
-    texts = ["if true the input is copied else changed"] * 4 + ["a b c d e f g h"]
-    assert duplicates.boilerplate(duplicates.word_runs(texts), most=2).tolist() == [2, 3]
-
-
-def test_groups_join_through_a_chain():
-    a, b = "a1 a2 a3 a4 a5 a6 a7 a8", "b1 b2 b3 b4 b5 b6 b7 b8"
-    group = duplicates.groups(duplicates.word_runs([a, f"{a} {b}", b, "c"]), 4)
-    assert group[0] == group[1] == group[2] != group[3]
-
-
 @pytest.fixture(scope="module")
-def corpus() -> pydocs.Corpus:
+def corpus() -> Corpus:
     """The full corpus, from the cache that the study itself uses."""
-    return pydocs.build_corpus("full")
+    return build_corpus("full")
 
 
 READINGS = {
@@ -153,7 +136,7 @@ def test_a_function_is_in_one_split(corpus):
 
 def test_who_gives_what(corpus):
     counts = corpus.table.groupby(["source", "split"]).size().unstack(fill_value=0)
-    roles = {role: [s for s in counts.index if pydocs.ROLES[s] == role]
+    roles = {role: [s for s in counts.index if ROLES[s] == role]
              for role in ("candidate", "unseen", "standin", "base")}  # fmt: skip
     assert len(roles["candidate"]) >= 12
     # a set of one source takes 128 rows, and a source gives at most 40 % of its rows
@@ -172,27 +155,39 @@ def test_held_hashes(corpus):
     different = corpus.versions[corpus.versions["held"] == "different"]
     assert different.empty, different.to_string()
     assert set(corpus.versions["held"]) <= {"same", "unknown version"}
-    held = pydocs.held_hashes()
-    assert set(held) == set(pydocs.ROLES)
+    held = held_hashes()
+    assert set(held) == set(ROLES)
     assert all(re.fullmatch(r"[0-9a-f]{16}", h) for of in held.values() for h in of.values())
 
 
-def test_unknown_version_is_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(pydocs, "held_hashes", lambda: {"seaborn": {"0.0.1": "0" * 16}})
-    found = pydocs.build_corpus("full", names=["seaborn", "joblib"], folder=tmp_path)
-    assert found.versions["held"].tolist() == ["unknown version"] * 2
-    assert found.hashes["seaborn"] != "0" * 16
+@pytest.fixture
+def few_libraries(tmp_path, monkeypatch):
+    """Three libraries in the place of all, and a cache of their own."""
+    roles = {name: ROLES[name] for name in ("seaborn", "joblib", "networkx")}
+    monkeypatch.setattr(corpus_module, "ROLES", roles)
+    monkeypatch.setattr(corpus_module, "MIN_CANDIDATE_LIBRARIES", 1)
+    monkeypatch.setenv("INSTRUCTMINING_HOME", str(tmp_path / "a"))
 
 
+@pytest.mark.usefixtures("few_libraries")
+def test_unknown_version_is_recorded(monkeypatch):
+    monkeypatch.setattr(corpus_module, "held_hashes", lambda: {"seaborn": {"0.0.1": "0" * 16}})
+    versions = build_corpus("full").versions.set_index("source")
+    assert versions["held"].tolist() == ["unknown version"] * 3
+    assert versions.loc["seaborn", "hash"] != "0" * 16
+
+
+@pytest.mark.usefixtures("few_libraries")
 def test_built_twice_is_the_same_and_cached(tmp_path, monkeypatch):
-    names = ["seaborn", "joblib", "networkx"]
-    one = pydocs.build_corpus("smoke", names=names, folder=tmp_path / "a")
-    two = pydocs.build_corpus("smoke", names=names, folder=tmp_path / "b")
+    one = build_corpus("smoke")
+    monkeypatch.setenv("INSTRUCTMINING_HOME", str(tmp_path / "b"))
+    two = build_corpus("smoke")
     pd.testing.assert_frame_equal(one.table, two.table)
-    monkeypatch.setattr(pydocs, "_read_and_split", None)  # a second reading would fail
-    again = pydocs.build_corpus("smoke", names=names, folder=tmp_path / "a")
+    monkeypatch.setattr(corpus_module, "_read_and_split", None)  # a second reading would fail
+    again = build_corpus("smoke")
     pd.testing.assert_frame_equal(one.table, again.table)
-    assert again.hashes == one.hashes and again.left_out == one.left_out
+    pd.testing.assert_frame_equal(one.versions, again.versions)
+    assert again.left_out == one.left_out
 
 
 def test_nothing_is_imported():
@@ -205,22 +200,25 @@ def test_nothing_is_imported():
 
 
 def test_symbols_and_prompts():
-    assert pydocs._symbol("scipy", "signal/_spectral_py.py", "welch") == "scipy.signal.welch"
-    assert pydocs._symbol("pandas", "core/frame.py", "DataFrame.merge") == \
+    assert corpus_module._symbol("scipy", "signal/_spectral_py.py", "welch") == "scipy.signal.welch"
+    assert corpus_module._symbol("pandas", "core/frame.py", "DataFrame.merge") == \
         "pandas.frame.DataFrame.merge"
-    assert pydocs._symbol("stdlib", "json/decoder.py", "JSONDecoder") == "json.JSONDecoder"
-    library = libraries.find_library("seaborn")
-    rows = pydocs.read_library(library, 200)
+    assert corpus_module._symbol("stdlib", "json/decoder.py", "JSONDecoder") == "json.JSONDecoder"
+    library = find_library("seaborn")
+    rows = read_library(library, 200)
     assert rows["prompt"].str.contains(r"seaborn\.").all()
     first = rows.iloc[0]
     lines = (library.root / first["file"]).read_text().splitlines()
     assert first["symbol"].rsplit(".", 1)[-1] in "".join(lines[first["row"] : first["row"] + 1])
 
 
-def test_errors_say_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="known: full, smoke"):
-        pydocs.build_corpus("huge", folder=tmp_path)
-    assert libraries.find_library("no_such_library_here") is None
+def test_errors_say_what_to_do(monkeypatch):
+    with pytest.raises(InstructMiningError, match="known: full, smoke"):
+        build_corpus("huge")
+    monkeypatch.setattr(corpus_module, "MIN_CANDIDATE_LIBRARIES", 99)
+    with pytest.raises(InstructMiningError, match="99 are needed; install the pinned"):
+        build_corpus("smoke")
+    assert find_library("no_such_library_here") is None
 
 
 def test_crossing_groups_keep_one_split():
@@ -229,6 +227,6 @@ def test_crossing_groups_keep_one_split():
         "id": range(6), "source": ["lib"] * 3 + ["aid"] * 3, "symbol": list("abcdef"),
         "prompt": "", "response": [f"{run} {i}" if i in (0, 3, 4) else f"w{i}" for i in range(6)],
     })  # fmt: skip
-    kept = splits.split(rows, {"lib": "base", "aid": "standin"}, splits.SplitSizes(), seed=0)
+    kept = split_rows(rows, {"lib": "base", "aid": "standin"}, SplitSizes(), seed=0)
     assert kept["id"].tolist() == [1, 2, 3, 4, 5]  # two copies in standin outweigh one in base_text
     assert kept.attrs["left_out"] == {"boilerplate": 0, "unused": 0, "crossing": 1}

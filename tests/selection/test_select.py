@@ -1,4 +1,4 @@
-"""Ranking, near duplicates, top-k and the baselines, on tables small enough to read."""
+"""Ranking, top-k and the baselines, on tables small enough to read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 
 from instructmining_core.config import InstructMiningError
-from instructmining_core.data.duplicates import Kept, fold, shingles
 from instructmining_core.regression.rule_card import RuleCard
 from instructmining_core.selection.select import (
     BASELINES,
@@ -149,77 +148,6 @@ def test_auto_is_the_size_on_the_card():
     for wrong in (0, -1, 1.5, True, "many"):
         with pytest.raises(InstructMiningError, match="top_k"):
             top_rows(rule(len_out=1.0), wrong)
-
-
-def test_fold_takes_case_and_punctuation_away():
-    assert fold("Don't use `read_csv`, STRASSE = straße") == [
-        "don", "t", "use", "read", "csv", "strasse", "strasse",
-    ]  # fmt: skip
-    assert fold("日本 go") == ["日", "本", "go"]
-
-
-def test_shingles_are_the_runs_of_eight_words():
-    assert len(shingles(WORDS)) == len(WORDS) - 8 + 1
-    assert len(shingles(WORDS * 2)) == len(WORDS), "each distinct run once"
-    assert len(shingles(WORDS[:3])) == 1 and len(shingles([])) == 0
-    assert set(shingles(WORDS[:10])) < set(shingles(WORDS))
-    assert not set(shingles(WORDS[:8])) & set(shingles(WORDS[7::-1])), "order counts"
-
-
-def numbers(first, last):
-    return " ".join(f"w{i}" for i in range(first, last))
-
-
-@pytest.mark.parametrize(("shared", "is_copy"), [(80, True), (79, False)])
-def test_the_threshold_is_the_share_of_runs_held_by_a_better_row(shared, is_copy):
-    kept = Kept()
-    kept.add("better", talk("", numbers(0, 1000)))
-    # 107 words have 100 runs; `shared` of them lie wholly in the better row.
-    worse = talk("", numbers(1000 - shared - 7, 1000) + " " + numbers(5000, 5100 - shared))
-    assert (kept.add("worse", worse) == "better") is is_copy
-
-
-def test_a_long_row_is_no_copy_of_its_own_beginning():
-    kept = Kept()
-    assert kept.add("short", talk("q", numbers(0, 20))) is None
-    assert kept.add("long", talk("q", numbers(0, 200))) is None
-    assert kept.add("short again", talk("q", numbers(0, 20))) == "short"
-
-
-def test_another_answer_about_the_same_passage_stays():
-    kept = Kept()
-    passage = numbers(0, 300)
-    assert kept.add("a", talk(passage + " who", "Anna did, in the old house by the sea.")) is None
-    assert kept.add("b", talk(passage + " when", "It was on a Tuesday in the spring, they say.")) \
-        is None  # fmt: skip
-
-
-def test_short_texts_match_only_whole():
-    kept = Kept()
-    assert kept.add("a", talk("Say hi", "Hi!")) is None
-    assert kept.add("b", talk("say, HI", "hi")) == "a"
-    assert kept.add("c", talk("say hi", "hi there")) is None
-    assert kept.add("empty", talk("", "")) is None
-
-
-def test_boilerplate_does_not_make_copies_and_the_index_is_exact():
-    rng = np.random.default_rng(0)
-    texts = [numbers(0, 12) + " " + " ".join(rng.choice(WORDS, 30)) for _ in range(60)]
-    texts += [texts[7], texts[41]]
-    kept = Kept()
-    found = [kept.add(i, talk("", text)) for i, text in enumerate(texts)]
-
-    def slow(i):
-        own = set(shingles(fold(texts[i])).tolist())
-        for j in range(i):
-            if found[j] is None:
-                other = set(shingles(fold(texts[j])).tolist())
-                if len(own & other) >= 0.8 * len(own):
-                    return j
-        return None
-
-    assert found == [slow(i) for i in range(len(texts))]
-    assert found[-2:] == [7, 41]
 
 
 POOL = dict(
