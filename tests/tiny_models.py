@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -21,6 +22,30 @@ WORDS = (
     "sort the list of items and give it back in order please write a short poem about rain "
     "question Is this a natural coherent response in the dialogue history Yes No value of sum"
 ).split()
+
+# Two kernels (one row or a batch, AVX2 or AVX512, one thread or several) add the same n float32
+# terms in other orders and may part by 2 n 2^-24 of the sum of the terms' sizes (Higham 2002,
+# Accuracy and Stability of Numerical Algorithms, eq. 3.5). The products of the models here have
+# n <= 64 terms, and about a dozen follow each other behind norms: 12 x 2 x 64 x 6e-8 = 1e-4 of the
+# largest value. What the tests look for (padding that is seen, a wrong token) is far above that.
+FLOAT32 = 1e-4
+
+
+def assert_rounded(ours, other, share: float = FLOAT32) -> None:
+    """Equal but for rounding: nowhere further apart than this share of the largest value."""
+    other = np.asarray(other, dtype=np.float64)
+    np.testing.assert_allclose(ours, other, rtol=0, atol=share * np.abs(other).max())
+
+
+# MiniLM's products have up to 1,536 terms and 36 follow each other. Rounding errors add up like a
+# random walk (Higham and Mary 2019, doi 10.1137/18M1226312): sqrt(36 x 1536) x 6e-8 = 1.4e-5 of
+# a row's length, which is 1, and twice that between two computations.
+MINILM = 3e-5
+
+
+def within_minilm_rounding(ours: np.ndarray, other: np.ndarray) -> bool:
+    """Whether rows of two computations are no further apart than float32 allows."""
+    return bool(np.linalg.norm(ours - other, axis=1).max(initial=0) <= MINILM)
 
 
 def single(question: str, answer: str) -> list[dict[str, str]]:

@@ -19,9 +19,8 @@ from instructmining_core import files
 from instructmining_core.config import REFERENCE_ROWS, InstructMiningError, ModelRef
 from instructmining_core.data.readers import count_records
 from instructmining_core.data.records import Problem, iter_records
-from instructmining_core.indicators.progress import Progress
 from instructmining_core.indicators.score_table import ScoreWriter
-from instructmining_core.indicators.scorer import Scorer
+from instructmining_core.indicators.scorer import ParsedTable, Scorer, job_bar, read_rows
 
 from .models import opened_study, standin_folder
 
@@ -164,14 +163,11 @@ def score_files(scorer: Scorer, inputs: Inputs, *, show: bool) -> None:
     tally: dict[str, list] = {}
     start = time.perf_counter()
     with ScoreWriter(inputs.out) as writer, ExitStack() as shown:
-        for number, table in enumerate(inputs.tables()):
+        for number, rows in enumerate(map(read_rows, inputs.tables())):
             if number == 0:
-                reading = time.perf_counter() - start
-                seconds = _estimate(scorer, table, inputs.total, reading)
-                bar = shown.enter_context(
-                    Progress(scorer.indicators, inputs.total, seconds=seconds, show=show)
-                )
-            frame = scorer.score(table, progress=bar)
+                _estimate(scorer, rows, inputs.total, time.perf_counter() - start)
+                bar = shown.enter_context(job_bar(inputs.total, show=show))
+            frame = scorer.score(rows, progress=bar)
             if inputs.piped_sha256:
                 piped = frame["file"] == "-"
                 frame["file_sha256"] = frame["file_sha256"].mask(piped, inputs.piped_sha256)
@@ -184,17 +180,15 @@ def score_files(scorer: Scorer, inputs: Inputs, *, show: bool) -> None:
     _report(inputs, tally)
 
 
-def _estimate(
-    scorer: Scorer, table: pd.DataFrame, total: int | None, reading: float
-) -> Mapping[str, float]:
-    """Seconds of each indicator on `table`, from a timed sample; told where the job is a long one.
+def _estimate(scorer: Scorer, first: ParsedTable, total: int | None, reading: float) -> None:
+    """Time a sample of the first rows, and tell what the job will take where it is a long one.
 
-    reading : seconds that reading `table` took
+    reading : seconds that reading `first` took
     """
-    rows = total or len(table)
+    rows = total or len(first.table)
     sample = int(np.clip(rows // 100, 4, 64))
-    share = rows / max(len(table), 1)
-    found = scorer.estimate_seconds(table, sample=sample)
+    share = rows / max(len(first.table), 1)
+    found = scorer.estimate_seconds(first, sample=sample)
     seconds = {name: part * share for name, part in {"(reading)": reading, **found}.items()}
     if sum(seconds.values()) >= LONG_JOB:
         of = f"{rows:,} rows" if total else f"the first {rows:,} rows (the total is not known)"
@@ -202,7 +196,6 @@ def _estimate(
                  "what is in the bank is not redone:"]  # fmt: skip
         lines += [f"  {name:<12} {_duration(s)}" for name, s in seconds.items()]
         _say("\n".join([*lines, f"  {'all':<12} {_duration(sum(seconds.values()))}"]))
-    return found
 
 
 def _report(inputs: Inputs, tally: dict[str, list]) -> None:

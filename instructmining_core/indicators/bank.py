@@ -1,127 +1,134 @@
-"""The score bank: what was computed once is not computed again.
+"""The score cache: what was computed once is not computed again, in one SQLite file.
 
-A folder of Parquet parts. Each key (indicator, version, model, revision, dtype and, for
-pool-relative indicators, the reference's hash) has a folder of its own with `key.json` and parts of
-columns `row_hash`, one value and one reason for each of the indicator's columns. A part is written
-under a hidden name and renamed, under a name of its own, so that a kill leaves nothing half written
-and two processes never touch one file; readers take the union of the parts.
+A row is known by its hash under a key: indicator, version, model, revision, dtype and, for
+pool-relative indicators, the reference. Values are kept as the bytes of float64, exact with their
+NaN. Every write is one transaction: a kill loses at most the block that was being computed, and a
+second writer waits for the first. Each row carries a checksum, so that a damaged file is an error
+and never a wrong value.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import sqlite3
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from struct import pack, unpack
 
-import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
+from ..config import InstructMiningError
 
-_REASON = "_reason"
+FILE = "scores.sqlite"
+WAIT_SECONDS = 60.0  # for another writer, whose transactions take well under a second
+_APPLICATION = 0x1357AC0E  # in the file's header: an SQLite file of another program is refused
+_FORMAT = 1
+_TABLES = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE keys (id INTEGER PRIMARY KEY, hash TEXT NOT NULL UNIQUE, key TEXT NOT NULL);
+CREATE TABLE scores (
+    key INTEGER NOT NULL, row_hash TEXT NOT NULL, data BLOB NOT NULL, reasons TEXT NOT NULL,
+    checksum INTEGER NOT NULL, PRIMARY KEY (key, row_hash)
+) WITHOUT ROWID;
+PRAGMA application_id = {_APPLICATION};
+PRAGMA user_version = {_FORMAT};
+COMMIT;
+"""
+
+Scores = tuple[tuple[float, ...], tuple[str, ...]]  # a row's values and reasons, one a column
 
 
-class BankError(RuntimeError):
-    """A bank with a part that cannot be read."""
-
-
-@dataclass
 class ScoreCache:
-    """The scores of one key that are known so far, by row hash.
+    """The scores of all keys in one folder.
 
-    columns : of the indicator
-    values : row hash -> (one value a column, one reason a column)
+    folder : of the file, made if need be
+    key (of the methods) : indicator, version, model, revision, dtype, ... (`key_hash`)
+
+    Raises InstructMiningError where the file is damaged or another program's.
     """
 
-    folder: Path
-    columns: tuple[str, ...]
-    values: dict[str, tuple[tuple[float, ...], tuple[str, ...]]] = field(default_factory=dict)
-    parts: set[str] = field(default_factory=set)
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._explained():
+            self._file = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
+            self._open()
 
-    def refresh(self) -> None:
-        """Read the parts that came since the last look, from any process."""
-        for part in sorted(self.folder.glob("part-*.parquet")):
-            if part.name not in self.parts:
-                self._take(_read(part, self.columns))
-                self.parts.add(part.name)
+    def get(self, key: Mapping, row_hashes: Sequence[str]) -> dict[str, Scores]:
+        """Row hash -> (values, reasons) of those rows that are known."""
+        name = key_hash(key)
+        with self._explained():
+            found = self._file.execute(
+                "SELECT row_hash, data, reasons, checksum FROM scores"
+                " WHERE key = (SELECT id FROM keys WHERE hash = ?)"
+                " AND row_hash IN (SELECT value FROM json_each(?))",
+                (name, json.dumps(list(row_hashes))),
+            ).fetchall()
+        for row, data, reasons, checksum in found:
+            if checksum != _checksum(name, row, data, reasons):
+                raise self._damaged(f"the checksum of row {row} is wrong")
+        found = [(row, unpack(f"<{len(data) // 8}d", data), why) for row, data, why, _ in found]
+        return {
+            row: (values, tuple(json.loads(why)) if why else ("",) * len(values))
+            for row, values, why in found
+        }
 
-    def missing(self, row_hashes: Sequence[str]) -> list[int]:
-        """Positions of the rows that are not known."""
-        return [i for i, name in enumerate(row_hashes) if name not in self.values]
+    def add(self, key: Mapping, scores: Mapping[str, Scores]) -> None:
+        """Keep rows for good, in one transaction; those that were known are replaced."""
+        name = key_hash(key)
+        rows = []
+        for row, (values, reasons) in scores.items():
+            data = pack(f"<{len(values)}d", *values)
+            why = json.dumps(reasons) if any(reasons) else ""
+            rows.append((name, row, data, why, _checksum(name, row, data, why)))
+        with self._explained(), self._file:
+            self._file.execute("BEGIN IMMEDIATE")
+            self._file.execute(
+                "INSERT OR IGNORE INTO keys (hash, key) VALUES (?, ?)",
+                (name, json.dumps(dict(key), sort_keys=True)),
+            )
+            self._file.executemany(
+                "INSERT OR REPLACE INTO scores"
+                " VALUES ((SELECT id FROM keys WHERE hash = ?), ?, ?, ?, ?)", rows,
+            )  # fmt: skip
 
-    def add(
-        self, row_hashes: Sequence[str], values: np.ndarray, reasons: Sequence[Sequence[str]]
-    ) -> None:
-        """Store rows for good, as one new part.
+    def _open(self) -> None:
+        """Make the tables of a new file; refuse one that is not ours."""
+        if self._marks() == (0, 0) and not self._file.execute(
+            "SELECT count(*) FROM sqlite_master"
+        ).fetchone()[0]:
+            try:
+                self._file.executescript(_TABLES)
+            except sqlite3.OperationalError:  # another process was first
+                self._file.rollback()
+                if self._marks() == (0, 0):
+                    raise
+        if self._marks() != (_APPLICATION, _FORMAT):
+            raise InstructMiningError(
+                f"{self.path} is no score cache of this version; move it, or name another folder"
+            )
 
-        values : float64, shape (n, columns); reasons : n sequences of one string a column
-        """
-        table = {"row_hash": list(row_hashes)}
-        for j, column in enumerate(self.columns):
-            table[column] = np.asarray(values[:, j], dtype=np.float64)
-            table[column + _REASON] = [row[j] for row in reasons]
-        frame = pd.DataFrame(table)
-        name = f"part-{os.getpid()}-{uuid.uuid4().hex}.parquet"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f".{name}"
-        with partial.open("wb") as stream:
-            pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, self.folder / name)
-        self.parts.add(name)
-        self._take(frame)
+    def _marks(self) -> tuple[int, int]:
+        """Whose file it is, and in which form."""
+        return tuple(
+            self._file.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("application_id", "user_version")
+        )
 
-    def get(self, row_hashes: Sequence[str]) -> tuple[np.ndarray, list[tuple[str, ...]]]:
-        """Values, shape (n, columns), and reasons of known rows; KeyError for an unknown one."""
-        found = [self.values[name] for name in row_hashes]
-        values = np.array([value for value, _ in found], dtype=np.float64)
-        return values.reshape(len(found), len(self.columns)), [reason for _, reason in found]
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:  # locked, read-only, disk full
+            raise InstructMiningError(f"the score cache {self.path}: {error}") from error
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            raise self._damaged(error) from error
 
-    def _take(self, frame: pd.DataFrame) -> None:
-        values = frame[list(self.columns)].to_numpy(dtype=np.float64).tolist()
-        reasons = frame[[c + _REASON for c in self.columns]].to_numpy(dtype=object).tolist()
-        for name, value, reason in zip(frame["row_hash"], values, reasons, strict=True):
-            self.values[name] = (tuple(value), tuple(reason))
-
-
-def open_shelf(bank: str | Path | None, key: Mapping, columns: Sequence[str]) -> ScoreCache | Memory:
-    """The shelf of a key; without a bank one that forgets.
-
-    key : indicator, version, model, revision, dtype, and reference for pool-relative indicators
-    """
-    if bank is None:
-        return Memory(Path(), tuple(columns))
-    folder = Path(bank) / f"{key['indicator']}-{key_hash(key)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    named = folder / "key.json"
-    if not named.exists():
-        partial = folder / f".key-{uuid.uuid4().hex}"
-        partial.write_text(json.dumps(dict(key), indent=1, sort_keys=True))
-        os.replace(partial, named)
-    shelf = ScoreCache(folder, tuple(columns))
-    shelf.refresh()
-    return shelf
-
-
-class Memory(ScoreCache):
-    """A shelf that lives only as long as the process."""
-
-    def refresh(self) -> None:
-        """Nothing to read."""
-
-    def add(self, row_hashes, values, reasons) -> None:
-        """Keep rows until `forget`."""
-        for name, value, reason in zip(row_hashes, values.tolist(), reasons, strict=True):
-            self.values[name] = (tuple(value), tuple(reason))
-
-    def forget(self) -> None:
-        """Drop all rows, so that scoring chunk by chunk does not grow."""
-        self.values.clear()
+    def _damaged(self, why: object) -> InstructMiningError:
+        return InstructMiningError(
+            f"the score cache {self.path} is damaged ({why}); delete it to score anew"
+        )
 
 
 def key_hash(key: Mapping) -> str:
@@ -132,9 +139,5 @@ def key_hash(key: Mapping) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read(part: Path, columns: Sequence[str]) -> pd.DataFrame:
-    wanted = ["row_hash", *columns, *(c + _REASON for c in columns)]
-    try:
-        return pq.read_table(part, columns=wanted, partitioning=None).to_pandas()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise BankError(f"cannot read {part}: {error}; delete that file to score it anew") from None
+def _checksum(key: str, row: str, data: bytes, reasons: str) -> int:
+    return zlib.crc32(f"{key} {row} {reasons}".encode() + data)

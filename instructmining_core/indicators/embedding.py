@@ -18,21 +18,23 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from ..config import ModelRef
 from ..models import hub
 from ..models.batching import Failed, map_batches, pad
 from ..models.loading import UNLIMITED, LoadedModel
 from ..models.memory import keep_freed_memory
-from .turns import CheckedConversation
+from .turns import CheckedConversation, cut_note
 
 
-def load(ref, *, device: str | None = None, standins: Path | None = None) -> LoadedModel:
+def load_encoder(
+    ref: ModelRef, *, device: str | None = None, standins: Path | None = None
+) -> LoadedModel:
     """Open a sentence-transformers model; its own `max_seq_length` is kept."""
     keep_freed_memory()
     device = device or hub.pick_device()
     resolved = hub.fetch(hub.resolve(ref, standins=standins))
     model = SentenceTransformer(
         str(resolved.folder), device=device, trust_remote_code=False, local_files_only=True,
-        model_kwargs={"use_safetensors": True},
     )  # fmt: skip
     dtype = hub.pick_dtype(ref.dtype, device)
     most = int(min(model.max_seq_length or UNLIMITED, UNLIMITED))
@@ -53,7 +55,7 @@ def text_of(conversation: CheckedConversation, first: int = 0) -> str:
     return "\n".join(m["content"] for m in conversation.messages[first:])
 
 
-def texts_of(
+def encoder_texts(
     model: LoadedModel, conversations: Sequence[CheckedConversation]
 ) -> tuple[list[str], list[str]]:
     """The text of each readable row that the encoder is given, and a note on what was cut of it.
@@ -65,12 +67,10 @@ def texts_of(
     texts = [text_of(c, cut) for c, cut in zip(conversations, cuts, strict=True)]
     longest = 64 * model.max_tokens
     counts = token_counts(model, [text[:longest] for text in texts], truncation=False)
-    notes = []
-    for text, cut, count in zip(texts, cuts, counts, strict=True):
-        over = count > model.max_tokens or len(text) > longest
-        found = [f"{cut} earlier messages cut to fit the model"] if cut else []
-        notes.append("; ".join([*found, "end of the text cut to fit the model"] if over else found))
-    return texts, notes
+    return texts, [
+        cut_note(cut, count > model.max_tokens or len(text) > longest)
+        for text, cut, count in zip(texts, cuts, counts, strict=True)
+    ]
 
 
 def _first_messages(model: LoadedModel, conversations: Sequence[CheckedConversation]) -> list[int]:
@@ -92,11 +92,12 @@ def _first_messages(model: LoadedModel, conversations: Sequence[CheckedConversat
 
 @torch.inference_mode()
 def embed(
-    model: LoadedModel, texts: Sequence[str], *, batch_tokens: int | None = None, progress: bool = False
-) -> np.ndarray:
+    model: LoadedModel, texts: Sequence[str], *, batch_tokens: int | None = None,
+    progress: bool = False,
+) -> np.ndarray:  # fmt: skip
     """Embeddings of texts.
 
-    batch_tokens : padded tokens of a batch; None takes what memory holds (`LoadedModel.first_batch`)
+    batch_tokens : padded tokens of a batch, None for what memory holds (`LoadedModel.first_batch`)
     returns : float32, shape (len(texts), dim), rows of length 1; NaN for a row that did not fit
         into memory
     """
@@ -111,9 +112,7 @@ def embed(
         return list(_forward(model, _padded(model, [read[i] for i in rows])))
 
     budget = model.first_batch(batch_tokens, getattr(model.model[0], "config", None))
-    found = map_batches(
-        batch, lengths, budget, progress, "embeddings", on_halved=model.halved
-    )
+    found = map_batches(batch, lengths, budget, progress, "embeddings", on_halved=model.halved)
     dim = model.model.get_embedding_dimension()
     out = np.full((len(texts), dim), np.nan, dtype=np.float32)
     for row, vector in enumerate(found):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
+from operator import itemgetter
 
 from .turns import CheckedConversation, Column, each_turn, mean_over_turns
 
@@ -22,28 +23,28 @@ def compute_mtld(
     conversations: Sequence[CheckedConversation], model=None, *, progress: bool = False
 ) -> dict[str, Column]:
     """MTLD of each response, in words; mean over the assistant's turns."""
-    values = [mtld(words(turn.response)) for turn in each_turn(conversations)]
+    values = [mtld(mtld_words(turn.response)) for turn in each_turn(conversations)]
     reasons = ["no word in the response" if value != value else "" for value in values]
     return {"mtld": mean_over_turns(conversations, values, reasons)}
 
 
-def words(text: str) -> list[str]:
+def mtld_words(text: str) -> list[str]:
     """Lower-case words: digits and dashes are deleted, other ASCII punctuation parts words.
 
-    >>> words("A well-known 3rd fact: it's so.")
+    >>> mtld_words("A well-known 3rd fact: it's so.")
     ['a', 'wellknown', 'rd', 'fact', 'it', 's', 'so']
     """
     return text.lower().translate(_TABLE).split()
 
 
-def mtld(tokens: Sequence[str], threshold: float = THRESHOLD) -> float:
+def mtld(tokens: Sequence[str]) -> float:
     """MTLD of a list of words.
 
     tokens : words in reading order
-    threshold : a factor ends where types / tokens <= threshold
-    returns : words per factor, mean of both directions. The rest at the end counts as the part of
-        a factor that it has come, `(1 - ratio) / (1 - threshold)`. Where no word comes twice there
-        is no factor at all: the value is the number of words, a lower bound. NaN with no word.
+    returns : words per factor, mean of both directions. A factor ends where types / tokens <=
+        THRESHOLD; the rest at the end counts as the part of a factor that it has come, `(1 -
+        ratio) / (1 - THRESHOLD)`. Where no word comes twice there is no factor at all: the value
+        is the number of words, a lower bound. NaN with no word.
     """
     if not tokens:
         return float("nan")
@@ -51,11 +52,10 @@ def mtld(tokens: Sequence[str], threshold: float = THRESHOLD) -> float:
     if not repeats:
         return float(len(tokens))
     last = len(tokens) - 1
-    backwards = sorted(((last - late, last - early) for early, late in repeats), key=_second)
-    return (
-        len(tokens) / _factors(repeats, len(tokens), threshold)
-        + len(tokens) / _factors(backwards, len(tokens), threshold)
-    ) / 2
+    backwards = [(last - late, last - early) for early, late in repeats]
+    backwards.sort(key=itemgetter(1))
+    size = len(tokens)
+    return (size / _factors(repeats, size) + size / _factors(backwards, size)) / 2
 
 
 def _repeats(tokens: Sequence[str]) -> list[tuple[int, int]]:
@@ -69,7 +69,7 @@ def _repeats(tokens: Sequence[str]) -> list[tuple[int, int]]:
     return pairs
 
 
-def _factors(repeats: Sequence[tuple[int, int]], size: int, threshold: float) -> float:
+def _factors(repeats: Sequence[tuple[int, int]], size: int) -> float:
     """Factors in one direction.
 
     Only repeats are visited: a new word raises the ratio, so a factor always ends at a repeat.
@@ -80,13 +80,9 @@ def _factors(repeats: Sequence[tuple[int, int]], size: int, threshold: float) ->
             continue
         doubles += 1
         count = late - start + 1
-        if (count - doubles) / count <= threshold:
+        if (count - doubles) / count <= THRESHOLD:
             factors, start, doubles = factors + 1, late + 1, 0
     rest = size - start
     if rest:
-        factors += (1 - (rest - doubles) / rest) / (1 - threshold)
+        factors += (1 - (rest - doubles) / rest) / (1 - THRESHOLD)
     return factors
-
-
-def _second(pair: tuple[int, int]) -> int:
-    return pair[1]

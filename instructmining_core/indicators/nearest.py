@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+CHUNK_BYTES = 1 << 27  # of one block of products: with it and the arrays 1,000,000 x 384 rows fit
 _COLUMNS = 1 << 15  # reference rows of one block of products
 _SPARE = 4  # candidates beyond k: the gap to the last of them shows that none is missing
 _REFINED = 256  # queries whose candidates are gathered at a time: they stay in the cache
@@ -23,15 +24,12 @@ def nearest(
     k: int,
     own: np.ndarray | None = None,
     *,
-    chunk_bytes: int = 1 << 27,
     progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Exact k nearest neighbours, equal distances ordered by position.
 
     queries : float32, shape (n, dim); reference : float32, shape (m, dim)
     own : shape (n,), position of the query itself in the reference (left out), -1 for none
-    chunk_bytes : most memory of one block of products; 1,000,000 x 384 rows need the two arrays
-        and this
     returns : distances, float64, shape (n, k), ascending, NaN where the reference is too small or
         the query has a NaN; positions, int64, shape (n, k), -1 there
 
@@ -49,7 +47,7 @@ def nearest(
     half = _half_norms(reference)
     error = _product_error(queries, reference)
     columns = min(m, _COLUMNS)
-    rows = max(1, min(n, chunk_bytes // (4 * columns), 4096))
+    rows = max(1, min(n, CHUNK_BYTES // (4 * columns), 4096))
     # One buffer for all blocks: fresh pages would cost a fifth of the time.
     buffer = np.empty(rows * columns, dtype=np.float32)
     own = np.full(n, -1, dtype=np.int64) if own is None else np.asarray(own, dtype=np.int64)

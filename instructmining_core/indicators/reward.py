@@ -1,7 +1,7 @@
 """Reward score of a response (InstructMining v3, Table 1: Rew).
 
 The paper's model is OpenAssistant/oasst-rm-pythia-1.4b (arXiv 2304.07327). Which input form the
-authors used is unknown; both are here, `load(..., form=)` chooses, and the one used is recorded:
+authors used is unknown; both are here, `form` chooses, and the one used is recorded:
 
 oasst : `<|prompter|>I<|endoftext|><|assistant|>R<|endoftext|>`, the form that model was trained on
 pair : the tokenizer's own form for two texts, what came before and the response
@@ -17,10 +17,19 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from ..models import reward_model as gpt_neox_reward
+from ..config import InstructMiningError, ModelRef
 from ..models.batching import Failed, map_batches, pad
 from ..models.loading import LoadedModel, open_model
-from .turns import EMPTY, CheckedConversation, Column, Turn, each_turn, mean_over_turns
+from ..models.reward_model import GPTNeoXRewardConfig
+from .turns import (
+    EMPTY,
+    CheckedConversation,
+    Column,
+    Turn,
+    cut_note,
+    each_turn,
+    mean_over_turns,
+)
 
 FORMS = ("oasst", "pair")
 _OASST_MARKS = {"system": "<|system|>", "user": "<|prompter|>", "assistant": "<|assistant|>"}
@@ -29,30 +38,25 @@ NO_TOKEN = "no token to read: nothing was asked and nothing answered"
 OTHER_SCALE = "another reward scale than the paper's: published coefficients do not carry over"
 
 
-class RewardModelError(ValueError):
-    """A classifier that is no reward model, or a form that does not exist."""
-
-
 class CoefficientWarning(UserWarning):
     """Scores that must not meet published coefficients."""
 
 
-def load(
-    ref, *, device: str | None = None, standins: Path | None = None, form: str = ""
+def load_reward_model(
+    ref: ModelRef, *, device: str | None = None, standins: Path | None = None, form: str = ""
 ) -> LoadedModel:
     """Open a reward model: any sequence classifier with one output.
 
     form : "oasst" or "pair"; "" takes the one that fits the model
     Warns (CoefficientWarning) for every model but a `gpt_neox_reward_model`, as the widely used
-    DeBERTa one has another scale. Raises RewardModelError.
+    DeBERTa one has another scale.
     """
-    _check_form(form)
-    opened = open_model(
-        ref, AutoModelForSequenceClassification, device=device, standins=standins
-    )
+    if form and form not in FORMS:
+        raise InstructMiningError(f"input form {form!r}; known are {', '.join(FORMS)}")
+    opened = open_model(ref, AutoModelForSequenceClassification, device=device, standins=standins)
     config = opened.model.config
     if config.num_labels != 1 and form_of(config) != "oasst":
-        raise RewardModelError(
+        raise InstructMiningError(
             f"{ref.id} gives {config.num_labels} numbers a row; a reward model gives one"
         )
     if config.pad_token_id is None:
@@ -65,7 +69,7 @@ def load(
 
 def form_of(config) -> str:
     """The input form that fits: "oasst" for the model type trained on its marks, else "pair"."""
-    oasst = config.model_type == gpt_neox_reward.GPTNeoXRewardConfig.model_type
+    oasst = config.model_type == GPTNeoXRewardConfig.model_type
     return "oasst" if oasst else "pair"
 
 
@@ -77,34 +81,27 @@ def note_of(config, form: str = "") -> str:
     return note if form_of(config) == "oasst" else f"{note}; {OTHER_SCALE}"
 
 
-def _check_form(form: str) -> None:
-    if form and form not in FORMS:
-        raise RewardModelError(f"input form {form!r}; known are {', '.join(FORMS)}")
-
-
 def compute_reward(
     conversations: Sequence[CheckedConversation],
     model: LoadedModel,
     *,
     progress: bool = False,
-    form: str | None = None,
     batch_tokens: int | None = None,
     padding_side: str = "right",
 ) -> dict[str, Column]:
     """Reward of each response given what was said before it; mean over the assistant's turns.
 
-    form : "oasst" or "pair"; None takes the one that the model was opened with
-    batch_tokens : padded tokens of a batch; None takes what memory holds (`LoadedModel.first_batch`)
+    model : opened by `load_reward_model`, which settles the input form
+    batch_tokens : padded tokens of a batch, None for what memory holds (`LoadedModel.first_batch`)
     padding_side : "right" or "left"; the pair form keeps to the right, because classifiers like
         DeBERTa read their first position
     An empty response is scored too: the model has an opinion on silence. Over-long conversations
     lose whole messages from the left, then the response's end, and the reasons say so.
     """
-    form = form or model.form or form_of(model.model.config)
-    _check_form(form)
     turns = list(each_turn(conversations))
-    side = padding_side if form == "oasst" else "right"
-    rows = (_oasst_rows if form == "oasst" else _pair_rows)(turns, model)
+    oasst = model.form == "oasst"
+    side = padding_side if oasst else "right"
+    rows = (_oasst_rows if oasst else _pair_rows)(turns, model)
     filled = [row for row in rows if row["input_ids"]]
     lengths = [len(row["input_ids"]) for row in filled]
     scores = iter(map_batches(
@@ -132,7 +129,11 @@ def _forward(model: LoadedModel, rows: Sequence[dict], side: str) -> list[float]
 
 def _oasst_rows(turns: Sequence[Turn], model: LoadedModel) -> list[dict]:
     """Ids of each turn, message by message: every message is closed by marks of its own."""
-    written = [[_oasst_text(m) for m in _messages(turn)] for turn in turns]
+    written = [
+        [f"{_OASST_MARKS[m['role']]}{m['content']}{_OASST_END}"
+         for m in (*turn.context, {"role": "assistant", "content": turn.response})]
+        for turn in turns
+    ]  # fmt: skip
     distinct = list(dict.fromkeys(text for texts in written for text in texts))
     ids = model.tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"] \
         if distinct else []
@@ -145,10 +146,6 @@ def _oasst_rows(turns: Sequence[Turn], model: LoadedModel) -> list[dict]:
         kept = whole[: model.max_tokens]
         rows.append({"input_ids": kept, "note": _note(turn, cut, len(whole) > len(kept))})
     return rows
-
-
-def _oasst_text(message: dict[str, str]) -> str:
-    return f"{_OASST_MARKS[message['role']]}{message['content']}{_OASST_END}"
 
 
 def _pair_rows(turns: Sequence[Turn], model: LoadedModel) -> list[dict]:
@@ -189,10 +186,6 @@ def _pairs(turns, cuts, model: LoadedModel, truncation: bool = False) -> list[di
     ]
 
 
-def _messages(turn: Turn) -> list[dict[str, str]]:
-    return [*turn.context, {"role": "assistant", "content": turn.response}]
-
-
 def _first_kept(lengths: Sequence[int], most: int) -> int:
     """The first message kept so that the rest fits, the last question and answer always."""
     first = 0
@@ -202,9 +195,5 @@ def _first_kept(lengths: Sequence[int], most: int) -> int:
 
 
 def _note(turn: Turn, cut: int, truncated: bool) -> str:
-    notes = [EMPTY] if not turn.response else []
-    if cut:
-        notes.append(f"{cut} earlier messages cut to fit the model")
-    if truncated:
-        notes.append("end of the text cut to fit the model")
-    return "; ".join(notes)
+    empty = "" if turn.response else EMPTY
+    return "; ".join(filter(None, [empty, cut_note(cut, truncated)]))

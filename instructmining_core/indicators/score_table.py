@@ -10,13 +10,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..config import InstructMiningError
 from ..files import being_written
 
 METADATA_KEY = b"instructmining"
-
-
-class ScoreFileError(ValueError):
-    """A file that is not a score table, or chunks that do not belong together."""
 
 
 class ScoreWriter:
@@ -37,7 +34,7 @@ class ScoreWriter:
         return self
 
     def write(self, scores: pd.DataFrame) -> None:
-        """Append a frame of `scoring.score`; its attrs must equal those of the first one."""
+        """Append a frame of `Scorer.score`; its attrs must equal those of the first one."""
         attrs = json.dumps(scores.attrs, sort_keys=True)
         table = pa.Table.from_pandas(scores, preserve_index=False)
         if self._writer is None:
@@ -46,7 +43,9 @@ class ScoreWriter:
             schema = table.schema.with_metadata(metadata)
             self._writer = pq.ParquetWriter(self._file.__enter__(), schema, compression="zstd")
         if attrs != self._attrs:
-            raise ScoreFileError("this chunk was scored by other models or references than before")
+            raise InstructMiningError(
+                "this chunk was scored by other models or references than before"
+            )
         self._writer.write_table(table.cast(self._writer.schema))
 
     def __exit__(
@@ -66,14 +65,16 @@ def write_scores(scores: pd.DataFrame, path: str | Path) -> None:
 
 
 def read_scores(path: str | Path) -> pd.DataFrame:
-    """Read a score table and its attrs. Raises ScoreFileError for any other file."""
+    """Read a score table and its attrs. Raises InstructMiningError for any other file."""
     try:
         table = pq.read_table(path, partitioning=None)
     except pa.ArrowInvalid as error:
-        raise ScoreFileError(f"{path} is no Parquet file: {error}") from None
+        raise InstructMiningError(f"{path} is no Parquet file: {error}") from None
     found = (table.schema.metadata or {}).get(METADATA_KEY)
     if found is None:
-        raise ScoreFileError(f"{path} is no score table; make one with `instructmining score`")
+        raise InstructMiningError(
+            f"{path} is no score table; make one with `instructmining score`"
+        )
     frame = table.replace_schema_metadata(None).to_pandas()
     frame.attrs = json.loads(found)
     return frame

@@ -1,27 +1,21 @@
-"""Number of the assistant's turns.
+"""What is read off the text itself: length, compression, script, number of turns.
 
-The InstructMining paper names multi-turn dialogue as future work; LIMA (Zhou et al. 2023,
-arXiv 2305.11206, section 4) finds that 30 dialogues among 1,000 rows change the model's dialogues.
+Length (InstructMining v3, Table 1: Len_in, Len_out): the paper's tokenizer is unknown; ours is the
+base model's, without special tokens. Without a model words and punctuation marks are counted, and
+the version says so; there a run of letters is a word, so in scripts without spaces (Chinese,
+Japanese, Thai) a whole clause is one word: use a tokenizer.
 
-Input and output length (InstructMining v3, Table 1: Len_in, Len_out).
+Compression: Yin et al. 2024, "Entropy Law" (arXiv 2407.06645) rank data by raw / compressed bytes,
+and Shaib et al. 2024 (arXiv 2403.00553) recommend it as a diversity score. Theirs is taken over
+sets of texts; ours is of one response, so the compressor's fixed cost of about 11 bytes pulls short
+texts below 1. No word borders are assumed: it works in any language.
 
-The paper's tokenizer is unknown: ours is the base model's, without special tokens; without a model
-words and punctuation marks are counted by a regular expression, and the version says so. That
-expression takes a run of letters as a word, so in scripts without spaces (Chinese, Japanese, Thai)
-a whole clause is one word: use a tokenizer there.
+Script: the share of Latin letters, a column to see by that a row is in another language or garbled,
+a common fault of web data (Kreutzer et al. 2022, arXiv 2103.12028). Scripts are those of Unicode
+Standard Annex 24, taken from the letters' names.
 
-Compression ratio of the response: repetition that a general compressor finds.
-
-Yin et al. 2024, "Entropy Law" (arXiv 2407.06645) rank data by the ratio raw / compressed, and
-Shaib et al. 2024 (arXiv 2403.00553) recommend it as a diversity score of text. Theirs is taken
-over sets of texts; ours is of one response, so the compressor's fixed cost of about 11 bytes pulls
-short texts below 1. No word borders are assumed: it works in any language.
-
-Script of the response: the share of Latin letters among its letters.
-
-A column to see by that a row is in another language, or garbled. Scripts are those of Unicode
-Standard Annex 24, taken from the letters' names; wrong-language rows are a common fault of web data
-(Kreutzer et al. 2022, "Quality at a Glance", arXiv 2103.12028).
+Turns: LIMA (Zhou et al. 2023, arXiv 2305.11206, section 4) finds that 30 dialogues among 1,000 rows
+change the model's dialogues; the InstructMining paper leaves dialogue to future work.
 """
 
 from __future__ import annotations
@@ -39,6 +33,8 @@ from tqdm.auto import tqdm
 from .turns import EMPTY, CheckedConversation, Column, each_turn, mean_over_turns
 
 _WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
+_ASCII_LETTER = re.compile("[A-Za-z]")
+_TWO_WORDS = ("OLD", "LINEAR", "MEETEI", "PHAISTOS", "SYLOTI", "TAI", "NEW")  # a script's name
 _CHUNK = 4096  # texts handed to the tokenizer at once
 
 
@@ -122,10 +118,6 @@ def ratio(text: str) -> float:
     return len(raw) / len(zlib.compress(raw, 6)) if raw else float("nan")
 
 
-_ASCII_LETTER = re.compile("[A-Za-z]")
-_TWO_WORDS = ("OLD", "LINEAR", "MEETEI", "PHAISTOS", "SYLOTI", "TAI", "NEW")
-
-
 def compute_script(
     conversations: Sequence[CheckedConversation], model=None, *, progress: bool = False
 ) -> dict[str, Column]:
@@ -145,12 +137,6 @@ def latin_share(text: str) -> float:
         return 1.0 if _ASCII_LETTER.search(text) else float("nan")
     scripts = count_scripts(text)
     return scripts["LATIN"] / scripts.total() if scripts else float("nan")
-
-
-def dominant(text: str) -> str:
-    """The script with the most letters ("LATIN", "CJK", ...), "" without a letter."""
-    scripts = count_scripts(text)
-    return scripts.most_common(1)[0][0] if scripts else ""
 
 
 def count_scripts(text: str) -> Counter[str]:

