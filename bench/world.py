@@ -38,6 +38,7 @@ class World:
     def __init__(self, size: str, extent: Extent = Extent(), device: str = "cpu") -> None:
         from instructmining_core.config import FinetuneConfig
         from instructmining_core.data.tokenization import encode_many
+        from instructmining_core.finetuning.run_spec import EvalSets
 
         self.size, self.extent, self.device = size, extent, device
         self._kept = tempfile.TemporaryDirectory(prefix="bench-sweep-")
@@ -49,8 +50,8 @@ class World:
         rows = encode_many(tokenizer, found, max_tokens=extent.longest)
         rows = [row for row in rows if any(row.targets[1:])]
         self._warm(rows[-extent.warm :])
-        self.evals = {"eval_1": rows[: extent.evals],
-                      "eval_2": rows[extent.evals : 2 * extent.evals]}
+        self.evals = EvalSets(eval_1=rows[: extent.evals],
+                              eval_2=rows[extent.evals : 2 * extent.evals])
         self.rows = {f"{i}": row for i, row in enumerate(rows[2 * extent.evals : -extent.warm])}
         self.config = FinetuneConfig(epochs=extent.epochs, warmup_share=0.0)
 
@@ -79,7 +80,7 @@ class World:
 
     def specs(self, lm, count: int) -> list:
         """Specifications of the first `count` sets."""
-        from instructmining_core.finetuning.ledger import RunSpec
+        from instructmining_core.finetuning.run_spec import RunSpec
 
         return [RunSpec.of("bench", lm, self.config, self.set(k), self.evals,
                            label={"set_id": f"s{k}"}) for k in range(count)]

@@ -26,7 +26,6 @@ from pathlib import Path
 
 from instructmining_core import files
 from instructmining_core.config import InstructMiningError
-from instructmining_core.finetuning.progress import sweep_bar
 
 from .profile import Profile, load_profile, profile_path
 
@@ -62,7 +61,7 @@ def write_front_page(folder: Path, profile: Profile, book: Path) -> None:
     """The generated part of the front page, and its figure, into `book/_generated/`."""
     import pandas as pd
 
-    from .claims import front_page
+    from .reports import front_page
 
     page = front_page(pd.read_csv(folder / "verdict.csv"), profile.name, profile.description)
     generated = book / "_generated"
@@ -78,7 +77,7 @@ def write_summary(folder: Path, profile: Profile, book: Path) -> None:
     """
     import pandas as pd
 
-    from .claims import front_page
+    from .reports import front_page
 
     generated = book / "_generated"
     page = front_page(pd.read_csv(folder / "verdict.csv"), profile.name, profile.description)
@@ -326,11 +325,11 @@ def _execute(notebook: Path, folder: Path, profile: str) -> None:
     part.parent.mkdir(parents=True, exist_ok=True)
     named = str(profile_path(profile).resolve()) if Path(profile).suffix else profile
     try:
-        with sweep_bar(folder / "ledger"):
-            papermill.execute_notebook(
-                notebook, part, parameters={"profile": named}, cwd=notebook.parent,
-                kernel_name="python3", progress_bar=sys.stderr.isatty(), log_output=False,
-            )  # fmt: skip
+        papermill.execute_notebook(
+            notebook, part, parameters={"profile": named}, cwd=notebook.parent,
+            kernel_name="python3", progress_bar=False, log_output=False,
+            stderr_file=sys.stderr,  # the bars of scoring and of the sweep
+        )  # fmt: skip
     except papermill.PapermillExecutionError as error:
         words = f"{notebook.stem} failed; its copy lies at {part}\n{error}"
         raise InstructMiningError(words) from None

@@ -1,22 +1,17 @@
-"""More processes at one sweep on a CPU: one thread each, the ledger deals the runs.
+"""Who does the runs: take them in the ledger, train, write records; further processes do the same.
 
-The operations of a small model are too short to be worth two threads each, so two processes of one
-thread do nearly twice the runs of one process of two. A helper is an ordinary executor: it claims
-a run in the ledger, does it, writes its record. It ends when nothing is left or its parent is gone.
+One run is one function of one specification (`run.run_one`), safe to try again. Whatever drives the
+runs (the sweep itself, its workers, another engine) makes the same three calls:
 
-Another engine can drive the same executor, on any host that sees the model's and the ledger's
-folders. It starts
+    ledger.lock_run(spec)                 # False: finished, or somebody has it
+    record = run_one(spec, lm, rows, evals)
+    ledger.write(record)                  # whole or not at all; gives the lease back
 
-    python -m instructmining_core.finetuning.workers JOB.json PID
+`do_group` is that, for runs that may share a pass, with failures recorded. Any number of processes
+may do so on one ledger, and one that is killed costs the runs it was at.
 
-JOB.json : what `describe` returns, as JSON. `groups` are lists of (`RunSpec.content()`, label);
-    each group is one pass over the base: claim its runs, `run_one` or `run_together`, write their
-    records (`sweep_executor.do_group`)
-PID : the starting process; before each group the helper looks whether it still is its parent
-
-Groups are taken from the last to the first. Exit code 0: none is left that it could claim. Any
-number may work on one ledger, and one that is killed costs the runs it was at, which are free again
-at once (on another host: after `ledger_claims.EXPIRES` seconds).
+The operations of a small model are too short to be worth two threads each, so on a CPU two
+processes of one thread do nearly twice the runs of one process of two. On GPUs each has its own.
 """
 
 from __future__ import annotations
@@ -26,7 +21,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,134 +32,204 @@ import torch
 from ..config import ModelRef
 from ..data.tokenization import Encoded
 from ..models.causal_lm import LM, load_lm
-from .executor import do_group
-from .ledger import Ledger, RunSpec, spec_from
-from .run import without_paths
+from ..models.memory import is_out_of_memory
+from .ledger import Ledger, Taken
+from .run import Rows, failure, run_one, run_together, without_paths
+from .run_spec import EvalSets, Record, RunSpec
 
-WORTH = 30.0  # seconds of work left that make a helper's start (5 to 8 s of imports) worth it
-RATE = 5e10  # FLOP/s of small models on one core of an EPYC, all between the products included
+WORTH = 30.0  # seconds of work left that make a worker's start (5 to 8 s of imports) worth it
+RATES = {  # FLOP/s of small models on one core of an EPYC, all between the products included; a GPU
+    "cpu": 5e10, "cuda": 5e12,
+}  # fmt: skip
+MOST = 8  # processes of a sweep on one CPU
+COMMAND = (sys.executable, "-m", "instructmining_core.finetuning.workers")
 
 
-def helpers_wanted(lm: LM, wanted: int | None) -> int:
-    """How many helpers beside this process: one for each further core, on a CPU.
+def do_group(
+    group: Sequence[RunSpec], lm: LM, rows: Rows, evals: EvalSets, ledger: Ledger, *,
+    by_epoch: Collection[str] = (), keep: str | Path | None = None,
+    tried: Mapping[str, int] | None = None,
+) -> int:  # fmt: skip
+    """Take the runs of a group, do them, write their records; how many were done or failed.
 
-    wanted : asked for by the caller; None decides. A model that lies in no folder gets none, as a
-    helper could not load it.
+    by_epoch, keep : see `run_one`
+    tried : attempts of each run_id when the sweep began, so that a run that has failed since is
+        left alone; None tries failed runs again
     """
-    if not str(lm.device).startswith("cpu") or lm.resolved.folder is None:
-        return 0
-    if wanted is not None:
-        return max(0, wanted)
+    mine = [spec for spec in group
+            if ledger.lock_run(spec, tried=None if tried is None else tried.get(spec.run_id, 0))]
+    written = 0
+    try:
+        for record in _attempt(mine, lm, rows, evals, {"by_epoch": by_epoch, "keep": keep}):
+            try:
+                ledger.write(record)
+            except Taken:  # this process was taken for dead; the record of who took over stands
+                continue
+            written += 1
+    finally:
+        for spec in mine:
+            ledger.release(spec.run_id)
+    return written
+
+
+def _attempt(mine, lm, rows, evals, options) -> Iterator[Record]:
+    """Records of a group; out of memory halves it, after another error each runs alone."""
+    if not mine:
+        return
+    try:
+        if len(mine) == 1:
+            records = [run_one(mine[0], lm, rows, evals, **options)]
+        else:
+            records = run_together(mine, lm, rows, evals, **options)
+    except Exception as error:
+        if len(mine) == 1:
+            yield failure(mine[0], lm, error)
+            return
+        # only a number leaves this block: the error's traceback holds the group's tensors
+        size = len(mine) // 2 if is_out_of_memory(error) else 1
+    else:
+        yield from records
+        return
+    for start in range(0, len(mine), size):
+        yield from _attempt(mine[start : start + size], lm, rows, evals, options)
+
+
+def worker_devices(lm: LM, wanted: int | None) -> list[str]:
+    """Where processes beside this one may work: a further core each, or a further GPU each.
+
+    wanted : how many the caller asks for; None: all there are. A model that lies in no folder gets
+    none, as a worker could not load it.
+    """
+    device = torch.device(lm.device)
+    if lm.resolved.folder is None:
+        return []
+    if device.type == "cuda":
+        mine = torch.cuda.current_device() if device.index is None else device.index
+        return [f"cuda:{k}" for k in range(torch.cuda.device_count()) if k != mine][:wanted]
+    if device.type != "cpu":
+        return []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(0, min(cores or 1, 8) - 1)
+    return ["cpu"] * (min(cores or 1, MOST) - 1 if wanted is None else wanted)
 
 
 def guessed_seconds(
-    groups: Sequence[Sequence[RunSpec]], lm: LM, rows: Mapping[str, Encoded],
-    evals: Mapping[str, Sequence[Encoded]],
+    groups: Sequence[Sequence[RunSpec]], lm: LM, rows: Rows, evals: EvalSets
 ) -> float:
-    """What the runs may take in one process of one thread, before any of them is measured.
+    """What the runs may take in one process, before any of them is measured.
 
-    Only good enough to tell a sweep of minutes, whose helpers should start at once, from a short
-    one: the layers' products of a training step (4 x the weights a token; 2 to evaluate) at `RATE`.
+    Only good enough to tell a sweep of minutes, whose workers should start at once, from a short
+    one: the layers' products, 4 x the weights for a token trained and 2 for one evaluated.
     """
     runs = [spec for group in groups for spec in group]
     trained = sum(s.finetune.epochs * sum(len(rows[h]) for h in s.row_hashes) for s in runs)
     evaluated = len(runs) * sum(len(row) for part in evals.values() for row in part)
     weights = sum(p.numel() for p in lm.model.parameters())
     weights -= lm.model.get_input_embeddings().weight.numel()
-    return weights * (4 * trained + 2 * evaluated) / RATE
+    return weights * (4 * trained + 2 * evaluated) / RATES[torch.device(lm.device).type]
 
 
-class Helpers:
-    """The helper processes of one sweep; their job and what they complain of lie in `folder`."""
+class Workers:
+    """The further processes of one sweep: one for each of `devices`, all on the same job."""
 
-    command: tuple[str, ...] = (sys.executable, "-m", "instructmining_core.finetuning.workers")
-
-    def __init__(self, count: int, job: Mapping[str, Any], folder: Path) -> None:
-        self.count, self.job, self.folder = count, job, folder
-        self.processes: list[subprocess.Popen] = []
+    def __init__(self, devices: Sequence[str], job: Mapping[str, Any]) -> None:
+        self.devices, self.job = list(devices), job
+        self.processes: dict[subprocess.Popen, Any] = {}  # and what each complains of
         self._told: set[int] = set()
 
     def start(self) -> None:
         """Start them once; later calls do nothing."""
-        if self.processes or not self.count:
+        if self.processes or not self.devices:
             return
-        path = self.folder / ".helpers.job"
-        path.write_text(json.dumps(self.job), encoding="utf-8")
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         package = str(Path(__file__).resolve().parents[2])
-        environment["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [package, os.environ.get("PYTHONPATH")]))
-        for number in range(self.count):
-            with open(self._errors(number), "wb") as errors:
-                self.processes.append(subprocess.Popen(
-                    [*self.command, str(path.resolve()), str(os.getpid())],
-                    env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                    stderr=errors))
+        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8") as job:
+            json.dump(self.job, job)
+            job.flush()
+            for device in self.devices:
+                threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
+                errors = tempfile.TemporaryFile()
+                with open(job.name, "rb") as own:  # read from the start by each
+                    process = subprocess.Popen(
+                        [*COMMAND, device, str(os.getpid())], env=environment | threads,
+                        stdin=own, stdout=subprocess.DEVNULL, stderr=errors)
+                self.processes[process] = errors
 
     def fallen(self) -> list[str]:
-        """What to say of helpers that ended with an error since the last call."""
+        """What to say of workers that ended with an error since the last call."""
         found = []
-        for number, process in enumerate(self.processes):
-            if process.poll() and number not in self._told:  # neither at work nor ended well
-                self._told.add(number)
-                lines = self._errors(number).read_text("utf-8", "replace").split("\n")
+        for process, errors in self.processes.items():
+            if process.poll() and process.pid not in self._told:  # neither at work nor ended well
+                self._told.add(process.pid)
+                errors.seek(0)
+                lines = errors.read().decode("utf-8", "replace").split("\n")
                 last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-                found.append(f"A helper of the sweep ended with code {process.returncode}, the "
+                found.append(f"A worker of the sweep ended with code {process.returncode}, the "
                              f"others go on: {without_paths(last)}")
         return found
 
     def stop(self) -> None:
-        """End them; a run they are at is lost, its claim is free again."""
+        """End them; a run they are at is lost, its lease is free again."""
         for process in self.processes:
             process.terminate()
-        for number, process in enumerate(self.processes):
+        for process, errors in self.processes.items():
             process.wait()
-            self._errors(number).unlink(missing_ok=True)
-        (self.folder / ".helpers.job").unlink(missing_ok=True)
-
-    def _errors(self, number: int) -> Path:
-        return self.folder / f".helper{number}.log"
+            errors.close()
 
 
-def describe(
+def sweep_job(
     groups: Sequence[Sequence[RunSpec]],
     lm: LM,
-    rows: Mapping[str, Encoded],
-    evals: Mapping[str, Sequence[Encoded]],
+    rows: Rows,
+    evals: EvalSets,
     ledger: Ledger,
     *,
-    by_epoch: bool | Collection[str] = False,
-    keep: str | Path | None = None,
-    tried: Mapping[str, int] | None = None,
-) -> dict[str, Any]:
-    """A sweep as JSON values, for helpers; by_epoch, keep, tried: see `sweep_executor.do_group`."""
+    by_epoch: Collection[str],
+    keep: str | Path | None,
+    tried: Mapping[str, int],
+) -> Record:
+    """A sweep as JSON values: all that a process needs which sees the model's and ledger's folders.
+
+    `groups` are lists of (`RunSpec.content()`, label), each one pass over the base; by_epoch,
+    keep, tried: see `do_group`
+    """
     used = {h for group in groups for spec in group for h in spec.row_hashes}
     return {
-        "groups": [[(s.content(), dict(s.label)) for s in group] for group in groups],
-        "model": {"folder": str(lm.resolved.folder), "dtype": str(lm.dtype).split(".")[-1]},
-        "resolved": {"id": lm.resolved.id, "revision": lm.resolved.revision,
-                     "stand_in": lm.resolved.stand_in, "sha256": lm.resolved.sha256},
-        "rows": {h: _encoded(rows[h]) for h in used},
-        "evals": {name: [_encoded(row) for row in part] for name, part in evals.items()},
+        "groups": [[(s.content(), s.label) for s in group] for group in groups],
+        "model": {"id": str(lm.resolved.folder), "dtype": str(lm.dtype).split(".")[-1]},
+        "resolved": {name: value for name, value in dataclasses.asdict(lm.resolved).items()
+                     if name != "folder"},
+        "rows": {h: _plain(rows[h]) for h in used},
+        "evals": {name: [_plain(row) for row in part] for name, part in evals.items()},
         "ledger": str(ledger.folder.resolve()),
-        "by_epoch": by_epoch if isinstance(by_epoch, bool) else sorted(by_epoch),
-        "keep": None if keep is None else str(Path(keep).resolve()),
-        "tried": None if tried is None else dict(tried),
-    }
+        "options": {"by_epoch": list(by_epoch), "tried": dict(tried),
+                    "keep": None if keep is None else str(Path(keep).resolve())},
+    }  # fmt: skip
 
 
-def _encoded(row: Encoded) -> list:
+def _plain(row: Encoded) -> list:
     return [list(row.ids), [int(t) for t in row.targets], row.dropped, row.truncated]
 
 
-def _decoded(row: list) -> Encoded:
+def _encoded(row: list) -> Encoded:
     return Encoded(tuple(row[0]), tuple(map(bool, row[1])), row[2], row[3])
 
 
+def work_on(job: Mapping[str, Any], lm: LM, parent: int) -> None:
+    """Do a sweep's groups, from the last to the first, while the process that began it lives."""
+    lm.resolved = dataclasses.replace(lm.resolved, **job["resolved"])
+    rows = {h: _encoded(row) for h, row in job["rows"].items()}
+    evals = EvalSets({name: [_encoded(row) for row in part] for name, part in job["evals"].items()})
+    ledger = Ledger(job["ledger"])
+    for group in reversed(job["groups"]):
+        if os.getppid() != parent:
+            return
+        specs = [RunSpec.from_content(content, label) for content, label in group]
+        do_group(specs, lm, rows, evals, ledger, **job["options"])
+
+
 @contextmanager
-def one_thread():
+def one_thread() -> Iterator[None]:
     """torch on one thread inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -173,27 +239,13 @@ def one_thread():
         torch.set_num_threads(before)
 
 
-def main(path: str, parent: int) -> None:
-    """Load a described sweep's model and work on it."""
-    job = json.loads(Path(path).read_text(encoding="utf-8"))
-    torch.set_num_threads(1)
-    lm = load_lm(ModelRef(job["model"]["folder"], dtype=job["model"]["dtype"]), "cpu")
-    work(job, lm, parent)
-
-
-def work(job: Mapping[str, Any], lm: LM, parent: int) -> None:
-    """Do a described sweep's groups, from the last to the first, while the parent lives."""
-    lm.resolved = dataclasses.replace(lm.resolved, **job["resolved"])
-    rows = {h: _decoded(row) for h, row in job["rows"].items()}
-    evals = {name: [_decoded(row) for row in part] for name, part in job["evals"].items()}
-    ledger = Ledger(job["ledger"])
-    options = {name: job[name] for name in ("by_epoch", "keep", "tried")}
-    for group in reversed(job["groups"]):
-        if os.getppid() != parent:
-            return
-        specs = [spec_from(content, label) for content, label in group]
-        do_group(specs, lm, rows, evals, ledger, **options)
+def _begin(device: str, parent: int) -> None:
+    """A worker's process: the job comes on standard input."""
+    job = json.load(sys.stdin)
+    if device == "cpu":
+        torch.set_num_threads(1)
+    work_on(job, load_lm(ModelRef(**job["model"]), device), parent)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    _begin(sys.argv[1], int(sys.argv[2]))

@@ -1,28 +1,30 @@
-"""One run, one record: names, claims, atomic writing, and what the tidy frame says."""
+"""One run, one record: names, leases, atomic writing, and what the tidy frame says."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from filelock._identity import host_name
 
-from instructmining_core.config import FinetuneConfig, ModelRef
-from instructmining_core.finetuning import ledger as holders
-from instructmining_core.finetuning.ledger import (
-    Ledger,
-    LedgerError,
-    RunSpec,
-    Taken,
-    hash_rows,
-    spec_from,
-)
-from instructmining_core.finetuning.run import SpecError, without_paths
+from instructmining_core.config import FinetuneConfig, InstructMiningError, ModelRef
+from instructmining_core.finetuning import ledger as leases
+from instructmining_core.finetuning import run_spec
+from instructmining_core.finetuning.ledger import Ledger, Taken
+from instructmining_core.finetuning.run import without_paths
+from instructmining_core.finetuning.run_spec import EvalSets, RunSpec, hash_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = sorted((ROOT / "evidence").glob("*/ledger/*.json"))
 
 
 def spec(**changes) -> RunSpec:
@@ -72,12 +74,46 @@ def test_the_name_is_the_start_of_the_hash():
 
 def test_a_record_gives_its_specification_back():
     run = spec(finetune=FinetuneConfig(target_modules=("q_proj",), betas=(0.9, 0.95)))
-    again = spec_from(json.loads(json.dumps(run.content())), run.label)
+    again = RunSpec.from_content(json.loads(json.dumps(run.content())), run.label)
     assert again == run and again.run_id == run.run_id
 
 
+@pytest.mark.parametrize("profile", sorted({path.parts[-3] for path in COMMITTED}))
+def test_the_name_of_every_committed_run_recomputes_from_its_record(profile):
+    paths = [path for path in COMMITTED if path.parts[-3] == profile]
+    assert len(paths) > 100
+    for path in paths:
+        found = json.loads(path.read_text())
+        run = RunSpec.from_content(found["spec"], found["label"])
+        assert (run.run_id, run.sha256) == (path.stem, found["spec_sha256"])
+        assert hash_rows(run.row_hashes) == found["data_sha256"]
+        assert len(found["commit"]) >= 40 and found["hardware"]["processor"]
+
+
+def test_a_setting_that_came_later_names_only_the_runs_that_set_it(monkeypatch):
+    known = run_spec.ALWAYS_HASHED
+    monkeypatch.setattr(run_spec, "ALWAYS_HASHED", known - {"weight_decay"})
+    plain, other = spec(), spec(finetune=FinetuneConfig(weight_decay=0.1))
+    assert "weight_decay" not in plain.content()["finetune"]
+    assert other.content()["finetune"]["weight_decay"] == 0.1
+    for run in (plain, other):
+        assert RunSpec.from_content(run.content(), {}) == run
+    monkeypatch.undo()
+    assert known <= set(spec().content()["finetune"])
+
+
+def test_evaluation_sets_are_hashed_once(monkeypatch):
+    row = SimpleNamespace(ids=(1, 2), targets=(False, True))
+    evals, calls = EvalSets(eval_1=[row, row]), []
+    real = run_spec.hash_rows
+    monkeypatch.setattr(run_spec, "hash_rows", lambda rows: calls.append(rows) or real(rows))
+    first = evals.hashes
+    assert evals.hashes is first and calls == [["(1, 2)[0, 1]"] * 2]
+    assert first == {"eval_1": real(["(1, 2)[0, 1]"] * 2)}
+
+
 def test_a_run_without_rows_is_refused():
-    with pytest.raises(SpecError, match="no training rows"):
+    with pytest.raises(InstructMiningError, match="no training rows"):
         spec(row_hashes=())
 
 
@@ -88,14 +124,14 @@ def test_done_and_diverged_are_finished_failed_is_not(tmp_path):
         assert not ledger.has(run.run_id)
         ledger.write(record(run, status))
         assert ledger.has(run.run_id) == (status != "failed")
-        assert ledger.claim(run.run_id) == (status == "failed")
+        assert ledger.lock_run(run) == (status == "failed")
 
 
 def test_a_finished_run_is_never_overwritten_a_failed_one_is(tmp_path):
     ledger = Ledger(tmp_path)
     ledger.write(record(spec(), "failed"))
     ledger.write(record(spec(), "done", attempt=2))
-    with pytest.raises(LedgerError, match="finished already"):
+    with pytest.raises(InstructMiningError, match="finished already"):
         ledger.write(record(spec()))
     assert ledger.load()["attempt"].tolist() == [2]
 
@@ -116,7 +152,7 @@ def test_the_frame(tmp_path):
 
 def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "0123.json").write_text("{")
-    with pytest.raises(LedgerError, match="0123.json"):
+    with pytest.raises(InstructMiningError, match="0123.json"):
         Ledger(tmp_path).load()
 
 
@@ -133,33 +169,13 @@ def test_a_crash_while_writing_leaves_the_old_record(tmp_path, monkeypatch):
     assert ledger.load()["status"].tolist() == ["failed"]
 
 
-def test_a_claim_is_exclusive_while_its_process_lives(tmp_path):
-    ledger = Ledger(tmp_path)
-    child = subprocess.Popen(
-        [sys.executable, "-c",
-         "import sys; from instructmining_core.finetuning.ledger import Ledger\n"
-         "print(Ledger(sys.argv[1]).claim('r1'), flush=True); sys.stdin.read()", str(tmp_path)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )
-    assert child.stdout.readline().strip() == "True"
-    assert ledger.busy("r1") and not ledger.claim("r1")
-    assert ledger.holder("r1")["pid"] == child.pid
-    child.kill()
-    child.wait()
-    assert not ledger.busy("r1") and ledger.claim("r1")
-    ledger.release("r1")
-    assert ledger.holder("r1") is None
-
-
-def claimed_by(ledger: Ledger, run_id: str, **changes) -> dict:
-    """A claim file that another process might have left."""
-    holder = holders.this_process() | changes
-    (ledger.folder / f"{run_id}.claim").write_text(json.dumps(holder))
-    return holder
-
-
-def age(ledger: Ledger, run_id: str, seconds: float) -> None:
-    os.utime(ledger.folder / f"{run_id}.claim", (time.time() - seconds,) * 2)
+def marker(ledger: Ledger, run: RunSpec, **changes) -> Path:
+    """The lease file that another process might have left."""
+    fields = {"pid": os.getpid(), "host": host_name(), "mode": "lease", "token": "other",
+              "duration": leases.EXPIRES} | changes
+    path = ledger.folder / f"{run.run_id}.lease"
+    path.write_text("".join(["filelock/2\n", *(f"{k}={v}\n" for k, v in fields.items())]))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -169,35 +185,94 @@ def dead_pid() -> int:
     return child.pid
 
 
-@pytest.mark.parametrize(("seconds", "free"), [(0, False), (170, False), (190, True)])
-def test_a_claim_on_another_host_expires(tmp_path, seconds, free):
+HOLDER = """
+import json, sys
+from instructmining_core.finetuning.ledger import Ledger, RunSpec
+ledger = Ledger(sys.argv[1])
+print(ledger.lock_run(RunSpec.from_content(json.loads(sys.argv[2]), {})), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_run_is_one_process_s_while_it_lives(tmp_path):
     ledger = Ledger(tmp_path)
-    claimed_by(ledger, "r1", host="elsewhere")
-    age(ledger, "r1", seconds)
-    assert ledger.busy("r1") != free and ledger.claim("r1") == free
+    command = [sys.executable, "-c", HOLDER, str(tmp_path), json.dumps(spec().content())]
+    child = subprocess.Popen(command, text=True, cwd=ROOT, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    assert child.stdout.readline().strip() == "True"
+    assert not ledger.lock_run(spec())
+    assert ledger.owner(spec().run_id).startswith(f"process {child.pid} on ")
+    child.kill()
+    child.wait()
+    assert ledger.lock_run(spec()) and not ledger.lock_run(spec())
+    assert not Ledger(tmp_path).lock_run(spec())
+    ledger.release(spec().run_id)
+    assert ledger.owner(spec().run_id) is None
 
 
-def test_an_owner_keeps_its_claim_warm_and_no_other_s(tmp_path, monkeypatch):
-    monkeypatch.setattr(holders, "BEAT", 0.01)
+@pytest.fixture
+def hasty(monkeypatch):
+    """Leases that live for half a second."""
+    monkeypatch.setattr(leases, "EXPIRES", 0.5)
+    monkeypatch.setattr(leases, "BEAT", 0.1)
+
+
+def seconds_until_taken(ledger: Ledger, run: RunSpec, patience: float) -> float | None:
+    begun = time.monotonic()
+    while time.monotonic() - begun < patience:
+        if ledger.lock_run(run):
+            return time.monotonic() - begun
+        time.sleep(0.02)
+    return None
+
+
+def test_a_lease_of_another_host_expires(tmp_path, hasty):
     ledger = Ledger(tmp_path)
-    assert ledger.claim("r1") and ledger.claim("r2")
-    claimed_by(ledger, "r2", host="elsewhere")
-    age(ledger, "r1", 1000)
-    age(ledger, "r2", 1000)
-    patience = time.monotonic() + 5
-    while time.monotonic() < patience and time.time() - modified(ledger, "r1") > 500:
-        time.sleep(0.01)
-    assert time.time() - modified(ledger, "r1") < 500 < time.time() - modified(ledger, "r2")
+    marker(ledger, spec(), host="elsewhere")
+    assert 0.5 <= seconds_until_taken(ledger, spec(), 5)
+    assert ledger.read(spec().run_id)["killed"]
 
 
-def modified(ledger: Ledger, run_id: str) -> float:
-    return (ledger.folder / f"{run_id}.claim").stat().st_mtime
+def test_an_owner_keeps_its_lease_and_a_silent_one_loses_it(tmp_path, hasty, monkeypatch):
+    """Another host (as it sees itself) can only watch; a stopped process gives no sign of life."""
+    owner, other = Ledger(tmp_path), Ledger(tmp_path)
+    assert owner.lock_run(spec())
+    path = tmp_path / f"{spec().run_id}.lease"
+    monkeypatch.setattr("filelock._identity.socket.gethostname", lambda: "elsewhere")
+    assert seconds_until_taken(other, spec(), 1.5) is None
+    path.write_text(path.read_text())  # its heart beats on the file itself: it lives
+    owner._leases[spec().run_id]._stop_heartbeat()
+    assert seconds_until_taken(other, spec(), 5)
+    with pytest.raises(Taken, match="process"):
+        owner.write(record(spec()))
+    other.write(record(spec(), attempt=2))
+    owner.release(spec().run_id)
+    assert other.has(spec().run_id) and not path.exists()
 
 
-def test_taking_over_a_dead_claim_records_the_death(tmp_path, dead_pid):
+def test_a_file_system_that_cannot_swap_names_keeps_no_dead_lease(tmp_path, hasty, monkeypatch):
+    """As NFS does; filelock alone would wait for ever."""
+    monkeypatch.setattr("filelock._soft.exchange_names", lambda *_: False)
+    ledger = Ledger(tmp_path)
+    marker(ledger, spec(), host="elsewhere")
+    assert seconds_until_taken(ledger, spec(), 5) >= 0.75
+
+
+def test_a_process_killed_before_it_wrote_its_name_holds_nothing(tmp_path):
+    (tmp_path / f"{spec().run_id}.lease").touch()
+    assert Ledger(tmp_path).lock_run(spec())
+
+
+def test_a_reused_pid_holds_nothing(tmp_path):
+    ledger = Ledger(tmp_path)
+    marker(ledger, spec(), start=1)
+    assert ledger.lock_run(spec())
+
+
+def test_taking_over_a_dead_lease_records_the_death(tmp_path, dead_pid):
     ledger, run = Ledger(tmp_path), spec()
-    claimed_by(ledger, run.run_id, pid=dead_pid)
-    assert ledger.claim(run, tried=0)
+    marker(ledger, run, pid=dead_pid)
+    assert ledger.lock_run(run, tried=0)
     found = ledger.read(run.run_id)
     assert found["error"] == f"process {dead_pid} died"
     assert (found["status"], found["attempt"], found["killed"]) == ("failed", 1, True)
@@ -208,65 +283,46 @@ def test_taking_over_a_dead_claim_records_the_death(tmp_path, dead_pid):
 
 def test_a_killed_attempt_is_no_failure_of_the_sweep(tmp_path, dead_pid):
     """`tried` leaves alone what failed since, not what died since."""
-    ledger, run = Ledger(tmp_path), spec()
+    run = spec()
     for _ in range(2):
-        claimed_by(ledger, run.run_id, pid=dead_pid)
-        assert ledger.claim(run, tried=0)
+        ledger = Ledger(tmp_path)
+        marker(ledger, run, pid=dead_pid)
+        assert ledger.lock_run(run, tried=0)
+        ledger.release(run.run_id)
     assert ledger.read(run.run_id)["attempt"] == 2
     ledger.write(record(run, "failed", attempt=3))
-    assert not ledger.claim(run, tried=0) and not ledger.claim(run, tried=2)
-    assert ledger.claim(run, tried=3)
+    assert not ledger.lock_run(run, tried=0) and not ledger.lock_run(run, tried=2)
+    assert ledger.lock_run(run, tried=3)
 
 
-def test_another_s_claim_is_neither_released_nor_written_over(tmp_path):
+def test_another_s_lease_is_neither_released_nor_written_over(tmp_path):
     ledger, run = Ledger(tmp_path), spec()
-    assert ledger.claim(run)
-    claimed_by(ledger, run.run_id, host="elsewhere")
-    ledger.release(run.run_id)
-    assert ledger.holder(run.run_id)["host"] == "elsewhere"
+    assert ledger.lock_run(run)
+    (tmp_path / f"{run.run_id}.lease").unlink()
+    marker(ledger, run, host="elsewhere")
     with pytest.raises(Taken, match="on elsewhere"):
         ledger.write(record(run))
+    ledger.release(run.run_id)
+    with pytest.raises(Taken, match="on elsewhere"):
+        ledger.write(record(run))
+    assert ledger.owner(run.run_id) == "process 1 on elsewhere".replace("1", str(os.getpid()))
     assert ledger.load().empty
 
 
 def test_what_killed_processes_left_is_cleared_away(tmp_path, dead_pid):
-    ledger, run = Ledger(tmp_path), spec()
-    here = holders.this_process()["host"]
+    ledger, run, here = Ledger(tmp_path), spec(), socket.gethostname()
     ledger.write(record(run))
-    claimed_by(ledger, run.run_id, pid=dead_pid)  # killed after the record, before the claim's end
-    claimed_by(ledger, "unfinished", pid=dead_pid)
+    marker(ledger, run, pid=dead_pid)  # killed after the record, before the lease's end
+    marker(ledger, spec(init_seed=9), pid=dead_pid)
     names = {f".a.json.{dead_pid}@{here}.tmp": 0, f".b.json.{os.getpid()}@{here}.tmp": 0,
              ".c.json.7@elsewhere.tmp": 0, ".d.json.7@elsewhere.tmp": 3600}
     for name, seconds in names.items():
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - seconds,) * 2)
-    with ledger.locked():
-        left = sorted(p.name for p in tmp_path.iterdir() if p.suffix in (".tmp", ".claim"))
-    assert left == [f".b.json.{os.getpid()}@{here}.tmp", ".c.json.7@elsewhere.tmp",
-                    "unfinished.claim"]
-
-
-def test_a_claim_on_another_host_holds_and_a_reused_pid_does_not(tmp_path):
-    ledger = Ledger(tmp_path)
-    assert ledger.claim("r1")
-    path = tmp_path / "r1.claim"
-    mine = json.loads(path.read_text())
-    path.write_text(json.dumps(mine | {"host": "elsewhere"}))
-    assert not ledger.claim("r1")
-    path.write_text(json.dumps(mine | {"started": mine["started"] - 100}))
-    assert ledger.claim("r1")
-
-
-def test_a_second_sweep_is_told_who_holds_the_ledger(tmp_path):
-    with Ledger(tmp_path).locked():
-        code = ("import sys; from instructmining_core.finetuning.ledger import Ledger\n"
-                "with Ledger(sys.argv[1]).locked(): pass")
-        other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True,
-                               text=True)
-    assert other.returncode == 1
-    assert f"process {os.getpid()} on " in other.stderr and " since 2" in other.stderr
-    with Ledger(tmp_path).locked():
-        pass
+    ledger.clear()
+    left = {p.name for p in tmp_path.iterdir() if p.suffix in (".tmp", ".lease")}
+    assert left == {f".b.json.{os.getpid()}@{here}.tmp", ".c.json.7@elsewhere.tmp",
+                    f"{spec(init_seed=9).run_id}.lease"}
 
 
 def test_no_user_s_path_in_an_error():

@@ -19,22 +19,21 @@ import pytest
 from finetuning.test_finetune import rows_of
 from peft import PeftModel
 
-from instructmining_core.config import FinetuneConfig, ModelRef
-from instructmining_core.finetuning import executor as executor
-from instructmining_core.finetuning import ledger as holders
-from instructmining_core.finetuning import workers as helpers
-from instructmining_core.finetuning.executor import do_group
+from instructmining_core.config import FinetuneConfig, InstructMiningError, ModelRef
+from instructmining_core.finetuning import ledger as leases
+from instructmining_core.finetuning import workers
 from instructmining_core.finetuning.finetune import finetune
-from instructmining_core.finetuning.ledger import Ledger, LedgerError, RunSpec
-from instructmining_core.finetuning.progress import read_progress, sweep_bar
-from instructmining_core.finetuning.run import RunError, run_one, run_together
-from instructmining_core.finetuning.sweep import Watch, groups_of, run_sweep
+from instructmining_core.finetuning.ledger import Ledger
+from instructmining_core.finetuning.run import run_one, run_together
+from instructmining_core.finetuning.run_spec import EvalSets, RunSpec
+from instructmining_core.finetuning.sweep import groups_of, run_sweep
+from instructmining_core.finetuning.workers import do_group
 from instructmining_core.models.causal_lm import LM, load_lm
 from instructmining_core.models.loss import evaluate
 
 CONFIG = FinetuneConfig(rank=2, alpha=4, learning_rate=1e-2, epochs=1, batch_size=4)
 ROWS = {f"h{i}": row for i, row in enumerate(rows_of(30))}
-EVALS = {"eval_1": rows_of(4, seed=50), "eval_2": rows_of(3, seed=51)}
+EVALS = EvalSets(eval_1=rows_of(4, seed=50), eval_2=rows_of(3, seed=51))
 TIMES = ["seconds", "peak_memory_bytes", "attempt"]  # of no two executions the same
 
 
@@ -59,14 +58,15 @@ def sweep(lm, specs, folder, **options) -> pd.DataFrame:
 
 def test_a_record_holds_everything(lm, tmp_path):
     run = spec(lm, 0)
-    record = run_one(run, lm, ROWS, EVALS, by_epoch=True)
+    record = run_one(run, lm, ROWS, EVALS, by_epoch=[run.run_id])
     assert record["status"] == "done" and record["run_id"] == run.run_id
     assert record["spec"] == run.content() and record["spec_sha256"] == run.sha256
     assert len(record["data_sha256"]) == 64
     frame = pd.DataFrame(record["examples"]["eval_1"])
     assert (frame["nll"] / frame["tokens"]).mean() == pytest.approx(
         record["losses"]["eval_1"]["prompt_mean"], rel=1e-5)
-    assert record["epochs"][-1]["eval_2"] == pytest.approx(record["losses"]["eval_2"])
+    assert record["epochs"][-1]["eval_2"] == pytest.approx(
+        record["losses"]["eval_2"], nan_ok=True)
     assert record["tokens_trained"] == sum(sum(ROWS[h].targets) for h in run.row_hashes)
     assert record["steps"] == len(record["curve"]["loss"]) == 2
     assert record["seconds"] > 0 and record["peak_memory_bytes"] > 1e6
@@ -81,12 +81,13 @@ def test_together_is_alone(lm):
     for run, record in zip(specs, run_together(specs, lm, ROWS, EVALS), strict=True):
         expected = run_one(run, lm, ROWS, EVALS)
         for name in EVALS:
-            assert record["losses"][name] == pytest.approx(expected["losses"][name], rel=1e-5)
+            assert record["losses"][name] == pytest.approx(expected["losses"][name], rel=1e-5,
+                                                           nan_ok=True)
 
 
 def test_a_finished_run_is_not_done_again(lm, tmp_path, monkeypatch):
     first = sweep(lm, specs_of(lm, 3), tmp_path)
-    monkeypatch.setattr(executor, "run_one", None)  # calling it would be an error
+    monkeypatch.setattr(workers, "run_one", None)  # calling it would be an error
     again = sweep(lm, specs_of(lm, 3), tmp_path)
     pd.testing.assert_frame_equal(first, again)
 
@@ -112,19 +113,19 @@ def test_any_number_together_gives_the_same_frame(lm, tmp_path):
 
 
 def test_a_failing_run_leaves_a_record_and_is_tried_again(lm, tmp_path, monkeypatch):
-    specs, real = specs_of(lm, 4), executor.run_one
+    specs, real = specs_of(lm, 4), workers.run_one
 
     def broken(run, *arguments, **options):
         if run.run_id == specs[1].run_id:
             raise OSError("cannot read /home/somebody/file")
         return real(run, *arguments, **options)
 
-    monkeypatch.setattr(executor, "run_one", broken)
-    monkeypatch.setattr(executor, "run_together", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(workers, "run_one", broken)
+    monkeypatch.setattr(workers, "run_together", lambda *a, **k: 1 / 0)
     frame = sweep(lm, specs, tmp_path, together=4)
     assert frame["status"].tolist() == ["done", "failed", "done", "done"]
     assert frame["error"][1] == "OSError: cannot read file"
-    monkeypatch.setattr(executor, "run_one", real)
+    monkeypatch.setattr(workers, "run_one", real)
     frame = sweep(lm, specs, tmp_path)
     assert frame["status"].tolist() == ["done"] * 4
     assert frame["attempt"].tolist() == [1, 2, 1, 1]
@@ -139,7 +140,7 @@ def test_out_of_memory_halves_the_group(lm, tmp_path, monkeypatch):
             raise RuntimeError("CUDA out of memory")
         return real(specs, *arguments, **options)
 
-    monkeypatch.setattr(executor, "run_together", small)
+    monkeypatch.setattr(workers, "run_together", small)
     frame = sweep(lm, specs_of(lm, 8), tmp_path, together=8)
     assert sizes == [8, 4, 2, 2, 4, 2, 2] and (frame["status"] == "done").all()
 
@@ -150,29 +151,23 @@ def test_a_diverging_run_is_a_result_and_not_tried_again(lm, tmp_path, monkeypat
     frame = sweep(lm, specs, tmp_path)
     assert frame["status"].tolist() == ["diverged", "done"]
     assert frame["loss_eval_1"].isna().tolist() == [True, False]
-    monkeypatch.setattr(executor, "run_one", None)
+    monkeypatch.setattr(workers, "run_one", None)
     assert sweep(lm, specs, tmp_path)["status"].tolist() == ["diverged", "done"]
 
 
 def test_missing_rows_and_other_evaluations_are_refused_before_any_run(lm, tmp_path):
-    with pytest.raises(RunError, match="1 rows that were not given"):
+    with pytest.raises(InstructMiningError, match="1 rows that were not given"):
         run_sweep([spec(lm, 0)], lm, {k: v for k, v in ROWS.items() if k != "h3"}, EVALS,
                   Ledger(tmp_path))
-    with pytest.raises(RunError, match="evaluation sets"):
-        run_sweep([spec(lm, 0)], lm, ROWS, {"eval_1": EVALS["eval_1"]}, Ledger(tmp_path))
+    with pytest.raises(InstructMiningError, match="evaluation sets"):
+        run_sweep([spec(lm, 0)], lm, ROWS, EvalSets(eval_1=EVALS["eval_1"]), Ledger(tmp_path))
     assert not list(Path(tmp_path).glob("*.json"))
-
-
-def test_a_second_sweep_is_refused(lm, tmp_path):
-    with Ledger(tmp_path).locked():
-        with pytest.raises(LedgerError, match="Another sweep holds"):
-            sweep(lm, specs_of(lm, 1), tmp_path)
 
 
 def test_methods_share_no_pass(lm):
     kinds = [replace(CONFIG, method="dora"), CONFIG, replace(CONFIG, rank=4), CONFIG]
     specs = [spec(lm, number, config) for number, config in enumerate(kinds)]
-    groups = groups_of(specs, lm, ROWS, together=8)
+    groups = groups_of(specs, lm, together=8)
     found = [[s.label["set_id"] for s in group] for group in groups]
     assert found == [["s0"], ["s1", "s3"], ["s2"]]
 
@@ -194,82 +189,136 @@ def test_helpers_share_the_sweep(lm, tmp_path):
     """A slow parent, so that the helper surely gets some runs; the numbers are the same."""
     specs = specs_of(lm, 8)
     expected = sweep(lm, specs, tmp_path / "one", helpers=0)
-    real, here = executor.run_one, []
+    real, here = workers.run_one, []
 
     def slow(run, *arguments, **options):
         time.sleep(4)
         here.append(run.run_id)
         return real(run, *arguments, **options)
 
-    executor.run_one = slow
+    workers.run_one = slow
     try:
         frame = sweep(lm, specs, tmp_path / "two", helpers=1)
     finally:
-        executor.run_one = real
+        workers.run_one = real
     assert 0 < len(here) < 8
     pd.testing.assert_frame_equal(frame.drop(columns=TIMES), expected.drop(columns=TIMES),
                                   rtol=1e-5)
 
 
 @pytest.mark.parametrize(("rate", "finished"), [(1e3, 0), (1e30, None)])
-def test_a_sweep_guessed_to_be_long_starts_its_helpers_first(
+def test_a_sweep_guessed_to_be_long_starts_its_workers_first(
     lm, tmp_path, monkeypatch, rate, finished
 ):
     done = []  # records that were there at each start
-    monkeypatch.setattr(helpers.Helpers, "start",
+    monkeypatch.setattr(workers.Workers, "start",
                         lambda self: done.append(len(list(tmp_path.glob("*.json")))))
-    monkeypatch.setattr(helpers, "RATE", rate)
-    monkeypatch.setattr("instructmining_core.finetuning.sweep.helpers_wanted", lambda lm, wanted: 1)
+    monkeypatch.setattr(workers, "RATES", {"cpu": rate})
+    monkeypatch.setattr("instructmining_core.finetuning.sweep.worker_devices",
+                        lambda lm, wanted: ["cpu"])
     sweep(lm, specs_of(lm, 3), tmp_path)
     assert done[:1] == ([] if finished is None else [finished])
 
 
 def test_guessed_seconds_by_hand(lm, monkeypatch):
-    monkeypatch.setattr(helpers, "RATE", 10.0)
+    monkeypatch.setattr(workers, "RATES", {"cpu": 10.0})
     specs = specs_of(lm, 2)
     trained = sum(len(ROWS[h]) for one in specs for h in one.row_hashes)  # one epoch
     evaluated = 2 * sum(len(row) for part in EVALS.values() for row in part)
     total = sum(p.numel() for p in lm.model.parameters())
     layers = total - lm.model.get_input_embeddings().weight.numel()
-    assert helpers.guessed_seconds([specs], lm, ROWS, EVALS) == pytest.approx(
+    assert workers.guessed_seconds([specs], lm, ROWS, EVALS) == pytest.approx(
         layers * (4 * trained + 2 * evaluated) / 10)
 
 
-def test_the_job_of_a_helper_is_all_that_an_executor_needs(lm, tmp_path):
-    """Through JSON and back: the same runs under the same names, with the options."""
-    specs, ledger = specs_of(lm, 3), Ledger(tmp_path / "ledger")
-    job = helpers.describe([specs[:2], specs[2:]], lm, ROWS, EVALS, ledger, keep=tmp_path / "keep",
-                           by_epoch=[specs[1].run_id], tried={})
-    helpers.work(json.loads(json.dumps(job)), load_lm(ModelRef(str(lm.resolved.folder),
-                 dtype="float32"), "cpu"), os.getppid())
-    frame = ledger.load().set_index("set_id")
+def test_workers_take_the_further_cores_or_the_further_gpus(lm, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    assert workers.worker_devices(lm, None) == ["cpu"] * 3
+    assert workers.worker_devices(lm, 0) == [] and workers.worker_devices(lm, 5) == ["cpu"] * 5
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    on_gpu = replace(lm, device="cuda:1")
+    assert workers.worker_devices(on_gpu, None) == ["cuda:0", "cuda:2"]
+    assert workers.worker_devices(on_gpu, 1) == ["cuda:0"]
+    nowhere = replace(lm, resolved=replace(lm.resolved, folder=None))
+    assert workers.worker_devices(nowhere, 2) == []
+
+
+def test_every_process_gets_a_group(lm, monkeypatch):
+    monkeypatch.setattr("instructmining_core.finetuning.sweep.adapters_per_pass", lambda *_: 64)
+    sizes = [[len(g) for g in groups_of(specs_of(lm, 7), lm, None, processes=k)] for k in (1, 2, 3)]
+    assert sizes == [[7], [4, 3], [3, 3, 1]]
+
+
+def job_of(lm, groups, folder, **options) -> dict:
+    """A sweep's job, through JSON and back."""
+    options = {"by_epoch": (), "keep": None, "tried": {}} | options
+    job = workers.sweep_job(groups, lm, ROWS, EVALS, Ledger(folder), **options)
+    return json.loads(json.dumps(job))
+
+
+def test_the_job_of_a_worker_is_all_that_it_needs(lm, tmp_path):
+    """The same runs under the same names, with the options."""
+    specs = specs_of(lm, 3)
+    job = job_of(lm, [specs[:2], specs[2:]], tmp_path / "ledger", keep=tmp_path / "keep",
+                 by_epoch=[specs[1].run_id])
+    workers.work_on(job, load_lm(ModelRef(str(lm.resolved.folder), dtype="float32"), "cpu"),
+                    os.getppid())
+    frame = Ledger(tmp_path / "ledger").load().set_index("set_id")
     assert frame.loc[["s0", "s1", "s2"], "run_id"].tolist() == [s.run_id for s in specs]
     assert frame["loss_eval_1_epoch1"].notna().to_dict() == {"s0": False, "s1": True, "s2": False}
     assert sorted(p.name for p in (tmp_path / "keep").iterdir()) == sorted(frame["run_id"])
 
 
-def test_an_orphaned_helper_does_nothing(lm, tmp_path):
-    ledger = Ledger(tmp_path)
-    job = helpers.describe([specs_of(lm, 1)], lm, ROWS, EVALS, ledger)
-    helpers.work(json.loads(json.dumps(job)), lm, os.getppid() + 1)
-    assert ledger.load().empty
+def test_an_orphaned_worker_does_nothing(lm, tmp_path):
+    workers.work_on(job_of(lm, [specs_of(lm, 1)], tmp_path), lm, os.getppid() + 1)
+    assert Ledger(tmp_path).load().empty
 
 
-def test_a_dead_helper_is_told_once_with_its_last_words(lm, tmp_path, monkeypatch):
-    monkeypatch.setattr(helpers.Helpers, "command", (
+def test_a_dead_worker_is_told_once_with_its_last_words(lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "COMMAND", (
         sys.executable, "-c", "raise SystemExit('line one\\nno model in /home/me/base')"))
-    real = executor.run_one
+    real = workers.run_one
 
     def slow(*arguments, **options):
         time.sleep(0.5)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(executor, "run_one", slow)
+    monkeypatch.setattr(workers, "run_one", slow)
     with pytest.warns(RuntimeWarning) as told:
         frame = sweep(lm, specs_of(lm, 4), tmp_path, helpers=1)
-    assert [str(w.message) for w in told if "helper" in str(w.message)] == [
-        "A helper of the sweep ended with code 1, the others go on: no model in base"]
-    assert (frame["status"] == "done").all() and not list(tmp_path.glob(".helper*"))
+    assert [str(w.message) for w in told if "worker" in str(w.message)] == [
+        "A worker of the sweep ended with code 1, the others go on: no model in base"]
+    assert (frame["status"] == "done").all()
+
+
+def test_a_worker_killed_at_work_costs_its_run_alone(lm, tmp_path, monkeypatch):
+    """kill -9 while it holds a lease; its run is done again by the parent, the attempt is told."""
+    ledger, specs, real, killed = Ledger(tmp_path), specs_of(lm, 6), workers.run_one, []
+
+    def once_the_worker_is_killed(run, *arguments, **options):
+        while not killed:
+            time.sleep(0.02)
+            owner = ledger.owner(specs[-1].run_id)  # workers begin at the end
+            if owner:
+                killed.append(int(owner.split()[1]))
+                os.kill(killed[0], signal.SIGKILL)
+        return real(run, *arguments, **options)
+
+    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", HELD_UP))
+    monkeypatch.setattr(workers, "run_one", once_the_worker_is_killed)
+    with pytest.warns(RuntimeWarning, match="ended with code -9"):
+        frame = sweep(lm, specs, tmp_path, helpers=1)
+    assert frame["status"].tolist() == ["done"] * 6
+    assert frame["attempt"].tolist() == [1, 1, 1, 1, 1, 2]
+    assert not list(tmp_path.glob("*.lease"))
+
+
+HELD_UP = """
+import sys, time
+from instructmining_core.finetuning import workers
+workers.run_one = lambda *arguments, **options: time.sleep(100)
+workers._begin(sys.argv[1], int(sys.argv[2]))
+"""
 
 
 def test_a_failed_run_is_left_alone_until_the_next_sweep(lm, tmp_path, monkeypatch):
@@ -280,7 +329,7 @@ def test_a_failed_run_is_left_alone_until_the_next_sweep(lm, tmp_path, monkeypat
         calls.append(run.run_id)
         raise OSError("no disk")
 
-    monkeypatch.setattr(executor, "run_one", broken)
+    monkeypatch.setattr(workers, "run_one", broken)
     now = {specs[0].run_id: 0}
     assert do_group(specs, lm, ROWS, EVALS, ledger, tried=now) == 1
     assert do_group(specs, lm, ROWS, EVALS, ledger, tried=now) == 0
@@ -289,38 +338,48 @@ def test_a_failed_run_is_left_alone_until_the_next_sweep(lm, tmp_path, monkeypat
     assert ledger.load()["attempt"].tolist() == [2]
 
 
-def foreign(ledger: Ledger, run_id: str, age: float = 0.0) -> Path:
-    """A claim of a process on another host, last touched `age` seconds ago."""
-    path = ledger.folder / f"{run_id}.claim"
-    path.write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "2026", "started": 1.0}))
-    os.utime(path, (time.time() - age,) * 2)
+def foreign(ledger: Ledger, run_id: str) -> Path:
+    """A lease of a process on another host."""
+    path = ledger.folder / f"{run_id}.lease"
+    path.unlink(missing_ok=True)
+    path.write_text("filelock/2\npid=1\nhost=elsewhere\nmode=lease\ntoken=1\n"
+                    f"duration={leases.EXPIRES!r}\n")
     return path
 
 
-def test_a_claim_that_was_lost_on_the_way_is_not_released(lm, tmp_path, monkeypatch):
-    ledger, specs, real = Ledger(tmp_path), specs_of(lm, 1), executor.run_one
+def test_a_lease_that_was_lost_on_the_way_is_not_released(lm, tmp_path, monkeypatch):
+    ledger, specs, real = Ledger(tmp_path), specs_of(lm, 1), workers.run_one
 
     def robbed(run, *arguments, **options):
         foreign(ledger, run.run_id)
         return real(run, *arguments, **options)
 
-    monkeypatch.setattr(executor, "run_one", robbed)
+    monkeypatch.setattr(workers, "run_one", robbed)
     assert do_group(specs, lm, ROWS, EVALS, ledger) == 0
-    assert ledger.holder(specs[0].run_id)["host"] == "elsewhere" and ledger.load().empty
+    assert ledger.owner(specs[0].run_id) == "process 1 on elsewhere" and ledger.load().empty
 
 
 def test_a_sweep_waits_for_another_host_and_says_so(lm, tmp_path, monkeypatch, capsys):
-    ledger, specs, real = Ledger(tmp_path), specs_of(lm, 2), Watch.wait_for_others
+    monkeypatch.setattr(leases, "EXPIRES", 1.0)
+    monkeypatch.setattr(leases, "BEAT", 0.2)
+    ledger, specs = Ledger(tmp_path), specs_of(lm, 2)
     foreign(ledger, specs[1].run_id)
-
-    def wait(self, seconds):
-        real(self, seconds)
-        foreign(ledger, specs[1].run_id, age=holders.EXPIRES + 10)
-
-    monkeypatch.setattr(Watch, "wait_for_others", wait)
     frame = sweep(lm, specs, tmp_path, progress=True)
     assert "waiting for process 1 on elsewhere" in capsys.readouterr().err
     assert frame["status"].tolist() == ["done"] * 2 and frame["attempt"].tolist() == [1, 2]
+
+
+def test_two_sweeps_on_one_ledger_share_the_runs(lm, tmp_path):
+    """As on two machines that see one folder: each run once, both see all of them."""
+    specs, folder = specs_of(lm, 8), tmp_path / "both"
+    expected = sweep(lm, specs, tmp_path / "one", helpers=0)
+    other = forked(lambda: sweep(lm, specs, folder, helpers=0).to_json(tmp_path / "other.json"))
+    frame = sweep(lm, specs, folder, helpers=0)
+    os.waitpid(other, 0)
+    assert frame["attempt"].tolist() == [1] * 8
+    pd.testing.assert_frame_equal(frame.drop(columns=TIMES), expected.drop(columns=TIMES),
+                                  rtol=1e-5)
+    assert len(json.loads((tmp_path / "other.json").read_text())["run_id"]) == 8
 
 
 def test_losses_by_epoch(lm, tmp_path):
@@ -359,20 +418,6 @@ def test_a_resumed_sweep_tells_its_best_from_the_start(lm, tmp_path, capsys):
     assert f"best={frame['loss_eval_1'].min():.4f}" in capsys.readouterr().err
 
 
-def test_the_terminal_s_bar_follows_the_progress_file(lm, tmp_path, capsys):
-    with sweep_bar(tmp_path, shown=True):
-        frame = sweep(lm, specs_of(lm, 3), tmp_path)
-    state = read_progress(tmp_path)
-    assert (state["done"], state["total"], state["left"]) == (3, 3, 0)
-    assert (state["best"], state["worst"]) == (
-        frame["loss_eval_1"].min(), frame["loss_eval_1"].max())
-    text = capsys.readouterr().err
-    assert "3/3" in text and f"worst={state['worst']:.4f}" in text
-    with sweep_bar(tmp_path, shown=True):
-        pass
-    assert not capsys.readouterr().err  # the file is of a sweep before
-
-
 RUNS, KILLS = 10, 20
 NURSERY = """
 import sys
@@ -409,8 +454,8 @@ def hurried(lm, folder: Path, helped: bool) -> None:
     """A sweep, at times with a helper beside it that outlives it by a run."""
     me, specs = os.getpid(), specs_of(lm, RUNS)
     if helped:
-        job = helpers.describe([[spec] for spec in specs], lm, ROWS, EVALS, Ledger(folder))
-        helper = forked(lambda: helpers.work(json.loads(json.dumps(job)), lm, me))
+        job = job_of(lm, [[spec] for spec in specs], folder)
+        helper = forked(lambda: workers.work_on(job, lm, me))
         with open(folder.parent / "helpers", "a") as stream:
             stream.write(f"{helper}\n")
     sweep(lm, specs, folder, helpers=0)
@@ -453,7 +498,7 @@ def test_kill_9_at_random_moments_loses_and_doubles_nothing(lm, tmp_path, tiny_l
         frame = sweep(lm, specs_of(lm, RUNS), folder, helpers=0)
         pd.testing.assert_frame_equal(frame.drop(columns=TIMES), expected.drop(columns=TIMES),
                                       rtol=1e-6)
-        left = [p.name for p in folder.iterdir() if p.suffix in (".tmp", ".claim")]
+        left = [p.name for p in folder.iterdir() if p.suffix in (".tmp", ".lease")]
         assert not left and len(list(folder.glob("*.json"))) == RUNS
         deaths += (frame["attempt"] - 1).sum()
     assert 0 < deaths <= KILLS  # a kill costs at most the run it met
