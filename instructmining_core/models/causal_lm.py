@@ -122,11 +122,13 @@ class LM(LoadedModel):
     """A causal LM with all that a loss needs.
 
     model : Hugging Face causal LM, or a PeftModel around one. dtype : of its weights.
+    template : in which rows are scored and prompts answered, as in `tokenization.encode_many`.
     """
 
     # On a CPU small ones, whose activations stay in its caches: twice as fast as 16,384.
     batch_tokens: ClassVar[dict[str, int]] = {"cpu": 2048, "cuda": 65536}
 
+    template: str = "auto"
     _found: tuple[nn.Module, Head] | None = field(default=None, repr=False)
 
     @property
@@ -152,10 +154,12 @@ class LM(LoadedModel):
         return getattr(self.config, "max_position_embeddings", None) or float("inf")
 
 
-def load_lm(ref: ModelRef, device: str | None = None, *, standins=None) -> LM:
+def load_lm(
+    ref: ModelRef, device: str | None = None, *, standins=None, template: str = "auto"
+) -> LM:
     """Load tokenizer and weights of a causal LM; arguments and errors as in `open_model`."""
     opened = open_model(ref, AutoModelForCausalLM, device=device, standins=standins)
-    return LM(**vars(opened))
+    return LM(**vars(opened), template=template)
 
 
 def response_nll(

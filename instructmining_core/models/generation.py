@@ -24,7 +24,6 @@ def generate(
     prompts: Sequence[Sequence[Message]],
     max_new_tokens: int,
     *,
-    template: str = "auto",
     progress: bool = False,
 ) -> list[str]:
     """The model's answer to each prompt, until the token that ends an answer.
@@ -32,13 +31,12 @@ def generate(
     prompts : messages without the answer, the last from the user; a long one loses whole messages
         from the left.
     max_new_tokens : tokens of an answer at most.
-    template : as in `tokenization.encode_many`.
 
     Raises InstructMiningError for a prompt whose last message has more than 1,024 tokens, or more
     than the model's positions less the answer's, or that alone does not fit into memory.
     """
     limit = int(min(_PROMPT_TOKENS, lm.max_positions() - max_new_tokens))
-    encoded = encode_many(lm.tokenizer, prompts, max_tokens=max(1, limit), template=template)
+    encoded = encode_many(lm.tokenizer, prompts, max_tokens=max(1, limit), template=lm.template)
     for number, row in enumerate(encoded):
         if row.truncated:
             raise InstructMiningError(
