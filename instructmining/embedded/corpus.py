@@ -2,12 +2,13 @@
 
 "What does scipy.signal.welch do?" is answered by the first words of its docstring; parameters,
 returned values, errors and notes give further kinds of question. Each library is a source. The text
-is real English that is already on the disk, so the default study needs no network.
+is real English that is already on the disk, so the default study needs no network. Only what the
+study's own pinned constraints install is named; packages are found with `importlib.util.find_spec`
+and files are parsed with `ast`: nothing is imported or run.
 
-Which libraries the embedded corpus reads, where they lie, and which of their files count.
-
-Only what the study's own pinned constraints install is named. Packages are found with
-`importlib.util.find_spec` and files are parsed with `ast`: nothing is imported or run.
+Rows are split for base model, stand-ins, candidates, pool and two evaluation sets with two
+promises: all rows of one function are in one split, and no row of a split is a near copy of a row
+of another split.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
 from instructmining_core import files
+from instructmining_core.config import InstructMiningError
+from instructmining_core.data.duplicates import boilerplate, groups, word_runs
 from instructmining_core.data.records import with_row_hash
 
-from . import docstrings, splits
+from . import docstrings
 
 STDLIB = "stdlib"
 STDLIB_MODULES = (
@@ -76,10 +80,6 @@ _SKIPPED_OF = {
     "pyarrow": re.compile(r"^src/"),
     "sympy": re.compile(r"^parsing/(latex|autolev)/_|^polys/benchmarks"),
 }
-
-
-class CorpusError(RuntimeError):
-    """The installed packages do not give enough text."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,30 @@ _WORDINGS = {
 }  # fmt: skip
 
 
+SPLITS = ("base_text", "standin", "candidates", "pool", "eval_1", "eval_2")
+EVALS = ("eval_1", "eval_2")
+
+
+@dataclass(frozen=True)
+class SplitSizes:
+    """Rows per library; what is left of a library goes to the base model's text."""
+
+    read: int = 2400  # rows read of one library at most
+    evaluation: int = 12  # rows in each evaluation set, the same for every library
+    candidates: int = 600  # rows of a candidate library
+    pool: int = 300  # rows of a candidate library that no set may use
+    unseen_pool: int = 1000  # rows of a library that is in no set
+    candidate_share: float = 0.72  # of a small library's rows
+    pool_share: float = 0.2  # of what is left after that
+    most_copies: int = 3  # texts that may share one run of 8 words; more is boilerplate
+
+
+SIZES = {
+    "full": SplitSizes(),
+    "smoke": SplitSizes(read=240, evaluation=2, candidates=90, pool=24, unseen_pool=90),
+}
+
+
 @dataclass(frozen=True)
 class Corpus:
     """The embedded corpus.
@@ -193,53 +217,45 @@ class Corpus:
     table : record table (id, source, messages, file, row) with columns `symbol` (the function's
         dotted name), `question` (kind of question), `prompt`, `response`, `split`, `group`
         (near-copy group), and empty `kind` and `twin` (filled when defects are planted)
-    hashes : source -> hash of all its rows as read
-    versions : columns source, version, licence, rows, hash, held ("same" as the committed hash of
-        that version, "different" from it, or "unknown version": recorded, not a failure)
+    versions : columns source, version, licence, rows, hash (of all its rows as read), held ("same"
+        as the committed hash of that version, "different" from it, or "unknown version": recorded,
+        not a failure)
     key : hash of versions, sizes and the code that reads: the cache's key
     left_out : rows not used, by reason
     """
 
     table: pd.DataFrame
-    hashes: dict[str, str]
     versions: pd.DataFrame
     key: str
     left_out: dict[str, int]
 
     def split(self, name: str) -> pd.DataFrame:
         """Rows of one split: base_text, standin, candidates, pool, eval_1 or eval_2."""
-        if name not in splits.SPLITS:
-            raise ValueError(f"Split {name!r} is unknown; known: {', '.join(splits.SPLITS)}.")
+        if name not in SPLITS:
+            raise InstructMiningError(f"Split {name!r} is unknown; known: {', '.join(SPLITS)}.")
         return self.table[self.table["split"] == name].reset_index(drop=True)
 
 
-def build_corpus(
-    size: str = "full",
-    *,
-    names: Sequence[str] | None = None,
-    folder: Path | None = None,
-    progress: bool = False,
-) -> Corpus:
-    """The corpus of the installed libraries, from the cache when nothing has changed.
+def build_corpus(size: str) -> Corpus:
+    """The corpus of the installed libraries, from the user's cache when nothing has changed.
 
     size : "full" or "smoke" (a few hundred rows of every split)
-    names : libraries to read; all of `ROLES` by default
-    folder : where the cache lies; `files.cache() / "pydocs"` by default
-    Raises CorpusError if fewer than 12 of the candidate libraries are installed.
+    Raises InstructMiningError if fewer than 12 of the candidate libraries are installed.
     """
-    if size not in splits.SIZES:
-        raise ValueError(f"Corpus size {size!r} is unknown; known: {', '.join(splits.SIZES)}.")
-    found = [f for name in (names or ROLES) if (f := find_library(name))]
+    if size not in SIZES:
+        raise InstructMiningError(
+            f"Corpus size {size!r} is unknown; known: {', '.join(SIZES)}."
+        )
+    found = [f for name in ROLES if (f := find_library(name))]
     candidates = [f.name for f in found if ROLES[f.name] == "candidate"]
-    if names is None and len(candidates) < MIN_CANDIDATE_LIBRARIES:
-        raise CorpusError(
+    if len(candidates) < MIN_CANDIDATE_LIBRARIES:
+        raise InstructMiningError(
             f"Only {len(candidates)} candidate libraries are installed ({', '.join(candidates)}), "
             f"{MIN_CANDIDATE_LIBRARIES} are needed; install the pinned constraints (`make study`)."
         )
-    key = _key(found, splits.SIZES[size])
-    folder = files.cache() / "pydocs" if folder is None else folder
+    key, folder = _key(found, SIZES[size]), files.cache() / "pydocs"
     if not (folder / f"{key}.parquet").exists():
-        _write(folder, key, *_read_and_split(found, size, progress))
+        _write(folder, key, *_read_and_split(found, size))
     return _load(folder, key)
 
 
@@ -315,16 +331,16 @@ def _prompt(symbol: str, is_class: bool, piece: docstrings.Piece) -> str:
     return wordings[pick % len(wordings)].format(name=symbol, about=piece.about)
 
 
-def _key(found: Sequence[Library], sizes: splits.SplitSizes) -> str:
+def _key(found: Sequence[Library], sizes: SplitSizes) -> str:
     names = [(f.name, f.version) for f in found]
     # the standard library's text changes with the patch version alone
     what = json.dumps([names, asdict(sizes), VERSION, SEED], sort_keys=True)
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
-def _read_and_split(found: Sequence[Library], size: str, progress: bool) -> tuple:
-    sizes = splits.SIZES[size]
-    bar = tqdm(found, desc="reading docstrings", unit="library", disable=not progress)
+def _read_and_split(found: Sequence[Library], size: str) -> tuple:
+    sizes = SIZES[size]
+    bar = tqdm(found, desc="reading docstrings", unit="library", disable=None)  # on a terminal
     frames = [read_library(library, sizes.read) for library in bar]
     held = held_hashes() if size == "full" else {}
     versions = []
@@ -335,7 +351,7 @@ def _read_and_split(found: Sequence[Library], size: str, progress: bool) -> tupl
         versions.append((library.name, library.version, library.licence, len(rows), digest, state))
     versions = pd.DataFrame(
         versions, columns=["source", "version", "licence", "rows", "hash", "held"])
-    table = splits.split(pd.concat(frames, ignore_index=True), ROLES, sizes, SEED)
+    table = split_rows(pd.concat(frames, ignore_index=True), ROLES, sizes, SEED)
     return table, versions
 
 
@@ -352,10 +368,8 @@ def _load(folder: Path, key: str) -> Corpus:
     about = json.loads((folder / f"{key}.json").read_text())
     table = with_row_hash(table.assign(messages=messages(table["prompt"], table["response"])))
     table["kind"], table["twin"] = "", ""
-    versions = pd.DataFrame(about["versions"])
-    hashes = dict(zip(versions["source"], versions["hash"], strict=True))
     table.attrs = {}
-    return Corpus(table, hashes, versions, key, about["left_out"])
+    return Corpus(table, pd.DataFrame(about["versions"]), key, about["left_out"])
 
 
 def messages(prompts: Sequence[str], responses: Sequence[str]) -> list[list[dict[str, str]]]:
@@ -364,3 +378,95 @@ def messages(prompts: Sequence[str], responses: Sequence[str]) -> list[list[dict
         [{"role": "user", "content": p}, {"role": "assistant", "content": r}]
         for p, r in zip(prompts, responses, strict=True)
     ]
+
+
+def split_rows(
+    rows: pd.DataFrame, roles: dict[str, str], sizes: SplitSizes, seed: int
+) -> pd.DataFrame:
+    """Rows with their split, near-copy group, and only those that keep both promises.
+
+    rows : columns source, symbol, prompt, response
+    roles : library -> "candidate", "unseen", "standin" or "base"
+    returns : the rows kept, with columns `split` and `group` (int); the numbers left out are in
+        `.attrs["left_out"]`: boilerplate, crossing (near copies in another split), unused
+        (a second row of a function in an evaluation set, or past a split's size)
+    """
+    texts = (rows["prompt"] + "\n" + rows["response"]).tolist()
+    runs = word_runs(texts)
+    common = boilerplate(runs, sizes.most_copies)
+    runs = runs[~runs["text"].isin(common)]
+    table = rows.assign(group=groups(runs, len(rows))).drop(index=rows.index[common])
+    lonely = _lonely_symbols(table)
+    parts = [
+        _split_library(part, roles[source], sizes, lonely, seed)
+        for source, part in table.groupby("source", sort=False)
+    ]
+    chosen = pd.concat(parts).reindex(table.index)
+    table = table.assign(split=chosen)
+    named = table[table["split"] != ""]
+    kept = _one_split_per_group(named)
+    kept = kept.assign(group=pd.factorize(kept["group"])[0])
+    kept.attrs["left_out"] = {
+        "boilerplate": len(common),
+        "unused": len(table) - len(named),
+        "crossing": len(named) - len(kept),
+    }
+    return kept.reset_index(drop=True)
+
+
+def _order(key: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}|{key}".encode()).digest()
+
+
+def _lonely_symbols(table: pd.DataFrame) -> set[str]:
+    """Functions without a near copy in another function: only they may be asked in evaluation."""
+    symbols_of_group = table.groupby("group")["symbol"].transform("nunique")
+    shared = set(table.loc[symbols_of_group > 1, "symbol"])
+    return set(table["symbol"]) - shared
+
+
+def _split_library(
+    part: pd.DataFrame, role: str, sizes: SplitSizes, lonely: set[str], seed: int
+) -> pd.Series:
+    """Split name of every row of one library, "" for rows not used."""
+    if role in ("standin", "base"):
+        return pd.Series("standin" if role == "standin" else "base_text", index=part.index)
+    chosen = pd.Series("", index=part.index)
+    symbols = sorted(part["symbol"].unique(), key=lambda s: _order(s, seed))
+    asked = [s for s in symbols if s in lonely][: 2 * sizes.evaluation]
+    rows_of = part.groupby("symbol").indices
+    for position, symbol in enumerate(asked):
+        index = part.index[rows_of[symbol]]
+        one = min(index, key=lambda i: _order(f"row {part.at[i, 'id']}", seed))
+        chosen[one] = EVALS[position % 2]
+    rest = [s for s in symbols if s not in set(asked)]
+    count = np.array([len(rows_of[s]) for s in rest])
+    for name, rank in zip(_fill(role, sizes, count), rest, strict=True):
+        chosen[part.index[rows_of[rank]]] = name
+    return chosen
+
+
+def _fill(role: str, sizes: SplitSizes, count: np.ndarray) -> list[str]:
+    """Split of each function, in order: candidates, then pool, then the base model's text."""
+    total = int(count.sum())
+    if role == "unseen":
+        first, second = 0, min(sizes.unseen_pool, int(0.7 * total))
+    else:
+        first = min(sizes.candidates, int(sizes.candidate_share * total))
+        second = min(sizes.pool, int(sizes.pool_share * total))
+    reached = np.cumsum(count)
+    return [
+        "candidates" if r <= first else "pool" if r <= first + second else "base_text"
+        for r in reached
+    ]
+
+
+def _one_split_per_group(table: pd.DataFrame) -> pd.DataFrame:
+    """Of a group that stands in several splits, the rows of the split with most of them.
+
+    Ties go to the split that stands later in SPLITS, the scarcer one.
+    """
+    rank = table["split"].map({name: i for i, name in enumerate(SPLITS)})
+    size = table.groupby(["group", "split"])["split"].transform("size")
+    best = (size * len(SPLITS) + rank).groupby(table["group"]).transform("max")
+    return table[size * len(SPLITS) + rank == best]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
+from instructmining_core.config import InstructMiningError
 from instructmining_core.data.records import with_row_hash
 
 from .corpus import messages
@@ -28,6 +29,8 @@ KIND_LABELS = {
     "fluent_wrong": "fluent but wrong",
     "wrong_identifier": "wrong identifier",
 }
+
+LEAST_DONORS = 5  # functions; fewer that were asked the same way lend to nobody
 
 _OPPOSITES = (
     "first last|minimum maximum|min max|lower upper|left right|row column|rows columns|true false|"
@@ -48,11 +51,6 @@ _SWAP = {
 }
 _WORD_OR_NUMBER = re.compile(r"(?<![\w.`])(?:[A-Za-z']+|\d+(?:\.\d+)?)(?![\w`])")
 _IDENTIFIER = re.compile(r"`[^`]+`|\b[A-Za-z]\w*(?:_\w+|\.\w+)+(?:\(\))?|\b[a-z]+[A-Z]\w*")
-
-
-
-class DefectError(ValueError):
-    """A table or a kind on which no defect can be planted."""
 
 
 class Donors:
@@ -167,7 +165,7 @@ def twins(
         give the same text. A row that five draws left unchanged is left out.
     """
     if kind not in _MAKERS:
-        raise DefectError(f"Defect {kind!r} is unknown; known: {', '.join(KINDS)}.")
+        raise InstructMiningError(f"Defect {kind!r} is unknown; known: {', '.join(KINDS)}.")
     donors = _Lenders(table if donors_from is None else donors_from)
     texts = [
         _make(kind, row.id, row.response, row.symbol, donors.of(row), seed)
@@ -189,7 +187,9 @@ def plant(
         row) and `twin` (the clean row's id, "" for a clean row). A row has at most one twin.
     """
     if not 0 <= share <= 0.5:
-        raise DefectError(f"share is {share}; with every twin beside its row it is 0 to 0.5.")
+        raise InstructMiningError(
+            f"share is {share}; with every twin beside its row it is 0 to 0.5."
+        )
     clean = table.assign(kind="", twin="")
     made = []
     for source, rows in clean.groupby("source", sort=True) if share else ():
@@ -204,7 +204,7 @@ def plant(
 class _Lenders:
     """Donors by source and kind of question; by source alone where that gives too few."""
 
-    def __init__(self, table: pd.DataFrame, least: int = 5) -> None:
+    def __init__(self, table: pd.DataFrame) -> None:
         self.by_source: dict[str, Donors] = {}
         self.by_question: dict[tuple[str, str], Donors] = {}
         for source, rows in table.groupby("source"):
@@ -212,14 +212,16 @@ class _Lenders:
             names += rows["symbol"].tolist()
             self.by_source[source] = Donors(rows["symbol"], rows["response"], names)
             for question, part in rows.groupby("question"):
-                if part["symbol"].nunique() >= least:
+                if part["symbol"].nunique() >= LEAST_DONORS:
                     donors = Donors(part["symbol"], part["response"], names)
                     self.by_question[source, question] = donors
 
     def of(self, row) -> Donors:
         everyone = self.by_source[row.source]
         if all(symbol == row.symbol for symbol in everyone.symbols):
-            raise DefectError(f"Source {row.source!r} has one function only: no donors in it.")
+            raise InstructMiningError(
+                f"Source {row.source!r} has one function only: no donors in it."
+            )
         return self.by_question.get((row.source, row.question), everyone)
 
 

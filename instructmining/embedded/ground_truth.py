@@ -11,24 +11,23 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import statsmodels.api as sm
 from scipy.stats import t as student
+
+from instructmining_core.config import InstructMiningError
 
 from .defects import KINDS, SEEN_KINDS, twins
 
+LEVEL = 0.95  # of every interval here
 CLEAN = "clean"  # the kind of a dose of 0, which all kinds share
-
-
-class TruthError(ValueError):
-    """A table that holds no truth, or sets that cannot be drawn from it."""
 
 
 def dose_sets(
     table: pd.DataFrame,
     size: int,
     *,
-    kinds: Sequence[str] = KINDS,
-    doses: Sequence[float] = (0.0, 0.25, 0.5, 1.0),
-    seeds: Sequence[int] = (0, 1, 2),
+    doses: Sequence[float],
+    seeds: Sequence[int],
 ) -> pd.DataFrame:
     """Training sets that differ in the share of defective twins and in nothing else.
 
@@ -38,9 +37,9 @@ def dose_sets(
         in training); one set is one (kind, dose, seed). At one seed every set asks the same prompts
         in the same places; a larger dose keeps the twins of a smaller one. Dose 0 stands once per
         seed, with kind "clean" in column `set_kind`; the others have their kind there.
-    Raises TruthError where the sources cannot give `size` rows with a twin of every kind.
+    Raises InstructMiningError where the sources cannot give `size` rows with a twin of every kind.
     """
-    made = {kind: twins(table, kind, seed=0).set_index("twin", drop=False) for kind in kinds}
+    made = {kind: twins(table, kind, seed=0).set_index("twin", drop=False) for kind in KINDS}
     whole = table["id"].map(lambda i: all(i in frame.index for frame in made.values()))
     usable = table[whole]
     found = []
@@ -48,7 +47,7 @@ def dose_sets(
         rng = np.random.default_rng(seed)
         clean = _equally(usable, size, rng).assign(kind="", twin="")
         turn = rng.permutation(size)  # the order in which places become defective
-        for kind, dose in _settings(kinds, doses):
+        for kind, dose in _settings(doses):
             chosen = np.sort(turn[: round(dose * size)])
             rows = clean
             if len(chosen):
@@ -58,12 +57,10 @@ def dose_sets(
     return pd.concat(found, ignore_index=True)
 
 
-def dose_effects(
-    runs: pd.DataFrame, loss: str = "loss_eval_1", level: float = 0.95
-) -> pd.DataFrame:
+def dose_effects(runs: pd.DataFrame) -> pd.DataFrame:
     """How much a full dose of each kind raises the log loss.
 
-    runs : one row a finetune with columns kind ("clean" for dose 0), dose, seed and `loss`
+    runs : one row a finetune, columns kind ("clean" for dose 0), dose, seed and loss_eval_1 (nats)
     returns : index kind; columns slope (log loss at the kind's largest dose minus dose 0, by least
         squares on all runs with one intercept a seed), low, high (t interval), p, df, runs (of that
         kind), harms (low > 0) and seen (the stand-ins learnt from that kind). With no degree of
@@ -75,7 +72,7 @@ def dose_effects(
     """
     kinds = [kind for kind in dict.fromkeys(runs["kind"]) if kind != CLEAN]
     if not kinds:
-        raise TruthError("No run has a dose above 0; run the dose sets first.")
+        raise InstructMiningError("No run has a dose above 0; run the dose sets first.")
     seeds = sorted(runs["seed"].unique())
     levels = [(k, d) for k in kinds for d in sorted(runs.loc[runs["kind"] == k, "dose"].unique())]
     design = np.column_stack(
@@ -84,17 +81,12 @@ def dose_effects(
     )
     largest = [len(seeds) + max(i for i, (name, _) in enumerate(levels) if name == k)
                for k in kinds]
-    y = np.log(runs[loss].to_numpy(float))
-    inverse = np.linalg.pinv(design.T @ design)
-    beta = inverse @ design.T @ y
-    df = len(y) - np.linalg.matrix_rank(design)
-    spread = np.sqrt(((y - design @ beta) ** 2).sum() / df) if df > 0 else np.nan
-    errors = spread * np.sqrt(np.diag(inverse))[largest]
-    slopes = beta[largest]
-    half = student.ppf(0.5 + level / 2, df) * errors if df > 0 else errors
+    fit = sm.OLS(np.log(runs["loss_eval_1"].to_numpy(float)), design).fit()
+    known = fit.df_resid > 0
+    low, high = fit.conf_int(1 - LEVEL)[largest].T if known else np.full((2, len(kinds)), np.nan)
     frame = pd.DataFrame(
-        {"slope": slopes, "low": slopes - half, "high": slopes + half,
-         "p": 2 * student.sf(np.abs(slopes / errors), df) if df > 0 else np.nan, "df": df,
+        {"slope": fit.params[largest], "low": low, "high": high,
+         "p": fit.pvalues[largest] if known else np.nan, "df": int(fit.df_resid),
          "runs": [int((runs["kind"] == k).sum()) for k in kinds]},
         index=pd.Index(kinds, name="kind"),
     )  # fmt: skip
@@ -143,14 +135,14 @@ def twin_auc(scores: pd.DataFrame, rules: Mapping[str, pd.Series]) -> pd.DataFra
     returns : one row for each scorer, kind and source: columns scorer, kind, source, pairs, auc
         (share of pairs won, a tie counts half), missing (pairs left out, as a score is missing) and
         seen (the stand-in reward and evaluator models learnt from that kind)
-    Raises TruthError where ids repeat or no defective row has its twin in the table.
+    Raises InstructMiningError where ids repeat or no defective row has its twin in the table.
     """
     if scores["id"].duplicated().any():
-        raise TruthError("An id stands twice in the scores; score each row once.")
+        raise InstructMiningError("An id stands twice in the scores; score each row once.")
     place = pd.Series(np.arange(len(scores)), index=scores["id"])
     bad = np.flatnonzero((scores["kind"] != "") & scores["twin"].isin(place.index))
     if not len(bad):
-        raise TruthError("No defective row has its clean twin in the scores.")
+        raise InstructMiningError("No defective row has its clean twin in the scores.")
     good = place.loc[scores["twin"].iloc[bad]].to_numpy()
     frames = []
     for name, rule in rules.items():
@@ -168,9 +160,9 @@ def twin_auc(scores: pd.DataFrame, rules: Mapping[str, pd.Series]) -> pd.DataFra
 
 
 def over_libraries(
-    auc: pd.DataFrame, by: Sequence[str] = ("scorer", "kind", "seen"), level: float = 0.95
+    auc: pd.DataFrame, by: Sequence[str] = ("scorer", "kind", "seen")
 ) -> pd.DataFrame:
-    """Mean AUC over libraries with a t interval ("new sources").
+    """Mean AUC over libraries with a 95 % t interval ("new sources").
 
     auc : as `twin_auc` gives it; by : what stays apart, for instance ("scorer", "seen")
     returns : columns of `by`, auc, low, high, sources, pairs. Every library counts once: what is
@@ -183,13 +175,13 @@ def over_libraries(
     groups = table.groupby(by, sort=False)
     result = groups.agg(auc=("auc", "mean"), sources=("source", "size"), pairs=("pairs", "sum"))
     error = groups["auc"].std(ddof=1) / np.sqrt(result["sources"])
-    half = student.ppf(0.5 + level / 2, result["sources"] - 1) * error
+    half = student.ppf(0.5 + LEVEL / 2, result["sources"] - 1) * error
     result = result.assign(low=result["auc"] - half, high=result["auc"] + half).reset_index()
     return result[[*by, "auc", "low", "high", "sources", "pairs"]]
 
 
 def against(
-    auc: pd.DataFrame, scorer: str, rival: str, by: Sequence[str] = ("seen",), level: float = 0.95
+    auc: pd.DataFrame, scorer: str, rival: str, by: Sequence[str] = ("seen",)
 ) -> pd.DataFrame:
     """Does `scorer` beat `rival`? Difference of AUC paired by library, with a t interval.
 
@@ -198,9 +190,9 @@ def against(
     wide = auc.pivot_table(index=[*by, "source"], columns="scorer", values="auc", aggfunc="mean")
     for name in (scorer, rival):
         if name not in wide:
-            raise TruthError(f"No AUC of {name!r}; there are {', '.join(wide.columns)}.")
+            raise InstructMiningError(f"No AUC of {name!r}; there are {', '.join(wide.columns)}.")
     difference = (wide[scorer] - wide[rival]).rename("auc").reset_index()
-    table = over_libraries(difference.assign(pairs=1), by, level)
+    table = over_libraries(difference.assign(pairs=1), by)
     return table.rename(columns={"auc": "difference"}).drop(columns="pairs")
 
 
@@ -221,8 +213,8 @@ def permuted_within_source(
     return shuffled
 
 
-def _settings(kinds: Sequence[str], doses: Sequence[float]) -> list[tuple[str, float]]:
-    above = [(kind, dose) for kind in kinds for dose in sorted(doses) if dose > 0]
+def _settings(doses: Sequence[float]) -> list[tuple[str, float]]:
+    above = [(kind, dose) for kind in KINDS for dose in sorted(doses) if dose > 0]
     return [(CLEAN, 0.0), *above] if 0 in doses else above
 
 
@@ -235,7 +227,7 @@ def _equally(table: pd.DataFrame, size: int, rng: np.random.Generator) -> pd.Dat
         rows = table[table["source"] == sources[number]]
         wanted = size // len(sources) + (rank < size % len(sources))
         if len(rows) < wanted:
-            raise TruthError(
+            raise InstructMiningError(
                 f"Source {sources[number]!r} has {len(rows)} rows with a twin of every kind, "
                 f"{wanted} are needed for sets of {size}.")
         parts.append(rows.iloc[np.sort(rng.permutation(len(rows))[:wanted])])

@@ -3,11 +3,6 @@
 They take the place of LLaMA, OASST's reward model and UniEval where there is no network and no GPU,
 and go through the same loading code. Each folder holds `STAND_IN.json`, so every output says that
 it came from a stand-in.
-
-Stand-ins that are not there yet, built side by side: one process and one thread each.
-
-Their matrix products are too short to be worth two threads each, so two processes of one thread
-build nearly twice as fast as one process of two, one after the other.
 """
 
 from __future__ import annotations
@@ -19,96 +14,39 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 from filelock import FileLock
 from tqdm.auto import tqdm
 
 from instructmining_core import files
+from instructmining_core.config import InstructMiningError
+from instructmining_core.data.tokenization import PLAIN
 from instructmining_core.models.hub import MARKER
 
-from .base import BaseConfig, build_base, documents
 from .corpus import Corpus
-from .reward import RewardConfig, build_reward
-from .training import Progress
-from .unieval import UniEvalConfig, build_unieval
+from .tiny_models import (
+    BaseConfig,
+    RewardConfig,
+    UniEvalConfig,
+    build_base,
+    build_reward,
+    build_unieval,
+    documents,
+)
+from .training import OnProgress
 
-_LOOK = 0.5  # seconds between looks at the processes
-
-
-class BuildError(RuntimeError):
-    """A process that built a stand-in ended before it was done."""
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def build_each(
-    build: Callable[[str, Callable[[int, int], None]], None],
-    parts: Sequence[str],
-    *,
-    progress: bool = False,
-) -> None:
-    """Call `build(part, told)` for each part, as many at a time as there are cores.
-
-    build : a function of a module (it travels to the other processes by name), which calls
-        `told(done, steps)` after each of its steps
-    Raises BuildError naming the part and the exit status; what the process said is on stderr.
-    """
-    context = multiprocessing.get_context("spawn")
-    waiting, running = list(parts), {}
-    done = {part: context.Array("q", [0, 0], lock=False) for part in parts}
-    with tqdm(total=1.0, desc=f"stand-ins {', '.join(parts)}", disable=not progress,
-              bar_format="{l_bar}{bar}| {elapsed}<{remaining}") as bar:  # fmt: skip
-        try:
-            while waiting or running:
-                while waiting and len(running) < cores():
-                    part = waiting.pop(0)
-                    running[part] = context.Process(target=_work, args=(build, part, done[part]))
-                    running[part].start()
-                time.sleep(_LOOK)
-                for part in [p for p, process in running.items() if process.exitcode is not None]:
-                    status = running.pop(part).exitcode
-                    if status:
-                        raise BuildError(f"building the stand-in {part!r} ended with {status}")
-                    done[part][:] = [1, 1]
-                share = sum(made / steps if steps else 0 for made, steps in done.values())
-                bar.update(share / len(parts) - bar.n)
-        finally:
-            for process in running.values():
-                process.terminate()
-                process.join()
-
-
-def _work(build: Callable, part: str, done) -> None:
-    with suppress(ImportError):
-        import torch
-
-        torch.set_num_threads(1)
-
-    def told(made: int, steps: int) -> None:
-        done[:] = [made, steps]
-
-    build(part, told)
-
-
-VERSION = "1"  # raised when code changes what is built; part of every stand-in's name
+# Part of every stand-in's name: the number is raised when code changes what is built, and the base
+# learns conversations in the plain template.
+VERSION = f"1, {PLAIN}"
 MAIN = ("base", "reward", "unieval")
 LADDER = ("base_small", "base", "base_large")
 UNTRAINED = "reward_untrained"  # the reward model before its first step: a baseline
 PARTS = (*LADDER, "reward", "unieval", UNTRAINED)
-CHECKED_SHARE = 0.06  # functions of the stand-ins' libraries kept to measure their accuracy
-
-
-class StandinError(ValueError):
-    """A stand-in that does not exist, or cannot be built from this corpus."""
+CHECKED_SHARE = 0.06  # of the stand-ins' functions, kept to measure their accuracy
 
 
 @dataclass(frozen=True)
@@ -122,9 +60,9 @@ class StandinConfig:
     unieval: UniEvalConfig = UniEvalConfig()
 
     def of(self, part: str) -> BaseConfig | RewardConfig | UniEvalConfig:
-        """The configuration of one part; raises StandinError for a part that does not exist."""
+        """The configuration of one part; InstructMiningError for a part that does not exist."""
         if part not in PARTS:
-            raise StandinError(f"Stand-in {part!r} is unknown; known: {', '.join(PARTS)}.")
+            raise InstructMiningError(f"Stand-in {part!r} is unknown; known: {', '.join(PARTS)}.")
         return replace(self.reward, steps=0) if part == UNTRAINED else getattr(self, part)
 
 
@@ -142,49 +80,53 @@ SIZES = {
 
 
 def longest_first(part: str) -> int:
-    """Key to sort parts by the time it takes to build them: side by side they then end together."""
+    """Sorts parts by the time it takes to build them: side by side they then end together."""
     order = ("base_large", "base", "base_small", "reward", "unieval")
     return order.index(part) if part in order else len(order)
 
 
-def is_built(part: str, corpus: Corpus, size: str | StandinConfig = "laptop",
-             texts: Sequence[str] | None = None) -> bool:
-    """Whether a stand-in is in the cache."""
-    return (files.standins(key(corpus, size, texts)) / part / MARKER).exists()
+def key(corpus: Corpus, size: str, texts: Sequence[str] | None = None) -> str:
+    """Hash of all that the stand-ins depend on: version, shapes, and corpus or texts."""
+    digest = hashlib.sha256(VERSION.encode())
+    digest.update(json.dumps(asdict(_config(size)), sort_keys=True).encode())
+    digest.update(corpus.key.encode())
+    for text in texts or ():
+        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    return digest.hexdigest()[:16]
 
 
-def standin_folder(
-    part: str,
-    corpus: Corpus,
-    size: str | StandinConfig = "laptop",
-    *,
-    texts: Sequence[str] | None = None,
-    progress: Progress = False,
+def cached(corpus: Corpus, size: str, texts: Sequence[str] | None) -> Path:
+    """The folder of the cache that holds the stand-ins of this corpus, size and text."""
+    return files.cache() / "standins" / key(corpus, size, texts)
+
+
+def build_cached(
+    part: str, corpus: Corpus, size: str, texts: Sequence[str] | None, on_progress: OnProgress
 ) -> Path:
     """The folder of one cached stand-in, built first if it is not there.
 
-    part : one of PARTS
-    texts : documents for the base model in place of the corpus's own
+    part : one of PARTS; texts : documents for the base model in place of the corpus's own
     Two processes that ask at once build once: the second waits.
     """
-    _config(size).of(part)
-    root = files.standins(key(corpus, size, texts))
-    if not (root / part / MARKER).exists():
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(root / f"{part}.lock")):
-            if not (root / part / MARKER).exists():
-                build(root, corpus, size, parts=(part,), texts=texts, progress=progress)
+    root = cached(corpus, size, texts)
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(root / f"{part}.lock")):
+        if not (root / part / MARKER).exists():
+            build(root, corpus, size, (part,), texts, on_progress)
     return root / part
+
+
+def _untold(done: int, steps: int) -> None:
+    """Nobody looks on."""
 
 
 def build(
     folder: Path,
     corpus: Corpus,
-    size: str | StandinConfig = "laptop",
-    *,
-    parts: Sequence[str] = MAIN,
+    size: str,
+    parts: Sequence[str],
     texts: Sequence[str] | None = None,
-    progress: Progress = False,
+    on_progress: OnProgress = _untold,
 ) -> dict[str, dict]:
     """Build stand-ins into `folder/<part>/`, each whole or not at all.
 
@@ -198,7 +140,7 @@ def build(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         started = time.perf_counter()
-        measured = _build_part(unfinished, part, corpus, own, texts, progress)
+        measured = _build_part(unfinished, part, corpus, own, texts, on_progress)
         reports[part] = {
             "stand_in": part, "note": "small, built on the spot, in place of a real model",
             "corpus": corpus.key, "config": asdict(own),
@@ -210,23 +152,28 @@ def build(
     return reports
 
 
-def key(
-    corpus: Corpus, size: str | StandinConfig, texts: Sequence[str] | None = None
-) -> str:
-    """Hash of all that the stand-ins depend on: version, shapes, and corpus or texts."""
-    digest = hashlib.sha256(VERSION.encode())
-    digest.update(json.dumps(asdict(_config(size)), sort_keys=True).encode())
-    digest.update(corpus.key.encode())
-    for text in texts or ():
-        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
-    return digest.hexdigest()[:16]
+def _config(size: str) -> StandinConfig:
+    if size not in SIZES:
+        raise InstructMiningError(f"Stand-in size {size!r} is unknown; known: {', '.join(SIZES)}.")
+    return SIZES[size]
+
+
+def _build_part(folder: Path, part: str, corpus: Corpus,
+                config: BaseConfig | RewardConfig | UniEvalConfig,
+                texts: Sequence[str] | None, on_progress: OnProgress) -> dict:
+    if part in LADDER:
+        text = documents(corpus.split("base_text")) if texts is None else texts
+        return build_base(folder, text, config, on_progress)
+    learn, check = learn_and_check(corpus)
+    builder = build_unieval if part == "unieval" else build_reward
+    return builder(folder, learn, check, config, on_progress)
 
 
 def learn_and_check(corpus: Corpus) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The stand-ins' rows in two: to learn from, and to check on; a function is in one of them."""
     rows = corpus.split("standin")
     if rows.empty:
-        raise StandinError("The corpus has no row of the stand-ins' libraries; install them.")
+        raise InstructMiningError("The corpus has no row of the stand-ins' libraries: install them")
     number = rows["symbol"].map(lambda s: int(hashlib.sha256(s.encode()).hexdigest()[:8], 16))
     checked = number % 10_000 < CHECKED_SHARE * 10_000
     # a defect needs a donor: a library with one checked function learns from it instead
@@ -235,20 +182,64 @@ def learn_and_check(corpus: Corpus) -> tuple[pd.DataFrame, pd.DataFrame]:
     return rows[~checked].reset_index(drop=True), rows[checked].reset_index(drop=True)
 
 
-def _config(size: str | StandinConfig) -> StandinConfig:
-    if isinstance(size, StandinConfig):
-        return size
-    if size not in SIZES:
-        raise StandinError(f"Stand-in size {size!r} is unknown; known: {', '.join(SIZES)}.")
-    return SIZES[size]
+_LOOK = 0.5  # seconds between looks at the processes
 
 
-def _build_part(folder: Path, part: str, corpus: Corpus,
-                config: BaseConfig | RewardConfig | UniEvalConfig,
-                texts: Sequence[str] | None, progress: Progress) -> dict:
-    if part in LADDER:
-        text = documents(corpus.split("base_text")) if texts is None else texts
-        return build_base(folder, text, config, progress=progress)
-    learn, check = learn_and_check(corpus)
-    builder = build_unieval if part == "unieval" else build_reward
-    return builder(folder, learn, check, config, progress=progress)
+def build_each(build: Callable[[str, OnProgress], object], parts: Sequence[str]) -> None:
+    """Call `build(part, on_progress)` for each part, as many at a time as there are cores.
+
+    build : a function of a module (it travels to the other processes by name)
+    The matrix products are too short to be worth two threads each, so two processes of one thread
+    build nearly twice as fast as one process of two, one after the other.
+    Raises InstructMiningError naming the part and the exit status; what its process said is on
+    stderr.
+    """
+    with tqdm(total=1.0, desc=f"stand-ins {', '.join(parts)}",
+              bar_format="{l_bar}{bar}| {elapsed}<{remaining}") as bar:  # fmt: skip
+        if len(parts) > 1 and _cores() > 1:
+            _side_by_side(build, parts, bar)
+            return
+        for part in parts:
+            build(part, lambda made, steps: bar.update(1 / steps / len(parts)))
+
+
+def _side_by_side(build: Callable, parts: Sequence[str], bar: tqdm) -> None:
+    context = multiprocessing.get_context("spawn")
+    waiting, running = list(parts), {}
+    done = {part: context.Array("q", [0, 0], lock=False) for part in parts}
+    try:
+        while waiting or running:
+            while waiting and len(running) < _cores():
+                part = waiting.pop(0)
+                running[part] = context.Process(target=_work, args=(build, part, done[part]))
+                running[part].start()
+            time.sleep(_LOOK)
+            for part in [p for p, process in running.items() if process.exitcode is not None]:
+                status = running.pop(part).exitcode
+                if status:
+                    raise InstructMiningError(
+                        f"building the stand-in {part!r} ended with {status}"
+                    )
+                done[part][:] = [1, 1]
+            share = sum(made / steps if steps else 0 for made, steps in done.values())
+            bar.update(share / len(parts) - bar.n)
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.join()
+
+
+def _work(build: Callable, part: str, done) -> None:
+    torch.set_num_threads(1)
+
+    def told(made: int, steps: int) -> None:
+        done[:] = [made, steps]
+
+    build(part, told)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

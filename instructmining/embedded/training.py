@@ -12,14 +12,13 @@ import pandas as pd
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from instructmining_core.models import hub
 from instructmining_core.models.memory import keep_freed_memory
 
-Progress = bool | Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]  # told (steps done, all steps) after each step
 
 
 @dataclass(frozen=True)
@@ -118,19 +117,15 @@ def epochs_of(lengths: Sequence[int], rows: int, steps: int, seed: int) -> Itera
         epoch += 1
 
 
-def train(
+def train_tiny(
     model: nn.Module,
     batches: Iterable,
     loss_of: Callable[[object], torch.Tensor],
     steps: int,
     config: TrainingConfig,
-    *,
-    desc: str,
-    progress: Progress = False,
+    on_progress: OnProgress,
 ) -> list[float]:
     """Train a model in place; the loss of every step.
-
-    progress : a bar (True), nothing (False), or a function that is told (steps done, all steps).
 
     loss_of : batch -> scalar loss. It runs under bfloat16 autocast where the processor computes in
         it; the weights stay float32.
@@ -147,22 +142,16 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, steps, config))
     half = hub.pick_dtype("auto", "cpu") is torch.bfloat16
     losses = []
-    told = progress if callable(progress) else None
-    shown = bool(progress) and told is None
-    with tqdm(total=steps, desc=desc, unit="step", disable=not shown) as bar:
-        for batch in batches:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-                loss = loss_of(batch)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-            losses.append(loss.item())
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-            bar.update()
-            if told:
-                told(len(losses), steps)
+    for batch in batches:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            loss = loss_of(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        losses.append(loss.item())
+        on_progress(len(losses), steps)
     model.eval()
     return losses
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,27 +15,26 @@ import pandas as pd
 from instructmining_core import files
 from instructmining_core.config import ProfileError
 from instructmining_core.data.duplicates import full_texts, shared_runs
+from instructmining_core.models.hub import MARKER
 
 from ..profile import DataConfig, Profile
 from ..study_data import StudyData, read_exams
-from . import corpus as pydocs
-from . import standins
-from . import standins as side_by_side
-from .corpus import CANDIDATES, UNSEEN
+from .corpus import CANDIDATES, UNSEEN, Corpus, build_corpus
 from .defects import KINDS, plant
-from .training import Progress
+from .standins import build_cached, build_each, cached, longest_first
+from .training import OnProgress
 
 FITTED_POOL_DEFECTS = 0.2  # share of defective rows in the pool from fitted sources
 
 
-def study_data(data: DataConfig, *, progress: bool = False) -> StudyData:
+def study_data(data: DataConfig) -> StudyData:
     """Candidates with planted defects, pools with several shares of them, clean evaluation sets.
 
     Pools: the libraries that are in no set, once for each share of `defect_pools`; and unseen rows
     of the fitted libraries with 20 % defects. Evaluation rows come equally from all libraries, so
     `eval_prompts` is rounded down to a multiple of their number.
     """
-    corpus = pydocs.build_corpus(data.corpus, progress=progress)
+    corpus = build_corpus(data.corpus)
     table = corpus.table
     candidates = table[table["split"] == "candidates"]
     fitted = [name for name in CANDIDATES if name in set(candidates["source"])]
@@ -94,7 +93,7 @@ def _equally(rows: pd.DataFrame, sources: list[str], data: DataConfig) -> pd.Dat
 
 
 def _facts(
-    corpus: pydocs.Corpus, candidates: pd.DataFrame, fitted: list[str], unseen: list[str]
+    corpus: Corpus, candidates: pd.DataFrame, fitted: list[str], unseen: list[str]
 ) -> pd.DataFrame:
     """One row a source: version, licence, role, rows as read, rows as candidates, mean words."""
     facts = corpus.versions.set_index("source").loc[[*fitted, *unseen]].copy()
@@ -106,30 +105,27 @@ def _facts(
     return facts.rename(columns={"rows": "read", "words": "mean words of a response"})
 
 
-def standin_folder(
-    profile: Profile, parts: Sequence[str], *, progress: Progress = True
-) -> Path:
+def standin_folder(profile: Profile, parts: Sequence[str]) -> Path:
     """The folder that holds the named stand-ins (`standins.PARTS`), built if they are not there.
 
     With `models.standin_text` the base learns from those files in place of the corpus. Several that
     are missing are built side by side.
     """
-    corpus = pydocs.build_corpus(profile.data.corpus, progress=progress is True)
+    root = cached(*_made_of(profile))
+    missing = [part for part in dict.fromkeys(parts) if not (root / part / MARKER).exists()]
+    if missing:
+        build_each(partial(_build_one, profile), sorted(missing, key=longest_first))
+    return root
+
+
+def _made_of(profile: Profile) -> tuple[Corpus, str, list[str] | None]:
+    """Corpus, size and, where the profile names other text, the base model's documents."""
     texts = base_texts(profile) if profile.models.standin_text else None
-    size = profile.models.standin_size
-    in_order = sorted(dict.fromkeys(parts), key=standins.longest_first)
-    missing = [part for part in in_order if not standins.is_built(part, corpus, size, texts)]
-    if len(missing) > 1 and side_by_side.cores() > 1:
-        side_by_side.build_each(partial(_build_one, profile), missing, progress=bool(progress))
-    folders = [
-        standins.standin_folder(part, corpus, size, texts=texts, progress=progress)
-        for part in parts
-    ]
-    return folders[0].parent
+    return build_corpus(profile.data.corpus), profile.models.standin_size, texts
 
 
-def _build_one(profile: Profile, part: str, told: Callable[[int, int], None]) -> None:
-    standin_folder(profile, [part], progress=told)
+def _build_one(profile: Profile, part: str, on_progress: OnProgress) -> None:
+    build_cached(part, *_made_of(profile), on_progress)
 
 
 def base_texts(profile: Profile) -> list[str]:

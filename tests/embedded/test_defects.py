@@ -9,6 +9,7 @@ import pytest
 from instructmining.embedded import defects
 from instructmining.embedded.corpus import messages
 from instructmining.embedded.defects import KINDS, SEEN_KINDS, UNSEEN_KINDS, plant, twins
+from instructmining_core.config import InstructMiningError
 
 
 def table(sources=("one", "two"), rows=30) -> pd.DataFrame:
@@ -116,9 +117,9 @@ def test_every_kind_in_every_source():
 
 
 def test_errors():
-    with pytest.raises(defects.DefectError, match="0 to 0.5"):
+    with pytest.raises(InstructMiningError, match="0 to 0.5"):
         plant(table(), 0.7)
-    with pytest.raises(defects.DefectError, match="known: other_answer"):
+    with pytest.raises(InstructMiningError, match="known: other_answer"):
         twins(table(), "typos", seed=0)
-    with pytest.raises(defects.DefectError, match="one function only"):
+    with pytest.raises(InstructMiningError, match="one function only"):
         twins(table(rows=1), "other_answer", seed=0)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from instructmining.embedded import base, standins, training
-from instructmining.embedded import corpus as pydocs
-from instructmining.embedded.unieval import NEGATIVES, questions
-from instructmining_core.config import ModelRef
+from instructmining.embedded import corpus as corpus_module
+from instructmining.embedded import standins, tiny_models, training
+from instructmining.embedded.corpus import ROLES, Corpus, build_corpus
+from instructmining.embedded.tiny_models import NEGATIVES, questions
+from instructmining_core.config import InstructMiningError, ModelRef
 from instructmining_core.data.tokenization import encode_many
 from instructmining_core.indicators import reward, unieval
 from instructmining_core.indicators.turns import read
@@ -22,14 +23,18 @@ NAMES = ["seaborn", "joblib", "networkx", "IPython", "rich", "traitlets"]
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> pydocs.Corpus:
-    return pydocs.build_corpus("smoke", names=NAMES, folder=tmp_path_factory.mktemp("pydocs"))
+def corpus(tmp_path_factory) -> Corpus:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_module, "ROLES", {name: ROLES[name] for name in NAMES})
+        patch.setattr(corpus_module, "MIN_CANDIDATE_LIBRARIES", 1)
+        patch.setenv("INSTRUCTMINING_HOME", str(tmp_path_factory.mktemp("corpus")))
+        return build_corpus("smoke")
 
 
 @pytest.fixture(scope="module")
 def built(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("standins")
-    return folder, standins.build(folder, corpus, "smoke")
+    return folder, standins.build(folder, corpus, "smoke", standins.MAIN)
 
 
 def test_three_folders_and_nothing_else(built, corpus):
@@ -71,10 +76,10 @@ def test_tokenizer_writes_any_text_back(built):
 def test_reward_and_evaluator_answer_through_the_indicators(built, corpus):
     folder, reports = built
     rows = [read(m) for m in corpus.split("pool")["messages"][:20]]
-    model = reward.load(ModelRef(str(folder / "reward"), dtype="float32"))
+    model = reward.load_reward_model(ModelRef(str(folder / "reward"), dtype="float32"))
     scores = reward.compute_reward(rows, model)["reward"].values
     assert np.isfinite(scores).all() and scores.std() > 0
-    judge = unieval.load(ModelRef(str(folder / "unieval"), dtype="float32"))
+    judge = unieval.load_evaluator(ModelRef(str(folder / "unieval"), dtype="float32"))
     yes, no = unieval.answer_ids(judge.tokenizer)
     assert judge.tokenizer.convert_ids_to_tokens([yes, no]) == ["Yes", "No"]
     assert judge.tokenizer("x </s> y")["input_ids"].count(judge.tokenizer.eos_token_id) == 2
@@ -86,14 +91,14 @@ def test_reward_and_evaluator_answer_through_the_indicators(built, corpus):
 
 def test_same_seed_same_weights(built, corpus, tmp_path):
     folder, _ = built
-    standins.build(tmp_path, corpus, "smoke", parts=("base",))
+    standins.build(tmp_path, corpus, "smoke", ("base",))
     one, two = ((f / "base" / "model.safetensors").read_bytes() for f in (folder, tmp_path))
     assert one == two
 
 
 def test_untrained_reward_is_the_same_model_before_its_first_step(corpus, built, tmp_path):
     folder, _ = built
-    report = standins.build(tmp_path, corpus, "smoke", parts=(standins.UNTRAINED,))
+    report = standins.build(tmp_path, corpus, "smoke", (standins.UNTRAINED,))
     assert report[standins.UNTRAINED]["trained_pairs"] == 0
     shapes = [(f / "config.json").read_text()
               for f in (folder / "reward", tmp_path / standins.UNTRAINED)]
@@ -106,16 +111,18 @@ def test_a_failed_build_leaves_nothing_that_looks_finished(corpus, tmp_path, mon
 
     monkeypatch.setattr(standins, "build_base", fail)
     with pytest.raises(KeyboardInterrupt):
-        standins.build(tmp_path, corpus, "smoke", parts=("base",))
+        standins.build(tmp_path, corpus, "smoke", ("base",))
     assert not (tmp_path / "base").exists()
 
 
 def test_cached_by_corpus_config_and_texts(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("INSTRUCTMINING_HOME", str(tmp_path))
-    folder = standins.standin_folder("base", corpus, "smoke")
+    told = []
+    folder = standins.build_cached("base", corpus, "smoke", None, lambda *at: told.append(at))
     assert folder.parent.name == standins.key(corpus, "smoke")
+    assert told == [(step, 60) for step in range(1, 61)]
     monkeypatch.setattr(standins, "build", None)  # a second build would fail
-    assert standins.standin_folder("base", corpus, "smoke") == folder
+    assert standins.build_cached("base", corpus, "smoke", None, print) == folder
     keys = {standins.key(corpus, "smoke"), standins.key(corpus, "laptop"),
             standins.key(corpus, "smoke", ["text"]),
             standins.key(replace(corpus, key="other"), "smoke")}  # fmt: skip
@@ -124,10 +131,10 @@ def test_cached_by_corpus_config_and_texts(corpus, tmp_path, monkeypatch):
 
 def test_base_can_learn_from_other_text(corpus, tmp_path):
     texts = [f"Sentence number {i} of a text that is not the corpus." for i in range(900)]
-    report = standins.build(tmp_path, corpus, "smoke", parts=("base",), texts=texts)["base"]
+    report = standins.build(tmp_path, corpus, "smoke", ("base",), texts=texts)["base"]
     assert report["loss_last"] < 3
-    with pytest.raises(ValueError, match="give more text"):
-        standins.build(tmp_path, corpus, "smoke", parts=("base",), texts=texts[:5])
+    with pytest.raises(InstructMiningError, match="give more text"):
+        standins.build(tmp_path, corpus, "smoke", ("base",), texts=texts[:5])
 
 
 def test_stand_ins_learn_from_their_own_libraries_only(corpus):
@@ -145,15 +152,15 @@ def test_stand_ins_learn_from_their_own_libraries_only(corpus):
 
 def test_documents_hold_each_answer_once(corpus):
     rows = corpus.split("base_text")
-    texts = base.documents(rows)
+    texts = tiny_models.documents(rows)
     whole = "\n".join(texts)
     assert all(response in whole for response in rows["response"])
-    asked = sum(text.startswith("User: ") for text in texts)
+    asked = sum(text.startswith("User:\n") for text in texts)
     assert 0.2 < asked / len(texts) < 0.9
 
 
 def test_pack_by_hand():
-    packed = base.pack([[5, 6], [7]], context=3, bos=1, eos=2, seed=0)
+    packed = tiny_models.pack_documents([[5, 6], [7]], context=3, bos=1, eos=2, seed=0)
     flat = packed.ravel().tolist()
     assert packed.shape == (2, 3) and flat in ([1, 5, 6, 2, 1, 7], [1, 7, 2, 1, 5, 6])
 
@@ -175,14 +182,14 @@ def test_learning_rate_warms_up_and_falls():
 
 
 def test_unknown_names(corpus, tmp_path):
-    with pytest.raises(standins.StandinError, match="known: base_small"):
-        standins.build(tmp_path, corpus, "smoke", parts=("gpt",))
-    with pytest.raises(standins.StandinError, match="known: laptop, smoke"):
+    with pytest.raises(InstructMiningError, match="known: base_small"):
+        standins.build(tmp_path, corpus, "smoke", ("gpt",))
+    with pytest.raises(InstructMiningError, match="known: laptop, smoke"):
         standins.key(corpus, "big")
 
 
 def test_random_state_of_the_caller_is_kept(corpus, tmp_path):
     torch.manual_seed(7)
     before = torch.random.get_rng_state()
-    standins.build(tmp_path, corpus, "smoke", parts=(standins.UNTRAINED,))
+    standins.build(tmp_path, corpus, "smoke", (standins.UNTRAINED,))
     assert torch.equal(before, torch.random.get_rng_state())
