@@ -48,7 +48,7 @@ def sweep_on_gpu() -> list[dict]:
 
 def ppl_share(size: str, rows: int, device: str, repeats: int = 3) -> dict:
     """The row of one model, on any device."""
-    from instructmining_core.data.tokenization import TEMPLATE_VERSION
+    from instructmining_core.data.tokenization import PLAIN
     from instructmining_core.indicators import perplexity
     from instructmining_core.indicators.turns import each_turn, read
     from instructmining_core.models.causal_lm import BATCH_TOKENS
@@ -71,7 +71,7 @@ def ppl_share(size: str, rows: int, device: str, repeats: int = 3) -> dict:
         "bench": "ppl_gpu_matmul_share", "peer": "nothing but the same products",
         "ours": four(achieved / 1e12), "theirs": four(rate / 1e12),
         "ratio": four(achieved / rate / SHARE_GOAL), "unit": "TFLOP/s", "on": size,
-        "data": f"{len(talks)} contiguous rows of {origin}", "template": TEMPLATE_VERSION,
+        "data": f"{len(talks)} contiguous rows of {origin}", "template": PLAIN,
         "dtype": str(lm.dtype).removeprefix("torch."), "share": four(achieved / rate),
         "note": f"{told(lm)}; share {achieved / rate:.3f}, goal {SHARE_GOAL}; {a_second:,.0f} real "
                 f"tokens/s, tokenising included; median of {repeats}",
@@ -124,10 +124,10 @@ def sweep_rows(world: World, adapters: int, counts: Sequence[int], repeats: int 
     made = [one | {"bench": "sweep_gpu", "goal": SWEEP_GOALS.get(world.size)} for one in versus]
     made += widths(world, counts, repeats, "sweep_gpu_width")
     lm, rows = world.load(), [world.rows[name] for name in world.set(0)]
-    _, stack = train_seconds(lm, world.config, rows)
-    flop, seconds = products(stack, lm, rows, world.config)
+    _, adapters = train_seconds(lm, world.config, rows)
+    flop, seconds = products(adapters, lm, rows, world.config)
     tokens = world.config.epochs * sum(map(len, rows))
-    each = training_flop(stack, lm, rows, world.config) / tokens
+    each = training_flop(adapters, lm, rows, world.config) / tokens
     best = max(one["ours"] for one in made if one["bench"] == "sweep_gpu_width")
     return [*made, row(
         "sweep_gpu_matmul_share", "nothing but the same products of one adapter's steps",

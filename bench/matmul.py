@@ -2,12 +2,11 @@
 
 As many processes of one thread as the sweep has on this machine train at the same time, then do
 nothing but the products of as many steps, again at the same time. The products are those the
-training does, at its shapes: every layer's, query, key and value as one and gate and up as one,
-forward and to the input, and the output matrix on the target tokens, in its chunks. Counted are 4 x
-the frozen weights a real token (2 where nothing below needs the gradient: the first layer's query,
-key and value; where the last block does a product at targets only, a target), 6 x LoRA, causal
-attention, and the output matrix on targets; products that the code does beyond that (places that
-fill a batch up, padded attention) are not.
+training does, at its shapes: every layer's, forward and to the input, and the output matrix on the
+target tokens, in its chunks. Counted are 4 x the frozen weights a real token (2 where nothing below
+needs the gradient: the first layer's query, key and value), 6 x LoRA, causal attention, and the
+output matrix on targets; products that the code does beyond that (places that fill a batch up,
+padded attention) are not.
 """
 
 from __future__ import annotations
@@ -85,60 +84,41 @@ def _work(folder: str, config, rows, repeats: int, barrier, results) -> None:
     trained, multiplied = [], []
     for _ in range(repeats):
         barrier.wait(timeout=600)
-        seconds, stack = train_seconds(lm, config, rows)
+        seconds, adapters = train_seconds(lm, config, rows)
         trained.append(seconds)
         barrier.wait(timeout=600)
-        flop, seconds = products(stack, lm, rows, config)
+        flop, seconds = products(adapters, lm, rows, config)
         multiplied.append(seconds)
-    results.put((training_flop(stack, lm, rows, config), trained, flop, multiplied))
+    results.put((training_flop(adapters, lm, rows, config), trained, flop, multiplied))
 
 
-def training_flop(stack, lm, rows, config) -> float:
+def training_flop(adapters, lm, rows, config) -> float:
     """FLOP of training on `rows`; the module tells what is counted."""
     from instructmining_core.finetuning.lora import shapes
 
-    places = {False: sum(map(len, rows)), True: _targets(rows)}
-    multiplied = sum(weight.numel() * (4 if below else 2) * places[at_targets]
-                     for weight, below, at_targets in frozen(stack))
-    for name, layer in stack.layers.items():
+    multiplied = sum(weight.numel() * (4 if below else 2) for weight, below in frozen(adapters))
+    for name, layer in adapters.layers.items():
         d_in, d_out = shapes(layer.layer)
-        each = config.rank * (d_in * (6 if _below(name) else 4) + d_out * 6)
-        multiplied += each * places[_at_targets(name, stack)]
+        multiplied += config.rank * (d_in * (6 if _below(name) else 4) + d_out * 6)
     model = lm.model.config
     pairs = sum(len(row) * (len(row) + 1) / 2 for row in rows)
     attention = 3 * 4 * pairs * model.hidden_size * model.num_hidden_layers
     head = 4 * _targets(rows) * model.hidden_size * model.vocab_size
-    return config.epochs * (multiplied + attention + head)
+    return config.epochs * (multiplied * sum(map(len, rows)) + attention + head)
 
 
-def frozen(stack) -> list[tuple]:
-    """(weight as multiplied, whether its input needs a gradient, whether at targets only)."""
-    blocks = list(stack._blocks.values())
-    if not blocks:  # other shapes, or a GPU: layer by layer
-        return [(layer.weight, _below(name), False) for name, layer in stack.layers.items()]
-    return [
-        (joined.weight, number > 0 or joined is not block.read,
-         block.last and joined is not block.read)
-        for number, block in enumerate(blocks)
-        for joined in (block.read, block.out, block.gate, block.down)
-    ]
-
-
-READERS = ("q_proj", "k_proj", "v_proj")
+def frozen(adapters) -> list[tuple]:
+    """(weight, whether its input needs a gradient) of each layer with adapters."""
+    return [(layer.weight, _below(name)) for name, layer in adapters.layers.items()]
 
 
 def _below(name: str) -> bool:
     """Whether a gradient goes below the layer: not below what reads the embeddings."""
-    return not (".layers.0." in f".{name}" and name.rsplit(".", 1)[-1] in READERS)
+    readers = ("q_proj", "k_proj", "v_proj")
+    return not (".layers.0." in f".{name}" and name.rsplit(".", 1)[-1] in readers)
 
 
-def _at_targets(name: str, stack) -> bool:
-    """Whether the layer is multiplied at targets only: in the last block, after attention."""
-    last = [f"{block}." for block, lean in stack._blocks.items() if lean.last]
-    return name.startswith(tuple(last)) and name.rsplit(".", 1)[-1] not in READERS
-
-
-def products(stack, lm, rows, config) -> tuple[float, float]:
+def products(adapters, lm, rows, config) -> tuple[float, float]:
     """FLOP and seconds of the frozen products of a whole training, and of nothing else."""
     import torch
 
@@ -148,8 +128,7 @@ def products(stack, lm, rows, config) -> tuple[float, float]:
     tokens, targets = sum(map(len, rows)) // steps, _targets(rows) // steps
     head = lm.model.get_output_embeddings().weight
     chunk = max(16, CHUNK_LOGITS // head.shape[0])
-    plan = [(targets if at_targets else tokens, weight, below)
-            for weight, below, at_targets in frozen(stack)]
+    plan = [(tokens, weight, below) for weight, below in frozen(adapters)]
     plan += [(min(chunk, targets - at), head, True) for at in range(0, targets, chunk)]
     inputs = {(n, w.shape[1]): torch.randn(n, w.shape[1]).to(w) for n, w, _ in plan}
 

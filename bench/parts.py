@@ -1,4 +1,4 @@
-"""Where a training's time goes, by torch's profiler: products, attention, norms, loss, the rest.
+"""Where a training's time goes, by torch's profiler: products, attention, loss, the rest.
 
 The functions that do a part are labelled for the profiler's while; an operation belongs to the
 nearest label around it, except that a matrix product outside attention is a product. What lies
@@ -16,15 +16,12 @@ from unittest import mock
 from .world import World, train_seconds
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::matmul", "aten::linear"}
-OTHER, PYTHON = "activations, sums and embeddings", "Python and autograd between operations"
+OTHER = "norms, rotary positions, activations, sums"
+PYTHON = "Python and autograd between operations"
 LABELS = {  # (module of the package, name there) -> part
-    ("finetuning.fused_layer", "_mix"): "attention",
-    ("finetuning.fused_layer", "_unmix"): "attention",
-    ("finetuning.fused_layer", "_norm"): "norms",
-    ("finetuning.fused_layer", "_norm_back"): "norms",
-    ("finetuning.fused_layer", "_turn"): "rotary positions",
-    ("finetuning.fused_layer", "FusedLinear.forward"): "adapters beside their products",
-    ("finetuning.fused_layer", "FusedLinear.backward"): "adapters beside their products",
+    ("finetuning.packing", "attend_packed"): "attention",
+    ("finetuning.lora", "_BlockLoRA.forward"): "adapters beside their products",
+    ("finetuning.lora", "_BlockLoRA.backward"): "adapters beside their products",
     ("finetuning.packing", "weighted_nll"): "loss",
     ("finetuning.packing", "PackedModel.batch"): "laying out batches",
     ("finetuning.multi_lora", "MultiLoRA.step"): "optimiser",
@@ -108,6 +105,8 @@ def _part(name: str, above: list[str]) -> str:
         return label  # NumPy's work lies between operations
     if not name.startswith("aten::"):
         return PYTHON
+    if "attention" in name:  # its backward pass runs under no label
+        return "attention"
     if label != "attention" and PRODUCTS & set(above):
         return "matrix products"
     return label

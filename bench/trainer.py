@@ -8,7 +8,7 @@ favour, as is the progress bar. Imports, the process's start and tokenising are 
 favour too. `tuned` adds what its manual advises: `bf16=True` and batches grouped by length.
 
 It runs in a process of its own, as it would on anybody's machine: what this package tells the
-allocator of its process (`allocator`) would otherwise speed up the peer too.
+allocator of its process (`memory.keep_freed_memory`) would otherwise speed up the peer too.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def train(job: dict[str, Any], folder: str) -> float:
     tokenizer = AutoTokenizer.from_pretrained(job["folder"])
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype="float32")
-    model = get_peft_model(model, peft_config(job["config"]))
+    model = get_peft_model(model, peft_config(job["config"], model))
     set_first_values(model, 0)  # the same first adapter on both sides
     trainer = Trainer(
         model=model, data_collator=DataCollatorForSeq2Seq(tokenizer), train_dataset=job["rows"],

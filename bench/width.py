@@ -1,8 +1,8 @@
 """How many adapters in one pass pay: tokens a second and memory for K = 1, 2, 4, 8.
 
-The rows justify `ON_CPU` in `instructmining_core/finetuning/trainer.py`: each K is held against K = 1. One
-thread, as each process of a sweep has; one epoch of each adapter's own set of 64 rows, so that
-what a pass needs before its first step weighs more than in a whole run.
+The rows justify `ON_CPU` in `finetuning/trainer.py`: each K is held against K = 1. One thread, as
+each process of a sweep has; one epoch of each adapter's own set of 64 rows, so that what a pass
+needs before its first step weighs more than in a whole run.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def train_once(world: World, lm, count: int) -> tuple[float, float]:
     jobs = [TrainingJob([world.rows[name] for name in world.set(k)], 0, 0) for k in range(count)]
     held = 0 if world.device != "cpu" else _held()
     meter = Meter(world.device)
-    stack = MultiLoRA(lm.model, world.config, [0] * count)
-    stack.attach()
+    adapters = MultiLoRA(lm.model, world.config, [0] * count)
+    adapters.attach()
     try:
-        train(stack, PackedModel(lm), jobs)
+        train(adapters, PackedModel(lm), jobs)
         seconds, peak = meter.read()
     finally:
-        stack.detach()
+        adapters.detach()
     tokens = world.config.epochs * sum(len(one) for job in jobs for one in job.rows)
     return tokens / seconds, (peak - held) / 2**20
 

@@ -87,11 +87,11 @@ class World:
 
     def told(self) -> dict[str, str]:
         """What a row of results says of it."""
-        from instructmining_core.data.tokenization import TEMPLATE_VERSION
+        from instructmining_core.data.tokenization import PLAIN
 
         size = self.extent
         return {
-            "on": self.size, "template": TEMPLATE_VERSION,
+            "on": self.size, "template": PLAIN,
             "data": f"{self.source}: {size.set_rows} rows a set for {size.epochs} epochs, two "
                     f"evaluation sets of {size.evals}, rows cut at {size.longest} tokens",
         }  # fmt: skip
@@ -117,17 +117,17 @@ def sweep(world: World, count: int, **how) -> tuple[float, list[float]]:
 
 
 def train_seconds(lm, config, rows) -> tuple[float, object]:
-    """Seconds of one training, and the stack it was done with."""
+    """Seconds of one training, and its adapters."""
     from instructmining_core.finetuning.multi_lora import MultiLoRA
     from instructmining_core.finetuning.packing import PackedModel
     from instructmining_core.finetuning.trainer import TrainingJob, train
 
-    stack = MultiLoRA(lm.model, config, [0])
-    stack.attach()
-    body = PackedModel(lm)
+    adapters = MultiLoRA(lm.model, config, [0])
+    adapters.attach()
+    model = PackedModel(lm)
     start = time.perf_counter()
     try:
-        train(stack, body, [TrainingJob(rows, 0, 0)])
-        return time.perf_counter() - start, stack
+        train(adapters, model, [TrainingJob(rows, 0, 0)])
+        return time.perf_counter() - start, adapters
     finally:
-        stack.detach()
+        adapters.detach()

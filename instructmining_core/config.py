@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from pydantic import ConfigDict, PositiveInt, ValidationError
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 
 COLUMNS = (
@@ -61,10 +61,11 @@ def _breach(error: Mapping[str, Any], where: str) -> str:
     if kind == "literal_error":
         allowed = context["expected"].replace("'", "").replace(" or ", ", ")
         return f"{where} is {value!r}; it must be one of {allowed}."
-    if kind == "greater_than":
-        return f"{where} is {value}; it must be more than {context['gt']}."
+    if kind in ("greater_than", "greater_than_equal"):
+        bound = f"more than {context['gt']}" if "gt" in context else f">= {context['ge']}"
+        return f"{where} is {value}; it must be {bound}."
     if kind == "float_type" and isinstance(value, str):
-        return f"{where} is the text {value!r}; YAML wants 2.0e-5, with the point."
+        return f"{where} is the text {value!r}; it must be a number (YAML: 2.0e-5, with the point)."
     wanted = KINDS.get(kind.split("_")[0])
     return f"{where} must be {wanted}, not {value!r}." if wanted else f"{where}: {error['msg']}."
 
@@ -84,7 +85,7 @@ def _section(annotation: Any) -> Any:
 class ModelRef:
     """Which model to load, not yet resolved to a commit."""
 
-    id: str  # hub name, folder, "standin:base|reward|unieval", or "package:NAME"
+    id: str  # hub name, folder, .gguf file, "standin:base|reward|unieval", or "package:NAME"
     revision: str = "main"  # branch, tag or commit; resolved and recorded at run time
     dtype: str = "auto"  # "auto": bfloat16 where the processor or GPU has it, else float32
 
@@ -98,6 +99,7 @@ class FinetuneConfig:
     alpha: float = 16.0  # adapter scale = alpha / rank
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
+    layers: NonNegativeInt = 0  # adapters on so many of the topmost decoder layers; 0 = all
     learning_rate: float = 2e-3  # peak
     epochs: PositiveInt = 3
     batch_size: PositiveInt = 16  # rows of one optimisation step
@@ -108,6 +110,13 @@ class FinetuneConfig:
     clip: float = 1.0  # largest gradient norm; 0 = off
     max_tokens: PositiveInt = 256  # tokens of one row, prompt and response
     micro_tokens: PositiveInt = 8192  # padded tokens of one micro-batch
+    template: Literal["auto", "chat", "plain"] = "auto"  # "auto": the tokenizer's own, else plain
+
+    def __post_init__(self) -> None:
+        pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if self.layers and (pattern or self.method == "full"):
+            raise ProfileError(
+                "finetune.layers goes with an adapter on \"all-linear\" or on a list of names.")
 
     def steps(self, rows: int) -> int:
         """Optimisation steps of a set of `rows` rows."""

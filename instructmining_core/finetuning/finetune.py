@@ -1,8 +1,8 @@
 """A training set becomes a model: LoRA and its kin by adapters, or all weights.
 
-LoRA and rsLoRA go through the stack (`stacked.py`), also when there is one adapter, so a run has
-one set of numbers whether it was trained alone or in company. DoRA, adapter dropout, and anything
-asked for with `engine="peft"`, go through peft's own layers; "full" trains a copy of the model.
+LoRA and rsLoRA without dropout go through `MultiLoRA`, also when there is one adapter, so a run has
+one set of numbers whether it was trained alone or in company. Everything else goes through
+transformers' `Trainer` (`full.py`).
 
 The loss of a step is the sum of the targets' negative log-likelihoods over all its rows divided by
 their number of target tokens: not a mean of micro-batch means. The base's own dropout is off.
@@ -10,7 +10,6 @@ their number of target tokens: not a mean of micro-batch means. The base's own d
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import resource
 import sys
@@ -21,25 +20,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from peft import PeftModel, get_peft_model
-from torch import nn
 
-from ..config import FinetuneConfig
+from ..config import FinetuneConfig, InstructMiningError
 from ..data.tokenization import Encoded
 from ..models.causal_lm import LM
-from ..models.distributed import join, sharding
-from . import peft_trainer
-from .lora import peft_config, set_first_values
+from .full import OnEpoch, release, train_by_trainer
 from .multi_lora import MultiLoRA
 from .packing import PackedModel
-from .peft_trainer import train_by_torch
 from .trainer import TrainingJob, train
-
-OnEpoch = Callable[[LM, int], bool | None]
-
-
-class FinetuneError(ValueError):
-    """A training set or a configuration that cannot be trained on."""
 
 
 @dataclass
@@ -81,9 +69,6 @@ def finetune(
     order_seed: int,
     on_epoch: OnEpoch | None = None,
     progress: bool = False,
-    engine: str = "auto",
-    packed: bool | None = None,
-    shard: bool | None = None,
 ) -> Finetuned:
     """Finetune on rows.
 
@@ -91,106 +76,57 @@ def finetune(
     rows : encoded training examples; those without a target count nothing
     init_seed : of the adapter's first values; order_seed : of the order of rows
     on_epoch : called with the model and the epoch (from 1) after each; a true answer ends training
-    engine : "auto" (see the module), "stacked" or "peft"
-    packed : rows end to end (True) or right-padded (False); None asks the model
-    shard : cut the weights of a copy of the base up among the processes (`sharded`), for one that
-        a GPU cannot hold; None asks the environment (`distributed.sharding`). No number hangs on
-        it but by rounding
 
-    Under `accelerate launch` the rows of every step are shared among the processes.
-    Raises FinetuneError for an empty set, or where the stack or a single process shall `shard`.
+    Raises InstructMiningError for a set without targets.
     """
     check_rows(rows)
-    job, shard = TrainingJob(rows, init_seed, order_seed), sharding() if shard is None else shard
-    if shard and (engine == "stacked" or join().size == 1):
-        raise FinetuneError("A base is cut up among several processes, and not by the stack.")
-    if engine == "auto":
-        engine = "stacked" if stackable(config) and not shard else "peft"
-    if engine == "stacked":
-        return _by_stack(lm, job, config, on_epoch, progress, packed)
-    return _by_torch(lm, job, config, on_epoch, progress, packed, shard)
+    job = TrainingJob(rows, init_seed, order_seed)
+    way = _by_multi_lora if can_share_a_pass(config) else _by_trainer
+    return way(lm, job, config, on_epoch, progress)
 
 
-def stackable(config: FinetuneConfig) -> bool:
-    """Whether runs with this configuration can share one pass: LoRA or rsLoRA without dropout.
-
-    Not over a base that is cut up among processes.
-    """
-    return config.method in ("lora", "rslora") and config.dropout == 0 and not sharding()
+def can_share_a_pass(config: FinetuneConfig) -> bool:
+    """Whether `MultiLoRA` trains runs with this configuration: LoRA or rsLoRA without dropout."""
+    return config.method in ("lora", "rslora") and config.dropout == 0
 
 
 def check_rows(rows: Sequence[Encoded]) -> None:
-    """Raise FinetuneError where there is nothing to learn from."""
+    """Raise InstructMiningError where there is nothing to learn from."""
     if not any(any(row.targets[1:]) for row in rows):
-        raise FinetuneError(
+        raise InstructMiningError(
             f"None of the {len(rows)} training rows has a target token. Are the responses empty, "
             "or is max_tokens smaller than the prompts?"
         )
 
 
-def _by_stack(lm, job, config, on_epoch, progress, packed) -> Finetuned:
-    group, stack = join(), MultiLoRA(lm.model, config, [job.init_seed])
-    stack.attach()
-    tuned = dataclasses.replace(lm)
-    hook = on_epoch and (lambda _, epoch: _evaluating(stack, tuned, on_epoch, epoch))
+def _by_multi_lora(lm, job, config, on_epoch, progress) -> Finetuned:
+    adapters, tuned = MultiLoRA(lm.model, config, [job.init_seed]), dataclasses.replace(lm)
+
+    def after_epoch(_: int, epoch: int) -> bool | None:
+        adapters.use(0)
+        return on_epoch and on_epoch(tuned, epoch)
+
+    adapters.attach()
     meter = Meter(lm.device)
     try:
-        trained = train(stack, PackedModel(lm, packed=packed), [job], group=group, on_epoch=hook,
-                        progress=progress)
+        trained = train(adapters, PackedModel(lm), [job], on_epoch=after_epoch, progress=progress)
     except BaseException:
-        stack.detach()
+        adapters.detach()
         raise
-    stack.use(0)
+    adapters.use(0)
     return Finetuned(
-        tuned, trained.curve(0), *meter.read(), trained.courses[0].diverged,
-        lambda folder: group.first and stack.save(0, folder, lm.resolved.id), stack.detach,
+        tuned, trained.curve(0), *meter.read(), trained.schedules[0].diverged,
+        lambda folder: adapters.save(0, folder, lm.resolved.id), adapters.detach,
     )
 
 
-def _evaluating(stack, tuned, on_epoch, epoch):
-    stack.use(0)
-    return on_epoch(tuned, epoch)
-
-
-def _by_torch(lm, job, config, on_epoch, progress, packed, shard) -> Finetuned:
-    group = join()
-    model = _trainable(lm, config, job.init_seed, shard)
-    if shard:
-        peft_trainer.cut(model, lm.device, group)
-    tuned = dataclasses.replace(lm, model=model)
+def _by_trainer(lm, job, config, on_epoch, progress) -> Finetuned:
     meter = Meter(lm.device)
-    try:
-        trained = train_by_torch(tuned, job, config, group, on_epoch=on_epoch, progress=progress,
-                                 packed=packed, cut=shard)
-    except BaseException:
-        _unwrap(model)
-        raise
-
-    def save(folder: Path) -> None:
-        state = {"state_dict": peft_trainer.gathered(model)} if shard else {}
-        if group.first:
-            model.save_pretrained(str(folder), **state)
-
+    tuned, trained, save = train_by_trainer(lm, job, config, on_epoch=on_epoch, progress=progress)
     return Finetuned(
-        tuned, trained.curve(0), *meter.read(), trained.courses[0].diverged,
-        save, lambda: _unwrap(model),
+        tuned, trained.curve(0), *meter.read(), trained.schedules[0].diverged,
+        save, lambda: release(tuned.model),
     )
-
-
-def _trainable(lm: LM, config: FinetuneConfig, init_seed: int, shard: bool) -> nn.Module:
-    """A PeftModel around the base (around a copy, to be cut up), or a float32 copy of the base."""
-    if config.method == "full":
-        return copy.deepcopy(lm.model).float().requires_grad_(True)
-    model = get_peft_model(copy.deepcopy(lm.model) if shard else lm.model, peft_config(config))
-    set_first_values(model, init_seed)
-    return model
-
-
-def _unwrap(model: nn.Module) -> None:
-    if isinstance(model, PeftModel):
-        base = model.unload()
-        if hasattr(base, "peft_config"):
-            del base.peft_config
 
 
 class Meter:

@@ -1,10 +1,8 @@
-"""LoRA adapters as plain tensors: which layers they sit on, their first values, peft's files.
-
-A frozen linear layer with K adapters, and which rows go to which of them.
-"""
+"""LoRA layers: a frozen linear layer with K adapters, which layers get them, peft's files."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Collection, Mapping
@@ -18,7 +16,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
-from ..config import FinetuneConfig
+from ..config import FinetuneConfig, InstructMiningError
+from ..models.causal_lm import unwrapped
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,9 @@ class PaddedRouting:
     """Blocks side by side, padded to the longest: two products for all adapters, for a GPU.
 
     which : shape (n,), adapter of each block
-    take : shape (n, longest), place of each lane's slots, padding repeating the first
+    take : shape (n, longest), place of each slot, padding repeating the block's first
     real : shape (n, longest, 1), 1 where a slot is no padding
-    back : shape (places,), lane slot of each place
+    back : shape (places,), slot of each place
     """
 
     which: torch.Tensor
@@ -43,20 +42,20 @@ class Routing:
 
     blocks : (adapter, first place, place after the last), covering all places in order; None
         sends every place to `only`
-    lanes : the same blocks for a GPU, where a product a block would be too many launches
+    padded : the same blocks for a GPU, where a product a block would be too many launches
     """
 
     blocks: list[tuple[int, int, int]] | None = None
     only: int = 0
-    lanes: PaddedRouting | None = None
+    padded: PaddedRouting | None = None
 
     def over(self, places: int) -> list[tuple[int, int, int]]:
         """The blocks of a batch of so many places."""
         return [(self.only, 0, places)] if self.blocks is None else self.blocks
 
 
-def lanes_of(blocks: list[tuple[int, int, int]], device: torch.device) -> PaddedRouting:
-    """Lay blocks out as lanes."""
+def padded_routing(blocks: list[tuple[int, int, int]], device: torch.device) -> PaddedRouting:
+    """Lay blocks out side by side."""
     which, start, stop = (np.array(x) for x in zip(*blocks, strict=True))
     size, along = stop - start, np.arange((stop - start).max())
     real = along[None] < size[:, None]
@@ -68,13 +67,13 @@ def lanes_of(blocks: list[tuple[int, int, int]], device: torch.device) -> Padded
 class MultiLoRALinear(nn.Module):
     """A frozen linear layer with K adapters; stands where the layer stood.
 
-    a : shape (K, d_in, rank); b : shape (K, rank, d_out); views of the stack's matrix in the
-    dtype of the computation, with gradients added to grad_a and grad_b (float32).
+    a : shape (K, d_in, rank); b : shape (K, rank, d_out); views of `MultiLoRA`'s matrix in
+    the dtype of the computation, with gradients added to grad_a and grad_b (float32).
     """
 
-    def __init__(self, layer: nn.Module, route: Routing, scale: float) -> None:
+    def __init__(self, layer: nn.Module, routing: Routing, scale: float) -> None:
         super().__init__()
-        self.layer, self.route, self.scale = layer, route, scale
+        self.layer, self.routing, self.scale = layer, routing, scale
         self.a = self.b = self.grad_a = self.grad_b = self.trigger = None
 
     @property
@@ -86,8 +85,8 @@ class MultiLoRALinear(nn.Module):
         return getattr(self.layer, "bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        apply = _Blocks.apply if self.route.lanes is None else _Lanes.apply
-        return self.layer(x) + apply(x, self.trigger, self)
+        way = _BlockLoRA if self.routing.padded is None else _PaddedLoRA
+        return self.layer(x) + way.apply(x, self.trigger, self)
 
 
 def base_layer(layer: nn.Module) -> nn.Module:
@@ -102,14 +101,14 @@ def shapes(layer: nn.Module) -> tuple[int, int]:
     return layer.nx, layer.nf
 
 
-class _Blocks(torch.autograd.Function):
-    """The adapters' share of a layer's output; their gradients go straight to the stack's."""
+class _BlockLoRA(torch.autograd.Function):
+    """The adapters' share of a layer's output; their gradients go straight to `MultiLoRA`'s."""
 
     @staticmethod
     def forward(ctx, x, trigger, layer):
         flat = x.reshape(-1, x.shape[-1])
         out = flat.new_empty((len(flat), layer.b.shape[-1]))
-        blocks = layer.route.over(len(flat))
+        blocks = layer.routing.over(len(flat))
         inner = []
         for k, start, stop in blocks:
             inner.append(flat[start:stop] @ layer.a[k])
@@ -134,41 +133,44 @@ class _Blocks(torch.autograd.Function):
         return (None if back is None else back.view(ctx.shape)), None, None
 
 
-class _Lanes(torch.autograd.Function):
-    """The same by batched products over the route's lanes."""
+class _PaddedLoRA(torch.autograd.Function):
+    """The same by batched products over a `PaddedRouting`."""
 
     @staticmethod
     def forward(ctx, x, trigger, layer):
-        lanes = layer.route.lanes
+        routing = layer.routing.padded
         flat = x.reshape(-1, x.shape[-1])
-        lined = flat[lanes.take]
-        inner = torch.bmm(lined, layer.a[lanes.which])
-        out = torch.bmm(inner, layer.b[lanes.which]).flatten(0, 1)[lanes.back]
+        lined = flat[routing.take]
+        inner = torch.bmm(lined, layer.a[routing.which])
+        out = torch.bmm(inner, layer.b[routing.which]).flatten(0, 1)[routing.back]
         ctx.save_for_backward(lined, inner)
-        ctx.layer, ctx.lanes, ctx.shape = layer, lanes, x.shape
+        ctx.layer, ctx.routing, ctx.shape = layer, routing, x.shape
         return out.mul_(layer.scale).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, gradient):
         lined, inner = ctx.saved_tensors
-        layer, lanes = ctx.layer, ctx.lanes
-        gradient = gradient.reshape(-1, gradient.shape[-1])[lanes.take]
-        gradient = gradient * (lanes.real * layer.scale).to(gradient.dtype)
-        slope = torch.bmm(gradient, layer.b[lanes.which].transpose(1, 2))
+        layer, routing = ctx.layer, ctx.routing
+        gradient = gradient.reshape(-1, gradient.shape[-1])[routing.take]
+        gradient = gradient * (routing.real * layer.scale).to(gradient.dtype)
+        slope = torch.bmm(gradient, layer.b[routing.which].transpose(1, 2))
         grad_a = torch.bmm(lined.transpose(1, 2), slope)
         grad_b = torch.bmm(inner.transpose(1, 2), gradient)
-        layer.grad_a.index_add_(0, lanes.which, grad_a.to(layer.grad_a.dtype))
-        layer.grad_b.index_add_(0, lanes.which, grad_b.to(layer.grad_b.dtype))
+        layer.grad_a.index_add_(0, routing.which, grad_a.to(layer.grad_a.dtype))
+        layer.grad_b.index_add_(0, routing.which, grad_b.to(layer.grad_b.dtype))
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        back = torch.bmm(slope, layer.a[lanes.which].transpose(1, 2))
-        return back.flatten(0, 1)[lanes.back].view(ctx.shape), None, None
+        back = torch.bmm(slope, layer.a[routing.which].transpose(1, 2))
+        return back.flatten(0, 1)[routing.back].view(ctx.shape), None, None
 
 
-def peft_config(config: FinetuneConfig) -> LoraConfig:
-    """peft's own configuration of an adapter: LoRA, rsLoRA or DoRA."""
+def peft_config(config: FinetuneConfig, model: nn.Module) -> LoraConfig:
+    """peft's own configuration of an adapter on `model`: LoRA, rsLoRA or DoRA.
+
+    Raises InstructMiningError where `config.layers` are more than the model has.
+    """
     targets = config.target_modules
-    return LoraConfig(
+    found = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.rank,
         lora_alpha=config.alpha,
@@ -177,6 +179,15 @@ def peft_config(config: FinetuneConfig) -> LoraConfig:
         use_rslora=config.method == "rslora",
         use_dora=config.method == "dora",
     )
+    if config.layers:
+        count = unwrapped(model).config.get_text_config().num_hidden_layers
+        if config.layers > count:
+            raise InstructMiningError(
+                f"finetune.layers is {config.layers}; the model has {count} layers.")
+        if targets == "all-linear":  # peft takes only names beside numbers of layers
+            found.target_modules = {name.rsplit(".", 1)[-1] for name in _adapted(model, found)}
+        found.layers_to_transform = list(range(count - config.layers, count))
+    return found
 
 
 def scaling(config: FinetuneConfig) -> float:
@@ -185,30 +196,41 @@ def scaling(config: FinetuneConfig) -> float:
 
 
 def target_layers(model: nn.Module, config: FinetuneConfig) -> dict[str, nn.Module]:
-    """The layers peft would put an adapter on, by name, in the model's order.
-
-    peft chooses (it knows that "all-linear" leaves out the output layer, and GPT-2's Conv1D); its
-    adapter is removed again at once.
-    """
-    wrapped = get_peft_model(model, peft_config(config))
-    names = [n for n, m in wrapped.base_model.model.named_modules() if isinstance(m, LoraLayer)]
-    wrapped.unload()
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+    """The layers peft would put an adapter on, by name, in the model's order."""
+    names = _adapted(model, peft_config(config, model))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return {name: model.get_submodule(name) for name in names}
 
 
-def target_names(model: nn.Module, layers: Collection[str]) -> set[str]:
-    """What to call these layers so that peft finds them again, and no others.
+def _adapted(model: nn.Module, settings: LoraConfig) -> list[str]:
+    """Names of the layers that peft chooses; its adapter is removed again at once.
 
-    Their last parts, as peft itself writes them; full names where the model has further layers
-    that end in the same part.
+    It knows that "all-linear" leaves out the output layer, and GPT-2's Conv1D.
     """
-    short = {name.rsplit(".", 1)[-1] for name in layers}
-    reached = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in short}
-    return short if reached <= set(layers) else set(layers)
+    wrapped = get_peft_model(model, copy.deepcopy(settings))
+    names = [n for n, m in wrapped.base_model.model.named_modules() if isinstance(m, LoraLayer)]
+    wrapped.unload()
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    return names
+
+
+def export_config(
+    config: FinetuneConfig, model: nn.Module, layers: Collection[str]
+) -> LoraConfig:
+    """peft's configuration of a trained adapter: it finds these layers again, and no others.
+
+    By their last parts, as peft itself writes them; by full names where the model has further
+    layers that end in the same part.
+    """
+    settings = peft_config(config, model)
+    settings.inference_mode = True
+    if not config.layers:
+        short = {name.rsplit(".", 1)[-1] for name in layers}
+        reached = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in short}
+        settings.target_modules = short if reached <= set(layers) else set(layers)
+    return settings
 
 
 def first_values(name: str, rank: int, fan_in: int, init_seed: int) -> torch.Tensor:
@@ -236,15 +258,12 @@ def set_first_values(wrapped: nn.Module, init_seed: int) -> None:
 def save_adapter(
     folder: str | Path,
     tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-    config: FinetuneConfig,
-    targets: set[str],
-    base: str,
+    settings: LoraConfig,
 ) -> None:
     """Write an adapter as peft does, for `PeftModel.from_pretrained`.
 
     tensors : layer name -> A, shape (rank, d_in), and B, shape (d_out, rank)
-    targets : peft's `target_modules`; see `target_names`
-    base : the base model's name, for peft's `base_model_name_or_path`
+    settings : of `export_config`
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -253,8 +272,4 @@ def save_adapter(
         flat[f"base_model.model.{name}.lora_A.weight"] = a.detach().float().cpu().contiguous()
         flat[f"base_model.model.{name}.lora_B.weight"] = b.detach().float().cpu().contiguous()
     save_file(flat, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = peft_config(config)
-    settings.base_model_name_or_path = base
-    settings.inference_mode = True
-    settings.target_modules = targets
     settings.save_pretrained(str(folder))

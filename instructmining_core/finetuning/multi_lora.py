@@ -21,17 +21,16 @@ from torch import nn
 
 from ..config import FinetuneConfig
 from ..models.causal_lm import unwrapped
-from .fused_layer import lean_blocks
 from .lora import (
     MultiLoRALinear,
     Routing,
+    export_config,
     first_values,
-    lanes_of,
+    padded_routing,
     save_adapter,
     scaling,
     shapes,
     target_layers,
-    target_names,
 )
 
 
@@ -48,33 +47,26 @@ class MultiLoRA:
     """K adapters on a model: values, gradients, optimiser; put on by `attach`, off by `detach`."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        config: FinetuneConfig,
-        init_seeds: Sequence[int],
-        *,
-        lanes: bool | None = None,
+        self, model: nn.Module, config: FinetuneConfig, init_seeds: Sequence[int]
     ) -> None:
         """Put nothing on the model yet; `attach` does.
 
         config : of all K; init_seeds : one an adapter
-        lanes : one batched product for all adapters instead of one each; None: on a GPU
         """
         self.model, self.config = unwrapped(model), config
-        self.count, self.route = len(init_seeds), Routing()
-        self.layers = {name: MultiLoRALinear(layer, self.route, scaling(config))
+        self.count, self.routing = len(init_seeds), Routing()
+        self.layers = {name: MultiLoRALinear(layer, self.routing, scaling(config))
                        for name, layer in target_layers(self.model, config).items()}
-        self.targets = target_names(self.model, self.layers)
+        self.exported = export_config(config, self.model, self.layers)
         sample = next(iter(self.layers.values())).layer.weight
         self.device = sample.device
-        self.lanes = self.device.type == "cuda" if lanes is None else lanes
+        self.padded = self.device.type == "cuda"  # a product an adapter would be many launches
         self.dtype = sample.dtype if sample.dtype.is_floating_point else torch.float32
         self._spans = _spans(self.layers, config.rank)
         size = self._spans[-1][-1]
         new = lambda: torch.zeros(self.count, size, device=self.device)  # noqa: E731
         self.values, self.gradients = new(), new()
         self.adam = AdamState(new(), new(), torch.zeros(self.count, 1, device=self.device))
-        self._blocks: dict[str, nn.Module] = {}
         self._start(init_seeds)
         self.work = self.values.to(self.dtype) if self.dtype != torch.float32 else self.values
         self._bind()
@@ -98,20 +90,15 @@ class MultiLoRA:
         a, b, end = span
         return matrix[:, a:b].view(-1, d_in, rank), matrix[:, b:end].view(-1, rank, d_out)
 
-    def attach(self, *, lean: bool = True) -> None:
-        """Put the adapters on the model; lean : with `FusedDecoderLayer` where the layers fit it."""
+    def attach(self) -> None:
+        """Put the adapters on the model."""
         for name, layer in self.layers.items():
-            _replace(self.model, name, layer)
-        self._blocks = lean_blocks(self.model, self.route) if lean else {}
-        for name, block in self._blocks.items():
-            _replace(self.model, name, block)
+            self.model.set_submodule(name, layer)
 
     def detach(self) -> None:
         """Give the model its own layers back; the values stay here."""
-        for name, block in self._blocks.items():
-            _replace(self.model, name, block.layer)
         for name, layer in self.layers.items():
-            _replace(self.model, name, layer.layer)
+            self.model.set_submodule(name, layer.layer)
 
     def send(self, owners: Sequence[int], slots: Sequence[int]) -> None:
         """Send each row of a batch to its adapter.
@@ -121,14 +108,13 @@ class MultiLoRA:
         ends = np.cumsum(slots)
         starts = ends - slots
         runs = [list(run) for _, run in groupby(range(len(owners)), owners.__getitem__)]
-        self.route.blocks = [
-            (owners[run[0]], int(starts[run[0]]), int(ends[run[-1]])) for run in runs
-        ]
-        self.route.lanes = lanes_of(self.route.blocks, self.device) if self.lanes else None
+        blocks = [(owners[run[0]], int(starts[run[0]]), int(ends[run[-1]])) for run in runs]
+        self.routing.blocks = blocks
+        self.routing.padded = padded_routing(blocks, self.device) if self.padded else None
 
     def use(self, adapter: int) -> None:
         """Send every row to one adapter, for evaluation and generation."""
-        self.route.blocks, self.route.lanes, self.route.only = None, None, adapter
+        self.routing.blocks, self.routing.padded, self.routing.only = None, None, adapter
 
     def step(self, rates: np.ndarray) -> torch.Tensor:
         """Clip each adapter's gradient, take one AdamW step, clear the gradients.
@@ -168,7 +154,8 @@ class MultiLoRA:
 
     def save(self, adapter: int, folder: str | Path, base: str) -> None:
         """Write one adapter as peft does; `PeftModel.from_pretrained` loads it."""
-        save_adapter(folder, self.tensors(adapter), self.config, self.targets, base)
+        self.exported.base_model_name_or_path = base
+        save_adapter(folder, self.tensors(adapter), self.exported)
 
 
 def _spans(layers: dict[str, MultiLoRALinear], rank: int) -> list[tuple[int, int, int]]:
@@ -179,8 +166,3 @@ def _spans(layers: dict[str, MultiLoRALinear], rank: int) -> list[tuple[int, int
         spans.append((at, at + d_in * rank, at + (d_in + d_out) * rank))
         at = spans[-1][-1]
     return spans
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)

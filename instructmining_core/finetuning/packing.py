@@ -1,17 +1,17 @@
 """Rows end to end in one long row: the layers see real tokens only, attention sees one row each.
 
-A batch of 16 answers padded to the longest costs a third more than its real tokens. Here the rows
-lie one after the other, positions start again at each, and a registered attention function cuts
-them apart. Whether a model takes this is found out by asking it once (`PackedModel`); one that does not
-gets right-padded rows. Both give the same loss.
-
-Lengths are rounded up a little, as oneDNN builds its code anew for each shape it has not seen:
-where every batch had a size of its own, that took a quarter of the time of a small model.
+A batch of 16 answers padded to the longest costs a third more than its real tokens. Here rows lie
+one after the other, positions start again at each, and a registered attention function cuts them
+apart. A model is asked once whether it takes this; one that does not gets right-padded rows. Both
+give the same loss. Lengths are rounded up a little, as oneDNN builds its code anew for each shape
+it has not seen: where every batch had a size of its own, that took a quarter of the time of a small
+model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,8 +42,6 @@ class Batch:
     row_of : int64, shape (targets,), the row of each target
     groups : packed only: (rows, longest) of each attention call
     take, back : packed only: flat token of each padded slot; padded slot of each token
-    read : packed only: int64, ascending, `predict` and a few places more, to fill up their number;
-        the last layer's output is read nowhere else
     """
 
     ids: torch.Tensor
@@ -56,18 +54,16 @@ class Batch:
     groups: tuple[tuple[int, int], ...] = ()
     take: torch.Tensor | None = None
     back: torch.Tensor | None = None
-    read: torch.Tensor | None = None
 
 
 class PackedModel:
     """A causal LM that takes rows packed where it can, and gives the loss of their targets."""
 
-    def __init__(self, lm: LM, *, packed: bool | None = None) -> None:
-        """packed : True or False to choose; None to ask the model."""
+    def __init__(self, lm: LM) -> None:
         self.lm = lm
         self.model = unwrapped(lm.model)
         self.device = torch.device(lm.device)
-        self.packed = _takes_packed_rows(self) if packed is None else packed
+        self.packed = _takes_packed_rows(self)
 
     def batch(self, rows: Sequence[Encoded]) -> Batch:
         """Lay rows out for `loss`, in their order."""
@@ -82,20 +78,90 @@ class PackedModel:
         if head.way == "forward":
             logits = self._run(self.model, batch).logits.flatten(0, 1)[batch.predict]
             return plain_nll(logits, batch.labels, weights)
-        return weighted_nll(self.hidden(batch), head, self.model.get_output_embeddings(),
-                            batch.labels, weights)
+        return weighted_nll(self.at_targets(self.states(batch), batch), head,
+                            self.model.get_output_embeddings(), batch.labels, weights)
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
-        """Hidden states below the output matrix at `batch.predict`, shape (targets, dim)."""
-        states = self._run(decoder(self.model), batch).last_hidden_state
+    def states(self, batch: Batch) -> torch.Tensor:
+        """Hidden states below the output matrix, shape (1, tokens, dim) packed."""
+        return self._run(decoder(self.model), batch).last_hidden_state
+
+    def at_targets(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Those of `states` at `batch.predict`, shape (targets, dim)."""
         return states.flatten(0, 1).index_select(0, batch.predict)
+
+    def lower(self, batch: Batch, layer: int) -> torch.Tensor:
+        """Hidden states that enter a decoder layer, numbered from 0; the layers from it on rest."""
+        with torch.no_grad(), _entering(decoder_layers(self.model)[layer]) as seen:
+            self.states(batch)
+        return seen[0]
+
+    def upper(self, states: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
+        """What `states` gives, from the hidden states that `lower` gives for this layer."""
+        layers = decoder_layers(self.model)
+        with _skipped(layers[:layer]), _replaced_input(layers[layer], states):
+            return self.states(batch)
 
     def _run(self, module: nn.Module, batch: Batch):
         if batch.positions is None:
             return module(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-        with using(self.model, ATTENTION, attend):
+        with using(self.model, ATTENTION, attend_packed):
             return module(input_ids=batch.ids, position_ids=batch.positions, use_cache=False,
                           packed_rows=batch)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of any Hugging Face causal LM: its largest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+
+
+class _Reached(Exception):
+    """The layer at which a forward pass is to end."""
+
+
+@contextmanager
+def _entering(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """A list that gets the layer's input; the pass inside the block ends there."""
+    seen: list[torch.Tensor] = []
+
+    def look(_, arguments, options):
+        seen.append(arguments[0] if arguments else options["hidden_states"])
+        raise _Reached
+
+    hook = layer.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with suppress(_Reached):
+            yield seen
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """These layers hand on what they get, inside the block."""
+    layers = list(layers)
+    for layer in layers:
+        layer.forward = lambda hidden_states, *_, **__: hidden_states
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@contextmanager
+def _replaced_input(layer: nn.Module, states: torch.Tensor) -> Iterator[None]:
+    """The layer gets these hidden states, inside the block."""
+    def put(_, arguments, options):
+        if arguments:
+            return (states, *arguments[1:]), options
+        return (), options | {"hidden_states": states}
+
+    hook = layer.register_forward_pre_hook(put, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> Batch:
@@ -126,16 +192,8 @@ def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> Batch:
     on = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
     return Batch(
         on(ids)[None], on(positions)[None], None, places, on(predict), on(labels), on(row_of),
-        tuple(groups), on(take), on(back), on(_read_places(predict, len(ids))),
+        tuple(groups), on(take), on(back),
     )
-
-
-def _read_places(predict: np.ndarray, tokens: int) -> np.ndarray:
-    """These places and the first others, as many as make their number a multiple; ascending."""
-    read = np.zeros(tokens, dtype=bool)
-    read[predict] = True
-    read[np.flatnonzero(~read)[: -len(predict) % _TOKENS]] = True
-    return np.flatnonzero(read)
 
 
 def pad_right(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> Batch:
@@ -201,7 +259,9 @@ class _Collect(torch.autograd.Function):
         return spread.index_copy_(0, ctx.saved_tensors[0], gradient), None
 
 
-def attend(module, query, key, value, attention_mask, scaling=None, packed_rows=None, **kwargs):
+def attend_packed(
+    module, query, key, value, attention_mask, scaling=None, packed_rows=None, **kwargs
+):  # fmt: skip
     """The attention function given to transformers.
 
     query : shape (1, heads, tokens, dim); key, value may have fewer heads
@@ -238,18 +298,22 @@ def _window(longest: int, window: int | None, device: torch.device) -> torch.Ten
     return (ahead >= 0) & (ahead < window)
 
 
-def _takes_packed_rows(body: PackedModel) -> bool:
+def _takes_packed_rows(model: PackedModel) -> bool:
     """Ask the model: two short rows packed and padded must give the same hidden states."""
-    if body.lm.head.way == "forward":
+    if model.lm.head.way == "forward":
         return False
-    vocabulary = body.model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.model.get_input_embeddings().weight.shape[0]
     ids = [tuple(i % vocabulary for i in range(3, 3 + n)) for n in (9, 5)]
     rows = [Encoded(row, (False, *[True] * (len(row) - 1))) for row in ids]
     with torch.no_grad():
-        padded = body.hidden(pad_right(rows, body.device)).float()
+        padded = _at_targets(model, pad_right(rows, model.device))
         try:
-            packed = body.hidden(pack(rows, body.device)).float()
+            packed = _at_targets(model, pack(rows, model.device))
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
             return False
-    tolerance = 1e-4 if body.lm.dtype == torch.float32 else 0.05
+    tolerance = 1e-4 if model.lm.dtype == torch.float32 else 0.05
     return bool((packed - padded).abs().max() <= tolerance * padded.abs().max())
+
+
+def _at_targets(model: PackedModel, batch: Batch) -> torch.Tensor:
+    return model.at_targets(model.states(batch), batch).float()

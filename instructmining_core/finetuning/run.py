@@ -100,29 +100,29 @@ def run_together(
         check_run(spec, lm, rows, evals)
     started, meter = now(), Meter(lm.device)
     jobs = [TrainingJob([rows[h] for h in s.row_hashes], s.init_seed, s.order_seed) for s in specs]
-    stack = MultiLoRA(lm.model, specs[0].finetune, [spec.init_seed for spec in specs])
+    adapters = MultiLoRA(lm.model, specs[0].finetune, [spec.init_seed for spec in specs])
     epochs = [_Epochs(spec, evals, by_epoch) for spec in specs]
 
     def after_epoch(adapter: int, epoch: int) -> None:
-        stack.use(adapter)
+        adapters.use(adapter)
         epochs[adapter].look(lm, epoch)
 
-    stack.attach()
+    adapters.attach()
     try:
-        trained = train(stack, PackedModel(lm), jobs, on_epoch=after_epoch)
+        trained = train(adapters, PackedModel(lm), jobs, on_epoch=after_epoch)
         seconds = meter.read()[0] - sum(one.seconds for one in epochs)
         begun = time.perf_counter()
         found = []
         for adapter, plan in enumerate(trained.schedules):
-            stack.use(adapter)
+            adapters.use(adapter)
             found.append(_losses(lm, {} if plan.diverged else evals))
         evaluated = (time.perf_counter() - begun) / len(specs)
         _, peak = meter.read()
     finally:
-        stack.detach()
+        adapters.detach()
     for k, spec in enumerate(specs):
         if keep is not None and not trained.schedules[k].diverged:
-            _keep(Path(keep) / spec.run_id, lambda to, k=k: stack.save(k, to, lm.resolved.id))
+            _keep(Path(keep) / spec.run_id, lambda to, k=k: adapters.save(k, to, lm.resolved.id))
     tokens = [sum(len(row) for row in job.rows) for job in jobs]
     return [
         _record(spec, lm, trained.curve(k), *found[k], epochs[k].with_last(found[k][0]), started,

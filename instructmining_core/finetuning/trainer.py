@@ -1,13 +1,8 @@
-"""Train K adapters together: the loss of each step exact, each adapter as if it were alone.
+"""Train K adapters in one pass over the base: each step's loss exact, each adapter as if alone.
 
-Which rows are in which step, at which learning rate: fixed by seeds, not by what computes it.
-
-The tokens of a micro-batch: as configured, fewer once memory has run out.
-
-A step's gradient is a sum over its rows with weights that the whole step fixes, so how the rows are
-cut into micro-batches changes nothing but the order in which that sum is taken.
-
-How many adapters to train in one pass: what memory holds, where it pays.
+Seeds fix which rows are in which step and at which rate, not what computes it. A step's gradient is
+a sum over its rows with weights that the whole step fixes, so how the rows are cut into
+micro-batches changes nothing but the order in which that sum is taken.
 """
 
 from __future__ import annotations
@@ -24,12 +19,90 @@ from tqdm.auto import tqdm
 
 from ..config import FinetuneConfig
 from ..data.tokenization import Encoded
-from ..models.batching import is_out_of_memory
 from ..models.causal_lm import LM, unwrapped
-from ..models.distributed import Group, join
+from ..models.memory import is_out_of_memory
 from .lora import shapes, target_layers
 from .multi_lora import MultiLoRA
 from .packing import PackedModel
+
+ON_CPU = 1  # measured: 4 adapters do 1.03 to 1.08 times its tokens a second, in thrice its memory
+ON_GPU = 64  # at most
+_BYTES = 22  # of one adapter's number: value, gradient, two moments, all float32, and work copies
+_SHARE = 0.25  # of the free memory, for adapters; a micro-batch's size does not hang on K
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One adapter's rows and seeds."""
+
+    rows: Sequence[Encoded]
+    init_seed: int
+    order_seed: int
+
+
+@dataclass
+class Schedule:
+    """One training's steps, and how far it came.
+
+    steps : row positions of each step; epoch : epoch of each step, from 0
+    rates : learning rate of each step; tokens : target tokens of each step
+    ended : steps taken when it ended early (NaN, or `on_epoch` said so), else None
+    """
+
+    job: TrainingJob
+    steps: list[np.ndarray]
+    epoch: np.ndarray
+    rates: np.ndarray
+    tokens: np.ndarray
+    ended: int | None = None
+    diverged: bool = False
+
+    def active(self, step: int) -> bool:
+        """Whether this step is to be taken."""
+        return step < len(self.steps) and self.ended is None
+
+    def epoch_ends(self, step: int) -> bool:
+        """Whether this step is the last of its epoch."""
+        last = step + 1 == len(self.steps)
+        return last or self.epoch[step + 1] != self.epoch[step]
+
+    def curve(self, losses: np.ndarray) -> pd.DataFrame:
+        """step (from 1), epoch (from 1), lr, loss (nats per target token), tokens (targets).
+
+        losses : of each step, before its update
+        """
+        n = len(self.steps) if self.ended is None else self.ended
+        return pd.DataFrame({
+            "step": np.arange(1, n + 1), "epoch": self.epoch[:n] + 1, "lr": self.rates[:n],
+            "loss": losses[:n], "tokens": self.tokens[:n],
+        })
+
+
+@dataclass
+class Trained:
+    """What training K adapters gives.
+
+    schedules : K, each with how it ended
+    losses : shape (K, steps), each step's loss before its update, nats per target token
+    """
+
+    schedules: list[Schedule]
+    losses: np.ndarray = field(repr=False)
+
+    def curve(self, adapter: int) -> pd.DataFrame:
+        """An adapter's `Schedule.curve`."""
+        return self.schedules[adapter].curve(self.losses[adapter])
+
+
+def schedule(job: TrainingJob, config: FinetuneConfig) -> Schedule:
+    """The steps of one training."""
+    by_epoch = row_order(len(job.rows), config.epochs, config.batch_size, job.order_seed)
+    steps = [step for epoch in by_epoch for step in epoch]
+    counts = np.array([sum(row.targets[1:]) for row in job.rows])
+    return Schedule(
+        job, steps, np.repeat(np.arange(config.epochs), [len(e) for e in by_epoch]),
+        learning_rates(config, len(steps)), np.array([counts[step].sum() for step in steps]),
+    )
 
 
 def row_order(rows: int, epochs: int, batch_size: int, order_seed: int) -> list[list[np.ndarray]]:
@@ -65,9 +138,7 @@ def learning_rates(config: FinetuneConfig, steps: int) -> np.ndarray:
     return config.learning_rate * np.where(at < warm, (at + 1) / max(1, warm), factor)
 
 
-def micro_batches(
-    lengths: Sequence[int], max_tokens: int, *, padded: bool = False
-) -> list[np.ndarray]:
+def micro_batches(lengths: Sequence[int], max_tokens: int, *, padded: bool) -> list[np.ndarray]:
     """Split rows, in their order, into runs of at most `max_tokens` tokens; a longer row is alone.
 
     lengths : tokens of each row
@@ -87,31 +158,25 @@ def micro_batches(
 
 
 class MicroBatcher:
-    """How many tokens a micro-batch may have, over the steps of one training."""
+    """How many tokens a micro-batch may have: as configured, fewer once memory has run out."""
 
-    def __init__(self, tokens: int, group: Group, *, halves: bool = True) -> None:
-        """halves : False where every process must do the same number of micro-batches"""
-        self.tokens, self.group, self.halves = tokens, group, halves
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
 
     def step(
         self, lengths: Sequence[int], backward: Callable[[int], None], clear: Callable[[], None]
     ) -> None:
         """Do the backward passes of a step; when memory runs out, all of them again with half.
 
-        lengths : tokens of each row of this process in the step; one row cannot be cut
+        lengths : tokens of each row in the step; one row cannot be cut
         backward : adds the step's gradients, given the tokens of a micro-batch
         clear : takes back what an attempt that broke off has added
-
-        Raises what `backward` raises, on every process of the group.
         """
-        self.group.all_or_none(lambda: self._attempt(lengths, backward, clear))
-
-    def _attempt(self, lengths, backward, clear) -> None:
         while True:
             try:
                 return backward(self.tokens)
             except (RuntimeError, MemoryError) as error:
-                if not (self.halves and is_out_of_memory(error) and self._halve(lengths)):
+                if not (is_out_of_memory(error) and self._halve(lengths)):
                     raise
             # outside the block above: the error's traceback holds the micro-batch's tensors
             clear()
@@ -120,31 +185,25 @@ class MicroBatcher:
 
     def _halve(self, lengths: Sequence[int]) -> bool:
         """Halve, but not below the longest row; False where that changes nothing."""
-        longest, total = max(lengths, default=0), sum(lengths)
+        longest, total = max(lengths), sum(lengths)
         if min(self.tokens, total) <= longest:
             return False
         self.tokens = max(longest, min(self.tokens, total) // 2)
         return True
 
 
-ON_CPU = 1  # measured: 4 adapters do 1.03 to 1.08 times its tokens a second, in thrice its memory
-ON_GPU = 64  # at most
-_BYTES = 22  # of one adapter's number: value, gradient, two moments, all float32, and work copies
-_SHARE = 0.25  # of the free memory, for adapters; a micro-batch's size does not hang on K
-
-
-def adapters_together(lm: LM, config: FinetuneConfig) -> int:
+def adapters_per_pass(lm: LM, config: FinetuneConfig) -> int:
     """How many runs of this configuration to train in one pass over the base.
 
     On a CPU one. On a GPU as many as fit into a quarter of the free memory, at most 64: the tokens
     of a micro-batch are bounded by `config.micro_tokens`, so more adapters only cost their own
-    numbers. Processes that share a run take the least of theirs.
+    numbers.
     """
     if not str(lm.device).startswith("cuda"):
         return ON_CPU
     free, _ = torch.cuda.mem_get_info(torch.device(lm.device))
     fitting = int(free * _SHARE / (_BYTES * adapter_size(lm, config)))
-    return join().least(max(1, min(ON_GPU, fitting)))
+    return max(1, min(ON_GPU, fitting))
 
 
 def adapter_size(lm: LM, config: FinetuneConfig) -> int:
@@ -153,152 +212,75 @@ def adapter_size(lm: LM, config: FinetuneConfig) -> int:
     return sum(config.rank * sum(shapes(layer)) for layer in layers)
 
 
-@dataclass(frozen=True)
-class TrainingJob:
-    """One adapter's rows and seeds."""
-
-    rows: Sequence[Encoded]
-    init_seed: int
-    order_seed: int
-
-
-@dataclass
-class Schedule:
-    """One adapter's way through training.
-
-    steps : row positions of each step; epoch : epoch of each step, from 0
-    rates : learning rate of each step; tokens : target tokens of each step
-    ended : steps taken when it ended early (NaN, or `on_epoch` said so), else None
-    """
-
-    job: TrainingJob
-    steps: list[np.ndarray]
-    epoch: np.ndarray
-    rates: np.ndarray
-    tokens: np.ndarray
-    ended: int | None = None
-    diverged: bool = False
-
-    def active(self, step: int) -> bool:
-        return step < len(self.steps) and self.ended is None
-
-    def epoch_ends(self, step: int) -> bool:
-        last = step + 1 == len(self.steps)
-        return last or self.epoch[step + 1] != self.epoch[step]
-
-
-def course(job: TrainingJob, config: FinetuneConfig) -> Schedule:
-    """Plan one adapter's steps."""
-    by_epoch = row_order(len(job.rows), config.epochs, config.batch_size, job.order_seed)
-    steps = [step for epoch in by_epoch for step in epoch]
-    counts = np.array([sum(row.targets[1:]) for row in job.rows])
-    return Schedule(
-        job, steps, np.repeat(np.arange(config.epochs), [len(e) for e in by_epoch]),
-        learning_rates(config, len(steps)), np.array([counts[step].sum() for step in steps]),
-    )
-
-
-@dataclass
-class Trained:
-    """What training K adapters gives.
-
-    courses : K plans, with how each ended
-    losses : shape (K, steps), each step's loss before its update, nats per target token
-    """
-
-    courses: list[Schedule]
-    losses: np.ndarray = field(repr=False)
-
-    def curve(self, adapter: int) -> pd.DataFrame:
-        """step (from 1), epoch (from 1), lr, loss (nats per target token), tokens (targets)."""
-        c = self.courses[adapter]
-        n = len(c.steps) if c.ended is None else c.ended
-        return pd.DataFrame({
-            "step": np.arange(1, n + 1), "epoch": c.epoch[:n] + 1, "lr": c.rates[:n],
-            "loss": self.losses[adapter, :n], "tokens": c.tokens[:n],
-        })
-
-
 def train(
-    stack: MultiLoRA,
-    body: PackedModel,
+    adapters: MultiLoRA,
+    model: PackedModel,
     jobs: Sequence[TrainingJob],
     *,
-    group: Group | None = None,
     on_epoch: Callable[[int, int], bool | None] | None = None,
     progress: bool = False,
 ) -> Trained:
-    """Train the stack's adapters, which are on `body`'s model, each on its job.
+    """Train adapters that are attached to the model, each on its job.
 
     on_epoch : called with adapter and epoch (from 1) after each; a true answer ends the adapter
-    group : the processes that share the rows of each step
 
     Adapters with fewer steps, and those whose loss is no number, drop out; the others go on
     untouched, as no row of one adapter meets the values of another.
     """
-    config, group = stack.config, group or Group()
-    courses = [course(job, config) for job in jobs]
-    total = max(len(c.steps) for c in courses)
-    losses = torch.zeros(len(jobs), total, device=body.device)
-    micro = MicroBatcher(config.micro_tokens, group)
+    schedules = [schedule(job, adapters.config) for job in jobs]
+    total = max(len(s.steps) for s in schedules)
+    losses = torch.zeros(len(jobs), total, device=model.device)
+    micro = MicroBatcher(adapters.config.micro_tokens)
     # a look at the loss waits for the GPU, so there it is taken once an epoch
-    each_step = body.device.type == "cpu"
+    each_step = model.device.type == "cpu"
     for step in tqdm(range(total), desc="steps", disable=not progress):
-        active = [k for k, c in enumerate(courses) if c.active(step)]
+        active = [k for k, s in enumerate(schedules) if s.active(step)]
         if not active:
             break
-        _gradients(stack, body, courses, active, step, losses, micro)
-        group.add_up(stack.gradients, losses[:, step])
-        rates = np.full(len(courses), np.nan)
+        _gradients(adapters, model, schedules, active, step, losses[:, step], micro)
+        rates = np.full(len(schedules), np.nan)
         for k in active:
-            rates[k] = courses[k].rates[step]
-        stack.step(rates)
-        ending = [k for k in active if courses[k].epoch_ends(step)]
+            rates[k] = schedules[k].rates[step]
+        adapters.step(rates)
+        ending = [k for k in active if schedules[k].epoch_ends(step)]
         if each_step or ending:
-            _stop_diverged(courses, active, losses, step)
+            _stop_diverged(schedules, active, losses, step)
         for k in ending:
-            epoch = int(courses[k].epoch[step]) + 1
-            if courses[k].ended is None and on_epoch is not None and on_epoch(k, epoch):
-                courses[k].ended = step + 1
-    return Trained(courses, losses.double().cpu().numpy())
+            epoch = int(schedules[k].epoch[step]) + 1
+            if schedules[k].ended is None and on_epoch is not None and on_epoch(k, epoch):
+                schedules[k].ended = step + 1
+    return Trained(schedules, losses.double().cpu().numpy())
 
 
-def _gradients(stack, body, courses, active, step, losses, micro) -> None:
-    """Add the step's gradients to the stack, and its loss to column `step` of `losses`."""
-    owners = [k for k in active for _ in courses[k].steps[step]]
-    rows = [courses[k].job.rows[i] for k in active for i in courses[k].steps[step]]
-    mine = micro.group.share([len(row) for row in rows])
-    if not body.packed:  # similar lengths together pad little; an adapter's rows stay together
-        mine = sorted(mine, key=lambda i: (owners[i], len(rows[i])))
-    owners, rows = [owners[i] for i in mine], [rows[i] for i in mine]
-    tokens = [c.tokens[step] if c.active(step) else 0 for c in courses]
-    new = partial(torch.tensor, dtype=torch.float32, device=body.device)
-    scales = new([loss_scale(n, body.lm.dtype) for n in tokens])
+def _gradients(adapters, model, schedules, active, step, losses, micro) -> None:
+    """Add the step's gradients to the adapters', and its losses to `losses`, shape (K,)."""
+    owners = [k for k in active for _ in schedules[k].steps[step]]
+    rows = [schedules[k].job.rows[i] for k in active for i in schedules[k].steps[step]]
+    if not model.packed:  # similar lengths together pad little; an adapter's rows stay together
+        order = sorted(range(len(rows)), key=lambda i: (owners[i], len(rows[i])))
+        owners, rows = [owners[i] for i in order], [rows[i] for i in order]
+    tokens = [s.tokens[step] if s.active(step) else 0 for s in schedules]
+    new = partial(torch.tensor, dtype=torch.float32, device=model.device)
+    scales = new([loss_scale(n, model.lm.dtype) for n in tokens])
     share = new([1 / n if n else 0.0 for n in tokens])
+    lengths = [len(row) for row in rows]
+
+    def backward(size: int) -> None:
+        for part in micro_batches(lengths, size, padded=not model.packed):
+            batch = model.batch([rows[i] for i in part])
+            owner = torch.tensor([owners[i] for i in part], device=model.device)[batch.row_of]
+            adapters.send([owners[i] for i in part], batch.slots)
+            loss, each = model.loss(batch, (share * scales)[owner])
+            loss.backward()
+            losses.index_add_(0, owner, each * share[owner])
 
     def clear() -> None:
-        stack.gradients.zero_()
-        losses[:, step] = 0
+        adapters.gradients.zero_()
+        losses.zero_()
 
-    micro.step(
-        [len(row) for row in rows],
-        lambda size: _backward(stack, body, rows, owners, share, scales, losses[:, step], size),
-        clear,
-    )
-    if body.lm.dtype == torch.float16:
-        stack.gradients.div_(scales[:, None])
-
-
-def _backward(stack, body, rows, owners, share, scales, losses, size) -> None:
-    """Micro-batches of at most `size` tokens; share, scales : shape (K,), as for `loss_scale`."""
-    lengths = [len(row) for row in rows]
-    for part in micro_batches(lengths, size, padded=not body.packed):
-        batch = body.batch([rows[i] for i in part])
-        owner = torch.tensor([owners[i] for i in part], device=body.device)[batch.row_of]
-        stack.send([owners[i] for i in part], batch.slots)
-        loss, each = body.loss(batch, (share * scales)[owner])
-        loss.backward()
-        losses.index_add_(0, owner, each * share[owner])
+    micro.step(lengths, backward, clear)
+    if model.lm.dtype == torch.float16:
+        adapters.gradients.div_(scales[:, None])
 
 
 def loss_scale(tokens: int, dtype: torch.dtype) -> float:
@@ -312,8 +294,8 @@ def loss_scale(tokens: int, dtype: torch.dtype) -> float:
     return 2.0 ** math.floor(math.log2(tokens)) if dtype == torch.float16 and tokens else 1.0
 
 
-def _stop_diverged(courses, active, losses, step) -> None:
+def _stop_diverged(schedules, active, losses, step) -> None:
     bad = ~torch.isfinite(losses[:, : step + 1]).all(dim=1).cpu().numpy()
     for k in active:
         if bad[k]:
-            courses[k].ended, courses[k].diverged = step + 1, True
+            schedules[k].ended, schedules[k].diverged = step + 1, True

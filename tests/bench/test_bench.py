@@ -292,23 +292,16 @@ def test_flop_of_training_by_hand(small_world):
     from instructmining_core.finetuning.multi_lora import MultiLoRA
 
     lm = small_world.load("float32")
-    stack = MultiLoRA(lm.model, small_world.config, [0])
+    adapters = MultiLoRA(lm.model, small_world.config, [0])
     row, config = Encoded((5, 6, 7), (False, True, True)), replace(small_world.config, epochs=2)
     square, wide, rank = 32 * 32, 32 * 64, config.rank
     layer = 4 * (4 * square + 3 * wide) + 6 * rank * (4 * 64 + 3 * 96)
     first = layer - 2 * 3 * square - 2 * rank * 3 * 32
     attention, head = 3 * 4 * 6 * 32 * 2, 4 * 2 * 32 * 512
     expected = 2 * (3 * (first + layer) + attention + head)
-    assert training_flop(stack, lm, [row], config) == expected
-    stack.attach()  # joined products hold the same weights
-    joined = frozen(stack)
-    stack.detach()
-    # one token of three is no target: nothing reads the last layer there
-    spared = 4 * (square + 3 * wide) + 6 * rank * (64 + 3 * 96)
-    assert training_flop(stack, lm, [row], config) == expected - 2 * spared
-    assert sum(w.numel() for w, *_ in joined) == 2 * (4 * square + 3 * wide)
-    assert sum(w.numel() for w, below, _ in joined if not below) == 3 * square
-    assert sum(w.numel() for w, _, at_targets in joined if at_targets) == square + 3 * wide
+    assert training_flop(adapters, lm, [row], config) == expected
+    assert sum(weight.numel() for weight, _ in frozen(adapters)) == 2 * (4 * square + 3 * wide)
+    assert sum(w.numel() for w, below in frozen(adapters) if not below) == 3 * square
 
 
 def test_shares_put_each_operation_where_it_belongs():
@@ -330,11 +323,11 @@ def test_shares_put_each_operation_where_it_belongs():
 
 def test_profile_sees_every_part_of_a_training(small_world):
     from bench.parts import LABELS, OTHER, PYTHON, where_time_goes
-    from instructmining_core.finetuning import fused_layer
+    from instructmining_core.finetuning import packing
 
-    before = fused_layer._mix
+    before = packing.attend_packed
     parts, slower = where_time_goes(small_world)
-    assert fused_layer._mix is before and slower > 0
+    assert packing.attend_packed is before and slower > 0
     assert set(parts) == {*LABELS.values(), "matrix products", OTHER, PYTHON}
     assert sum(parts.values()) == pytest.approx(1, abs=1e-3) and max(parts.values()) < 1
 

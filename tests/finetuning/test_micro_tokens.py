@@ -8,23 +8,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from finetuning.test_finetune import CONFIG, TOLERANCE, losses, rows_of
+from finetuning.test_finetune import CONFIG, TOLERANCE, by_peft, losses, rows_of
 
 from instructmining_core.config import ModelRef
-from instructmining_core.finetuning import packing, peft_trainer, trainer
-from instructmining_core.finetuning.finetune import finetune
+from instructmining_core.finetuning import full, packing, trainer
 from instructmining_core.finetuning.multi_lora import MultiLoRA
 from instructmining_core.finetuning.packing import PackedModel
 from instructmining_core.finetuning.trainer import (
     MicroBatcher,
     TrainingJob,
     adapter_size,
-    adapters_together,
+    adapters_per_pass,
     loss_scale,
     train,
 )
 from instructmining_core.models.causal_lm import LM, load_lm
-from instructmining_core.models.distributed import Group
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +47,33 @@ def short_of_memory(monkeypatch, limit: int) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("engine", ["stacked", "peft"])
-def test_a_step_that_does_not_fit_is_done_in_halves_with_the_same_numbers(lm, monkeypatch, engine):
+def test_a_step_that_does_not_fit_is_done_in_halves_with_the_same_numbers(lm, monkeypatch):
     config = replace(CONFIG, micro_tokens=64)
-    expected = losses(lm, config, engine=engine)
+    expected = losses(lm, config)
     sizes = short_of_memory(monkeypatch, 40)
-    assert losses(lm, config, engine=engine) == pytest.approx(expected, rel=TOLERANCE)
+    assert losses(lm, config) == pytest.approx(expected, rel=TOLERANCE)
     over = [size for size in sizes if size > 40]
     assert len(over) == 1 and max(sizes[sizes.index(over[0]) + 1 :]) <= 32
+
+
+def test_the_trainer_begins_anew_with_half_the_rows_at_once(lm, monkeypatch):
+    job, config = TrainingJob(rows_of(13), 1, 2), replace(CONFIG, method="dora")
+    expected, sizes, real = by_peft(lm, job, config)[0], [], full._loss
+
+    def loss(outputs, labels, num_items_in_batch):
+        sizes.append(len(labels))
+        if len(sizes) == 3 or len(labels) > 2:
+            raise RuntimeError("CUDA out of memory")
+        return real(outputs, labels, num_items_in_batch)
+
+    monkeypatch.setattr(full, "_loss", loss)
+    assert by_peft(lm, job, config)[0] == pytest.approx(expected, rel=TOLERANCE)
+    assert sizes[:5] == [5, 2, 2, 1, 1] and set(sizes[4:]) == {1}
+    sizes.clear()
+    monkeypatch.setattr(full, "_loss", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        by_peft(lm, job, config)
+    assert np.isfinite(losses(lm)).all()  # the base was given back
 
 
 def test_a_row_that_does_not_fit_alone_is_an_error(lm, monkeypatch):
@@ -69,7 +86,7 @@ def test_a_row_that_does_not_fit_alone_is_an_error(lm, monkeypatch):
 
 def test_halving_goes_from_what_was_tried_down_to_the_longest_row():
     def attempt(limit, lengths=(30, 10, 10, 10), tokens=1000):
-        micro, tried = MicroBatcher(tokens, Group()), []
+        micro, tried = MicroBatcher(tokens), []
 
         def backward(size):
             tried.append(size)
@@ -86,16 +103,12 @@ def test_halving_goes_from_what_was_tried_down_to_the_longest_row():
     assert attempt(35) == [1000, 30]  # half of the 60 tokens there are
     assert attempt(20) == [1000, 30, "error"]
     assert attempt(25, lengths=(20, 20, 20, 20, 20)) == [1000, 50, 25]
-    assert attempt(5, lengths=()) == [1000, "error"]
-    fixed = MicroBatcher(1000, Group(), halves=False)
-    with pytest.raises(MemoryError):
-        fixed.step([1, 1], lambda size: (_ for _ in ()).throw(MemoryError()), lambda: None)
 
 
 def test_other_errors_are_not_tried_again():
     calls = []
     with pytest.raises(RuntimeError, match="shape"):
-        MicroBatcher(9, Group()).step([5, 4], lambda size: calls.append(size) or fail("shape"), fail)
+        MicroBatcher(9).step([5, 4], lambda size: calls.append(size) or fail("shape"), fail)
     assert calls == [9]
 
 
@@ -119,28 +132,16 @@ def pair(lm) -> tuple[LM, LM]:
             replace(lm, model=half, dtype=torch.float16))
 
 
-def gradients_of_stack(lm: LM) -> torch.Tensor:
-    stack = MultiLoRA(lm.model, replace(CONFIG, batch_size=60, epochs=1), [0, 1])
-    stack.values.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-    stack.work.copy_(stack.values)
+def gradients_of_adapters(lm: LM) -> torch.Tensor:
+    adapters = MultiLoRA(lm.model, replace(CONFIG, batch_size=60, epochs=1), [0, 1])
+    adapters.values.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    adapters.work.copy_(adapters.values)
     found = []
-    stack.step = lambda rates: found.append(stack.gradients.clone())
-    stack.attach(lean=False)  # as on a GPU
-    train(stack, PackedModel(lm), [TrainingJob(rows_of(60), 0, 0), TrainingJob(rows_of(9, seed=1), 1, 0)])
-    stack.detach()
-    return found[0]
-
-
-def gradients_of_torch(lm: LM, method: str, monkeypatch) -> list[torch.Tensor]:
-    found = []
-
-    def step(self):
-        found.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", step)
-        finetune(lm, rows_of(60), replace(CONFIG, method=method, batch_size=60, epochs=1, clip=0),
-                 init_seed=0, order_seed=0).close()
+    adapters.step = lambda rates: found.append(adapters.gradients.clone())
+    adapters.attach()
+    train(adapters, PackedModel(lm),
+          [TrainingJob(rows_of(60), 0, 0), TrainingJob(rows_of(9, seed=1), 1, 0)])
+    adapters.detach()
     return found[0]
 
 
@@ -149,22 +150,18 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_float16_gradients_are_those_of_float32(pair, monkeypatch):
-    whole, half = (gradients_of_stack(lm) for lm in pair)
+    whole, half = (gradients_of_adapters(lm) for lm in pair)
     for k in range(2):
         assert error(half[k], whole[k]) < 0.02
     monkeypatch.setattr(trainer, "loss_scale", lambda tokens, dtype: 1.0)
-    assert error(gradients_of_stack(pair[1])[0], whole[0]) > 0.1  # what the scale is for
+    assert error(gradients_of_adapters(pair[1])[0], whole[0]) > 0.1  # what the scale is for
 
 
 @pytest.mark.parametrize("method", ["dora", "full"])
-def test_float16_gradients_of_torch_s_own_parameters(pair, monkeypatch, method):
-    whole, half = (gradients_of_torch(lm, method, monkeypatch) for lm in pair)
-    monkeypatch.setattr(peft_trainer, "loss_scale", lambda tokens, dtype: 1.0)
-    unscaled = gradients_of_torch(pair[1], method, monkeypatch)
-    learned = [i for i, gradient in enumerate(whole) if gradient.any()]  # B is zero, so A rests
-    assert len(learned) >= 14
-    assert max(error(half[i], whole[i]) for i in learned) < 0.02
-    assert max(error(unscaled[i], whole[i]) for i in learned) > 0.1  # what the scale is for
+def test_a_float16_base_is_trained_in_float32_by_torch(pair, method):
+    job, config = TrainingJob(rows_of(13), 1, 2), replace(CONFIG, method=method, learning_rate=2e-3)
+    whole, half = (by_peft(lm, job, config)[0] for lm in pair)
+    assert half == pytest.approx(whole, rel=TOLERANCE)
 
 
 def test_width_is_a_quarter_of_the_free_memory(lm, monkeypatch):
@@ -176,5 +173,5 @@ def test_width_is_a_quarter_of_the_free_memory(lm, monkeypatch):
     for amount, expected in [(0, 1), (40 * bytes_each, 10), (40 * bytes_each - 4, 9),
                              (10**12, 64)]:
         free[0] = amount
-        assert adapters_together(gpu, CONFIG) == expected
-    assert adapters_together(lm, CONFIG) == 1
+        assert adapters_per_pass(gpu, CONFIG) == expected
+    assert adapters_per_pass(lm, CONFIG) == 1
