@@ -1,21 +1,8 @@
-"""Answers of selected and random models to the same prompts, and what the reward model prefers.
+"""Which finetunes each question needs: plans, made from a study, that `Study.run` carries out.
 
-Which finetunes each question needs: plans, made from a study, that `Study.run` carries out.
-
-Every plan's label has the columns that the tables of `verify` and `figures` read: pool, method,
-size and seed.
-
-The rule's own uncertainty: rules refitted on bootstrapped ledgers, each with its own selection.
-
-A contrast of one rule's rows against random rows speaks of that one rule. The rule came out of a
-sweep that could have come out otherwise; rules refitted on resampled runs select other rows, and
-a contrast over them carries that uncertainty too (statistical plan, section 6).
-
-Which indicator carries the rule? Drop one, refit, select anew, finetune (the paper's Table 5).
-
-The paper (v3, Table 5) prints one loss a cell. Here every contrast has its interval, and a smaller
-rule is finetuned only where it selects other rows: where the selections are nearly the same, so is
-the loss.
+The label of a plan has the columns that the tables and figures read: pool, method, size and seed.
+In this order: the sweep, the gate, sizes and robustness, rules refitted on resampled sweeps, the
+ablation, and pairs of answers for a judge.
 """
 
 from __future__ import annotations
@@ -30,11 +17,16 @@ from instructmining_core.config import FinetuneConfig, ModelRef
 from instructmining_core.data.records import row_hash, with_row_hash
 from instructmining_core.finetuning.ledger import Ledger
 from instructmining_core.regression.intervals import r2_of
-from instructmining_core.regression.ols import RankError
 from instructmining_core.regression.rule import RuleFit, fit_rule
 from instructmining_core.regression.rule_card import RuleCard, make_card
-from instructmining_core.regression.run_table import DESIGNED, RunsError, Standardizer, pick_arms
-from instructmining_core.selection import beat_random
+from instructmining_core.regression.run_table import (
+    DESIGNED,
+    RankError,
+    RunsError,
+    Standardizer,
+    pick_arms,
+)
+from instructmining_core.selection.beat_random import compare_with_random
 from instructmining_core.selection.select import TOKENS, choose_rows, choose_tokens
 
 from .study import PlannedRun, Study
@@ -43,6 +35,8 @@ LOSSES = ["loss_eval_1", "loss_eval_2", "loss_eval_1_token", "loss_eval_2_token"
 GATE_COLUMNS = ["run_id", "pool", "method", "size", "seed", *LOSSES, "rows", "steps",
                 "tokens_trained", "seconds"]  # fmt: skip
 DOSE_COLUMNS = ["run_id", "kind", "dose", "seed", *LOSSES]
+TRIES = 100  # resamples that may fail to tell the set means apart, before it is an error
+SAME = 0.8  # Jaccard index from which two selections count as the same
 FREE_RIVALS = ("longest", "shortest", "lowest_ppl", "reward", "compression")
 
 
@@ -60,6 +54,11 @@ def sweep_plans(study: Study) -> list[PlannedRun]:
         )
         for one in study.sets
     ]  # fmt: skip
+
+
+def _plan(rows: pd.DataFrame, pool: str, method: str, size: int, seed: int) -> PlannedRun:
+    label = {"pool": pool, "method": method, "size": size, "seed": seed}
+    return PlannedRun(tuple(rows["row_hash"]), label, init_seed=seed, order_seed=seed)
 
 
 def gate_plans(study: Study, rule: RuleCard) -> list[PlannedRun]:
@@ -97,8 +96,7 @@ def token_plans(study: Study, rule: RuleCard, pool: str) -> list[PlannedRun]:
     for method, repeats in counts.items():
         for seed in range(repeats):
             rows = choose_tokens(scores, method, tokens, seed=seed, tokens_of=tokens_of)
-            label = {"pool": pool, "method": method + TOKENS, "size": config.size, "seed": seed}
-            plans.append(PlannedRun(tuple(rows["row_hash"]), label, init_seed=seed, order_seed=seed))
+            plans.append(_plan(rows, pool, method + TOKENS, config.size, seed))
     return plans
 
 
@@ -140,12 +138,18 @@ def repeated(
     plans = []
     for seed in range(first, first + repeats):
         rows = choose_rows(scores, method, size, rule=rule, seed=seed)
-        label = {"pool": pool, "method": method, "size": len(rows), "seed": seed}
-        plans.append(PlannedRun(tuple(rows["row_hash"]), label, init_seed=seed, order_seed=seed))
+        plans.append(_plan(rows, pool, method, len(rows), seed))
     return plans
 
 
-def describe(plans: Sequence[PlannedRun]) -> pd.DataFrame:
+def _with_random(
+    study: Study, rule: RuleCard, pool: str, size: int, repeats: int, first: int = 0
+) -> list[PlannedRun]:
+    return [plan for method in ("selected", "random")
+            for plan in repeated(study, rule, pool, method, size, repeats, first)]  # fmt: skip
+
+
+def count_plans(plans: Sequence[PlannedRun]) -> pd.DataFrame:
     """How many finetunes each method gets in a pool, and the mean rows of one, by pool."""
     labels = pd.DataFrame([{**plan.label, "rows": len(plan.row_hashes)} for plan in plans])
     groups = labels.groupby(["method", "pool"], sort=False)
@@ -154,7 +158,7 @@ def describe(plans: Sequence[PlannedRun]) -> pd.DataFrame:
     return sizes.add_prefix("rows, ").join(counts)
 
 
-def overlap(plans: Sequence[PlannedRun]) -> pd.DataFrame:
+def method_overlap(plans: Sequence[PlannedRun]) -> pd.DataFrame:
     """Mean Jaccard index over pools between the rows of the methods, each at its first seed."""
     first = {
         (plan.label["pool"], plan.label["method"]): set(plan.row_hashes)
@@ -184,7 +188,7 @@ def selected_means(study: Study, plans: Sequence[PlannedRun]) -> pd.DataFrame:
     return frame.groupby(frame.index, sort=False).mean()
 
 
-def pool_rows(study: Study) -> pd.DataFrame:
+def all_pool_rows(study: Study) -> pd.DataFrame:
     """The scores of every pool's rows, each row once, with what made them in `.attrs`."""
     rows = pd.concat([study.pool_scores(pool) for pool in study.data.pools], ignore_index=True)
     rows = rows.drop_duplicates("row_hash", ignore_index=True)
@@ -218,16 +222,14 @@ def size_plans(study: Study, rule: RuleCard, pool: str, best: int) -> list[Plann
     return [
         plan
         for size in sizes
-        for method in ("selected", "random")
-        for plan in repeated(study, rule, pool, method, size, config.draws, first=1)
+        for plan in _with_random(study, rule, pool, size, config.draws, first=1)
     ]
 
 
 def robustness_plans(study: Study, rule: RuleCard) -> list[tuple[dict, list[PlannedRun]]]:
     """Pairs of (arguments of `Study.run`, plans): each method of finetuning, and each base.
 
-    The label's pool names the setting, so that `compare_with_random` sets each against its own random
-    draws.
+    The label's pool names the setting, so that each is set against its own random draws.
     """
     config = study.profile.robustness
     settings = [(f"{method}", {"config": _method(study, method)}) for method in config.methods]
@@ -247,11 +249,7 @@ def _method(study: Study, method: str) -> FinetuneConfig:
 
 def _setting(study: Study, rule: RuleCard, name: str) -> list[PlannedRun]:
     pool, size = size_pool(study), study.profile.selection.size
-    plans = [
-        plan
-        for method in ("selected", "random")
-        for plan in repeated(study, rule, pool, method, size, study.profile.robustness.seeds)
-    ]
+    plans = _with_random(study, rule, pool, size, study.profile.robustness.seeds)
     return [
         dataclasses.replace(plan, label={**plan.label, "pool": f"{name}, {pool}"})
         for plan in plans
@@ -264,12 +262,12 @@ def ladder_sweep(study: Study, base: ModelRef) -> pd.DataFrame:
     return study.run("transfer", plans, base=base)
 
 
-TRIES = 100  # resamples that may fail to tell the set means apart, before it is an error
 
-
-def refit_cards(study: Study, n: int, seed: int = 0) -> list[RuleCard]:
+def refit_cards(study: Study, n: int) -> list[RuleCard]:
     """`n` rules, each fitted to the study's sweep with its sets drawn again.
 
+    A contrast of one rule's rows against random rows speaks of that one rule; over refitted rules
+    it carries the uncertainty of the sweep too (statistical plan, section 6).
     Sets are resampled with replacement within their source, the mixed ones among themselves, so
     that every refit has the design's sources; estimator, indicators and standardising constants
     are those of the study's rule. A resample whose set means can't be told apart (too few
@@ -277,17 +275,15 @@ def refit_cards(study: Study, n: int, seed: int = 0) -> list[RuleCard]:
     """
     columns, scores = study.profile.rule_columns(), study.candidate_scores
     constants = Standardizer.fit(scores, columns)
-    sweep = study.sweep()
-    runs = pick_arms(sweep, DESIGNED)
-    rng = np.random.default_rng(seed)
+    runs = pick_arms(study.sweep(), DESIGNED)
+    rng = np.random.default_rng(0)
     cards = []
     for i in range(n):
         fit = _fitted(runs, columns, constants, rng)
         cards.append(make_card(
             fit, scores,
-            fitted_on=f"bootstrap {i} (seed {seed}) of the sweep of profile {study.profile.name}: "
-            f"{len(fit.runs)} sets drawn again from {fit.runs['drawn'].nunique()} "
-            f"({', '.join(fit.sources)})",
+            profile=study.profile.name, set_size=study.profile.design.size,
+            note=f"bootstrap {i}: sets drawn again, {fit.runs['drawn'].nunique()} of them distinct",
             not_for="selecting: it shows how far the study's own rule is uncertain",
         ))  # fmt: skip
     return cards
@@ -331,18 +327,16 @@ def refit_plans(study: Study, cards: Sequence[RuleCard]) -> list[PlannedRun]:
     """
     size = study.profile.selection.size
     return [
-        PlannedRun(
-            tuple(choose_rows(study.pool_scores(pool), "selected", size, rule=card)["row_hash"]),
-            {"pool": pool, "method": "refit", "size": size, "seed": i},
-            init_seed=i,
-            order_seed=i,
-        )
+        _plan(choose_rows(study.pool_scores(pool), "selected", size, rule=card), pool, "refit",
+              size, i)
         for pool in study.data.pools
         for i, card in enumerate(cards)
-    ]
+    ]  # fmt: skip
 
 
-def agreement(plans: Sequence[PlannedRun], chosen: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+def refit_agreement(
+    plans: Sequence[PlannedRun], chosen: Mapping[str, Sequence[str]]
+) -> pd.DataFrame:
     """How much of the rule's selection the refits choose too, a row a pool.
 
     chosen : pool -> row hashes that the study's rule selects. Columns refits, shared_mean,
@@ -357,12 +351,10 @@ def agreement(plans: Sequence[PlannedRun], chosen: Mapping[str, Sequence[str]]) 
     return pd.DataFrame(rows)
 
 
-SAME = 0.8  # Jaccard index from which two selections count as the same
 
-
-def smaller_fits(
+def smaller_rules(
     runs: pd.DataFrame, scores: pd.DataFrame, columns: Sequence[str]
-) -> dict[str, RuleFit]:
+) -> dict[str, tuple[RuleFit, RuleCard]]:
     """The rule without each indicator in turn, fitted on the same runs; empty for one column.
 
     scores : the rows of the fitting pool, which standardise
@@ -370,81 +362,56 @@ def smaller_fits(
     found = {}
     for dropped in columns if len(columns) > 1 else []:
         kept = [c for c in columns if c != dropped]
-        found[dropped] = fit_rule(runs, kept, Standardizer.fit(scores, kept))
+        fit = fit_rule(runs, kept, Standardizer.fit(scores, kept))
+        card = make_card(fit, scores, note=f"the study's rule without {dropped}",
+                         not_for="anything but the ablation")  # fmt: skip
+        found[dropped] = fit, card
     return found
 
 
-def smaller_rules(scores: pd.DataFrame, fits: Mapping[str, RuleFit]) -> dict[str, RuleCard]:
-    """A card for each of `smaller_fits`, so that all rules select by the same code."""
-    return {dropped: make_card(fit, scores, fitted_on=f"as the study's rule, without {dropped}",
-                               not_for="anything but the ablation")
-            for dropped, fit in fits.items()}  # fmt: skip
-
-
-def overlaps(
-    pool: pd.DataFrame, size: int, rule: RuleCard, smaller: Mapping[str, RuleCard],
-    fits: Mapping[str, RuleFit],
-) -> pd.DataFrame:
-    """How much of the full rule's selection each smaller rule keeps.
+def ablation_overlaps(
+    pool: pd.DataFrame, size: int, rule: RuleCard,
+    smaller: Mapping[str, tuple[RuleFit, RuleCard]],
+) -> pd.DataFrame:  # fmt: skip
+    """How much of the full rule's selection each of `smaller_rules` keeps.
 
     One row an indicator: without, jaccard, r2 of the smaller rule beyond the shares with r2_low
     and r2_high (these sources), finetuned (whether the selections differ enough, see `SAME`).
-    Both selections are made by `choose_rows`.
     """
     whole = set(choose_rows(pool, "selected", size, rule=rule)["row_hash"])
     rows = []
-    for dropped, card in smaller.items():
+    for dropped, (fit, card) in smaller.items():
         part = set(choose_rows(pool, "selected", size, rule=card)["row_hash"])
         jaccard = len(part & whole) / len(part | whole)
-        r2, low, high = r2_of(fits[dropped])
+        r2, low, high = r2_of(fit)
         rows.append({"without": dropped, "jaccard": jaccard, "r2": r2, "r2_low": low,
                      "r2_high": high, "finetuned": jaccard < SAME})  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def plans(study: Study, rule: RuleCard, smaller: Mapping[str, RuleCard]) -> list[PlannedRun]:
-    """Finetunes on the largest pool: the full rule, random draws, and each smaller rule given."""
-    pool, size = size_pool(study), study.profile.selection.size
-    seeds = study.profile.robustness.seeds
-    found = [plan for method in ("selected", "random")
-             for plan in repeated(study, rule, pool, method, size, seeds)]  # fmt: skip
-    scores = study.pool_scores(pool)
-    for dropped, card in smaller.items():
-        rows = tuple(choose_rows(scores, "selected", size, rule=card)["row_hash"])
-        found += [
-            PlannedRun(rows, {"pool": pool, "method": f"without {dropped}", "size": len(rows),
-                        "seed": seed}, init_seed=seed, order_seed=seed)
-            for seed in range(seeds)
-        ]  # fmt: skip
-    return found
-
-
-def compared(runs: pd.DataFrame) -> pd.DataFrame:
-    """Each smaller rule against random rows, and the full rule's rows against it.
-
-    runs : of `plans`. Columns of `compare_with_random`; the first row is the full rule against random.
-    Secondary contrasts, unadjusted: as many as there are indicators.
-    """
-    return beat_random.compare_with_random(runs, loss="loss_eval_2")
-
-
 def ablation(study: Study, rule: RuleCard) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Overlaps of every smaller rule; contrasts of those finetuned (`robustness.ablation`).
+    """Which indicator carries the rule? Drop one, refit, select anew, finetune (v3, Table 5).
 
-    The second table is empty where the profile does not ask for the finetunes or no selection
-    differs enough.
+    The paper prints one loss a cell; here the first table has `ablation_overlaps`, the second the
+    contrasts of the full rule, random rows and each smaller rule that selects other rows, on the
+    largest pool. The second is empty where the profile does not ask for the finetunes
+    (`robustness.ablation`) or no selection differs enough. Contrasts are unadjusted.
     """
-    fits = smaller_fits(study.sweep(), study.candidate_scores, study.profile.rule_columns())
-    smaller = smaller_rules(study.candidate_scores, fits)
-    pool = study.pool_scores(size_pool(study))
-    table = overlaps(pool, study.profile.selection.size, rule, smaller, fits)
+    smaller = smaller_rules(study.sweep(), study.candidate_scores, study.profile.rule_columns())
+    pool, size = size_pool(study), study.profile.selection.size
+    scores, seeds = study.pool_scores(pool), study.profile.robustness.seeds
+    table = ablation_overlaps(scores, size, rule, smaller)
     if not study.profile.robustness.ablation or table.empty or not table["finetuned"].any():
         return table, pd.DataFrame()
-    other = {name: smaller[name] for name in table.loc[table["finetuned"], "without"]}
-    return table, compared(study.run("ablation", plans(study, rule, other)))
+    plans = _with_random(study, rule, pool, size, seeds)
+    for dropped in table.loc[table["finetuned"], "without"]:
+        rows = choose_rows(scores, "selected", size, rule=smaller[dropped][1])
+        plans += [_plan(rows, pool, f"without {dropped}", len(rows), seed)
+                  for seed in range(seeds)]  # fmt: skip
+    return table, compare_with_random(study.run("ablation", plans))
 
 
-def generate_pairs(study: Study, rule: RuleCard, *, progress: bool = True) -> pd.DataFrame:
+def generate_pairs(study: Study, rule: RuleCard) -> pd.DataFrame:
     """Finetune pairs of models and let them answer the same prompts of eval_2, greedily.
 
     The prompts are drawn from all sources by the profile's data seed (`draw_prompts`).
@@ -463,7 +430,7 @@ def generate_pairs(study: Study, rule: RuleCard, *, progress: bool = True) -> pd
             plan = repeated(study, rule, pool, method, size, 1, first=pair)[0]
             with study.tuned(plan) as tuned:
                 answers[method] = generate(
-                    tuned.lm, questions, max_new_tokens=config.max_new_tokens, progress=progress
+                    tuned.lm, questions, max_new_tokens=config.max_new_tokens, progress=True
                 )
         frames.append(
             pd.DataFrame({"pair": pair, "prompt_id": prompts["id"], "prompt": questions, **answers})

@@ -115,11 +115,11 @@ def claims() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def quote(text: str, words: int = 25) -> str:
+def quote(text: str) -> str:
     """The first words of a text on one line: committed pages quote at most 25.
 
-    >>> quote("one two three four", words=3)
-    'one two three …'
+    >>> quote("one " * 26)[-9:]
+    'one one …'
     """
-    split = text.split()
-    return " ".join(split[:words]) + (" …" if len(split) > words else "")
+    words = text.split()
+    return " ".join(words[:25]) + (" …" if len(words) > 25 else "")

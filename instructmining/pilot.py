@@ -1,5 +1,4 @@
-"""A study planned by its pilot: the noise, the half-widths to come, the runs that a target needs.
-"""
+"""A study planned by its pilot: the noise, the half-widths to come, the runs a target needs."""
 
 from __future__ import annotations
 
@@ -10,7 +9,6 @@ import pandas as pd
 from scipy.stats import chi2
 
 from instructmining_core.regression.inference import SeedVariance, seed_variance
-from instructmining_core.regression.ols import RankError
 from instructmining_core.regression.planner import (
     REPLAN_EVERY,
     Precision,
@@ -21,6 +19,7 @@ from instructmining_core.regression.planner import (
 from instructmining_core.regression.rule import RuleFit, fit_rule
 from instructmining_core.regression.run_table import (
     DESIGNED,
+    RankError,
     RunsError,
     Standardizer,
     pick_arms,
@@ -74,7 +73,7 @@ def sweep_noise(study: Study) -> tuple[SeedVariance | None, RuleFit | None]:
     try:
         constants = Standardizer.fit(study.candidate_scores, columns)
         return seeds, fit_rule(runs, columns, constants)
-    except (RunsError, RankError):
+    except RunsError:
         return seeds, None
 
 
@@ -102,8 +101,8 @@ def noise_table(seeds: SeedVariance, fit: RuleFit | None = None) -> pd.DataFrame
     return frame.astype({"df": int})
 
 
-def arm_plan(study: Study, frame: pd.DataFrame, noise: SeedVariance, arm: str = "designed", *,
-             kind: str = "within", every: int = REPLAN_EVERY) -> Precision:
+def arm_plan(study: Study, frame: pd.DataFrame, noise: SeedVariance, arm: str = "designed",
+             every: int = REPLAN_EVERY) -> Precision:
     """The plan of one arm ("designed" or "fusion") for its first N sets, every `every` runs.
 
     frame : `Study.set_frame`. Half-widths are of 95 % intervals, log loss per sd of a row, with
@@ -116,8 +115,7 @@ def arm_plan(study: Study, frame: pd.DataFrame, noise: SeedVariance, arm: str = 
     shares = share_matrix(order)[0]
     constants = Standardizer.fit(study.candidate_scores, columns)
     sizes = sorted({*range(every, len(order), every), len(order)})
-    return plan_runs(shares, standardised(order, columns, constants), columns, noise, sizes,
-                     kind=kind)
+    return plan_runs(shares, standardised(order, columns, constants), columns, noise, sizes)
 
 
 def running_order(study: Study, frame: pd.DataFrame, arm: str) -> pd.DataFrame:
@@ -189,8 +187,8 @@ def _against(fit: RuleFit, noise: SeedVariance, columns: Sequence[str]) -> pd.Da
     plan = plan_runs(fit.controls, fit.indicators, columns, noise, [N]).table
     table = fit.table()
     return plan.rename(columns={"half_width": "planned"}).assign(
-        noise=noise.sd, residual_sd=fit.ols.sigma,
-        realised=half_widths(fit.ols.X, fit.ols.sigma)[-p:],
+        noise=noise.sd, residual_sd=fit.sigma,
+        realised=half_widths(fit.ols.model.exog, fit.sigma)[-p:],
         hc3=((table["high"] - table["low"]) / 2).to_numpy(),
     )
 
@@ -205,20 +203,13 @@ def in_medians(table: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(in_band=groups["in_band"].mean())
 
 
-def sufficed(table: pd.DataFrame, target: float) -> str:
+def within_target(table: pd.DataFrame, target: float) -> pd.DataFrame:
     """From `replanned`: would fewer runs have brought every slope's interval to the target?
 
-    Held against the half-widths that the rule reports (HC3), at the numbers of runs in the table.
+    Held against the half-widths that the rule reports (HC3). Index runs: slopes, within (how many
+    of them are), suffices (all are, and stay so with more runs).
     """
-    there = table.assign(ok=table["hc3"] <= target).groupby("runs")["ok"].agg(["sum", "size"])
-    slopes, most = there["size"].iloc[-1], there.index[-1]
-    whole = there["sum"].eq(slopes)[::-1].cummin()[::-1]  # and stays there with more runs
-    fewest = whole.index[whole]
-    told = ", ".join(f"{ok} of {slopes} with {runs}" for runs, ok in there["sum"].items())
-    if not len(fewest):
-        verdict = f"all {most} runs are too few for it"
-    elif fewest[0] == most:
-        verdict = f"all {most} runs were needed for it"
-    else:
-        verdict = f"{fewest[0]} of the {most} runs would have sufficed"
-    return f"Every slope within ±{target:g}: {verdict} (slopes that are: {told} runs)."
+    held = (table["hc3"] <= target).groupby(table["runs"])
+    frame = pd.DataFrame({"slopes": held.size(), "within": held.sum()})
+    suffices = (frame["within"] == frame["slopes"])[::-1].cummin()[::-1]
+    return frame.assign(suffices=suffices)

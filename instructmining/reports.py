@@ -1,14 +1,10 @@
-"""The gate's verdict as a page: the answer first, a negative one as plainly as a positive one.
-
-A rule card as a page that a reader can judge.
-"""
+"""Pages in Markdown: a rule card, the verdict on a selection, the book's front page."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,73 +26,103 @@ INTERVALS = (
     "VIF tells how many times wider collinearity makes a slope's variance. "
     "An interval that holds 0 does not tell the direction of an effect."
 )
+FITTED, KNOWN, UNSEEN, UNTOLD = (
+    "fitted rows", "unseen rows of a fitted source", "unseen source", "origin unknown",
+)  # fmt: skip
+NOT_ASKED = "not asked in this run"
+QUESTIONS = {  # claims that the front page answers before its table
+    "beats_length": "Does the rule beat length alone?",
+    "finds_defects": "Does the rule find planted defects better than length does?",
+}
+
+READING = """## How to read it
+
+- *Difference*: relative change of the loss on the evaluation set that the rule was not fitted on;
+  negative where the selected rows are better. In brackets the 95 % interval: these prompts, other
+  seeds and draws.
+- *Other prompts*: the 95 % interval that takes the prompts too as drawn at random.
+- *Could have seen*: the difference that this many runs find with 80 % power. A smaller one can be
+  there and go unseen.
+- *Within ±1 %*: two one-sided tests say that the difference is smaller than 1 %, whatever its sign.
+- *Equal rows*: the rivals have as many rows. *Equal tokens*: they have as many target tokens as
+  the selected rows, so another number of rows and of optimisation steps.
+"""
 
 
 def card_markdown(card: RuleCard) -> str:
     """The card in Markdown: what it is, coefficients, held-out fit, reach, models, limits."""
-    data = card.data
     lines = ["# Rule card", "", f"- Kind: **{card.kind}** ({KIND_WORDS[card.kind]}).",
-             f"- Fitted on: {_text(data['fitted_on'])}", f"- Not for: {_text(data['not_for'])}",
-             f"- {_permutation(data['permutation_p'])}",
-             f"- Content: `{card.content_hash}`, schema `{data['schema']}`"
-             + (f", made {_text(data['made_at'])}" if data.get("made_at") else "") + "."]
-    if data.get("auto_size"):
-        lines.append(f"- Number of rows found best by search: {data['auto_size']:,}.")
+             f"- Fitted on: {_text(fitted_on(card))}", f"- Not for: {_text(card.not_for)}",
+             f"- {_permutation(card.permutation_p)}",
+             f"- Content: `{card.content_hash}`, schema `{card.schema_name}`"
+             + (f", made {_text(card.made_at)}" if card.made_at else "") + "."]
+    if card.auto_size:
+        lines.append(f"- Number of rows found best by search: {card.auto_size:,}.")
     parts = (_coefficients, _held_out, _reach, _models)
     return "\n".join([*lines, *(line for part in parts for line in ("", *part(card)))]) + "\n"
 
 
+def fitted_on(card: RuleCard) -> str:
+    """What a card's rule was fitted on, in one line."""
+    known = card.fitted_on
+    parts = [f"profile {known.profile}" if known.profile else "", known.note]
+    line = ", ".join(filter(None, parts))
+    if known.sets is None:
+        return line
+    size = f" of {known.set_size} rows" if known.set_size else ""
+    sources = f"{len(known.sources)} sources ({', '.join(known.sources)})"
+    return f"{line}{': ' if line else ''}{known.sets} sets{size} from {sources}"
+
+
 def _coefficients(card: RuleCard) -> list[str]:
-    data, constants = card.data, card.data["standardisation"]
-    unit = "per sd of the pool's rows" if constants else "per raw unit"
-    start = (f"The pool's mean row is predicted at {data['intercept']:.4g}." if "intercept" in data
-             and constants else f"Intercept {data['intercept']:.4g}." if "intercept" in data
-             else "The card gives no intercept: it ranks, and predicts differences only.")
-    lines = ["## Coefficients", "", f"Change of the predicted {_text(_outcome(data))} {unit}; "
-             f"lower loss is better. {start}", ""]
+    scales = card.standardisation
+    unit = "per sd of the pool's rows" if scales else "per raw unit"
+    start = ("The card gives no intercept: it ranks, and predicts differences only."
+             if card.intercept is None else
+             f"The pool's mean row is predicted at {card.intercept:.4g}." if scales else
+             f"Intercept {card.intercept:.4g}.")
+    lines = ["## Coefficients", "", "Change of the predicted "
+             f"{_text(card.outcome.replace('_', ' '))} {unit}; lower loss is better. {start}", ""]
     lines += _table(["indicator", "estimate", "these sources, 95 % (HC3)",
                      "new sources, 95 % (jackknife)", "VIF", "range of fitted set means"],
-                    [[_text(c.get("label") or c["name"]), f"{c['estimate']:.4g}",
-                      _bounds(c["interval_these_sources"]), _bounds(c["interval_new_sources"]),
-                      _number(c["vif"], ".1f"), _bounds(c["range"])]
-                     for c in data["coefficients"]])
+                    [[_text(c.label or c.name), f"{c.estimate:.4g}",
+                      _bounds(c.interval_these_sources), _bounds(c.interval_new_sources),
+                      _number(c.vif, ".1f"), _bounds(c.range)] for c in card.coefficients])
     lines += ["", INTERVALS]
-    if constants:
+    if scales:
         lines += ["", "An indicator enters as (value − mean) / sd of the fitting pool's rows.", ""]
         lines += _table(["indicator", "mean", "sd", "version"],
-                        [[_text(c["name"]), *(f"{constants[c['name']][k]:.4g}"
-                                              for k in ("mean", "sd")),
-                          _text(c.get("version") or "not given")] for c in data["coefficients"]])
+                        [[_text(c.name), f"{scales[c.name].mean:.4g}", f"{scales[c.name].sd:.4g}",
+                          _text(c.version or "not given")] for c in card.coefficients])
     return lines
 
 
 def _held_out(card: RuleCard) -> list[str]:
-    if not card.data["held_out"]:
+    if not card.held_out:
         return ["## Held out", "", "No held-out fit is known for this rule."]
     lines = ["## Held out", "", "Fitted without the source, tested on the sets inside it. R² is 1 "
              "for a perfect prediction, 0 for one no better than the source's mean, below 0 where "
              "the rule does harm; the calibration slope is 1 where effects are of the right size, "
              "and its interval is for that source's own sets.", ""]
     return lines + _table(["source", "sets", "R²", "calibration slope", "of it, 95 %"],
-                          [[_text(h["source"]), _number(h.get("n_sets"), "d"),
-                            _number(h["r2"], ".2f"), _number(h["slope"], ".2f"),
-                            _bounds(h.get("slope_interval"))]
-                           for h in card.data["held_out"]])
+                          [[_text(h.source), _number(h.n_sets, "d"), _number(h.r2, ".2f"),
+                            _number(h.slope, ".2f"), _bounds(h.slope_interval)]
+                           for h in card.held_out])
 
 
 def _reach(card: RuleCard) -> list[str]:
-    design, known = card.data.get("design"), card.data.get("uncertainty")
+    design, known = card.design, card.uncertainty
     lines = ["## Reach and noise", ""]
     if not (design and known):
         return [*lines, "The card does not say how far its rule reaches: no distance, no "
                 "prediction interval."]
-    lines.append(f"Fitted on {design['sets']:,} sets; the furthest lies "
-                 f"{design['largest_distance']:.2f} from their centre (Mahalanobis). "
-                 f"What the rule leaves unexplained has an sd of {known['sigma']:.3g} "
-                 f"({known['df']} degrees of freedom).")
-    if known["source_sd"] is not None:
-        lines.append(f"The constants of its {known['sources']} sources have an sd of "
-                     f"{known['source_sd']:.3g}, which enters every prediction for a source that "
+    lines.append(f"Fitted on {design.sets:,} sets; the furthest lies "
+                 f"{design.largest_distance:.2f} from their centre (Mahalanobis). "
+                 f"What the rule leaves unexplained has an sd of {known.sigma:.3g} "
+                 f"({known.df} degrees of freedom).")
+    if known.source_sd is not None:
+        lines.append(f"The constants of its {known.sources} sources have an sd of "
+                     f"{known.source_sd:.3g}, which enters every prediction for a source that "
                      "is not among them.")
     return lines
 
@@ -104,22 +130,17 @@ def _reach(card: RuleCard) -> list[str]:
 def _models(card: RuleCard) -> list[str]:
     lines = ["## Models", ""]
     lines += _table(["role", "id", "revision", "stand-in"],
-                    [[_text(m["role"]), _code(m["id"]), _code(m["revision"]) if m["revision"] else
-                      "not given", "**stand-in**" if m["stand_in"] else "no"]
-                     for m in card.data["models"]]
-                    ) if card.data["models"] else ["No indicator of this rule needs a model."]
-    if any(m["stand_in"] for m in card.data["models"]):
+                    [[_text(m.role), _code(m.id), _code(m.revision) if m.revision else
+                      "not given", "**stand-in**" if m.stand_in else "no"] for m in card.models]
+                    ) if card.models else ["No indicator of this rule needs a model."]
+    if any(m.stand_in for m in card.models):
         lines += ["", "A **stand-in** is a small model built on the spot: its values are no guide "
                   "to those of a real model."]
-    reference: Mapping[str, Any] | None = card.data["knn_reference"]
+    reference = card.knn_reference
     if reference:
-        lines += ["", f"Neighbour distances are measured against {reference['size']:,} reference "
-                  f"rows, hash `{reference['hash']}`."]
+        lines += ["", f"Neighbour distances are measured against {reference.size:,} reference "
+                  f"rows, hash `{reference.hash}`."]
     return lines
-
-
-def _outcome(data: Mapping[str, Any]) -> str:
-    return str(data.get("outcome", "log_loss")).replace("_", " ")
 
 
 def _permutation(p: float | None) -> str:
@@ -153,41 +174,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-FITTED, KNOWN, UNSEEN, UNTOLD = (
-    "fitted rows", "unseen rows of a fitted source", "unseen source", "origin unknown",
-)  # fmt: skip
-BUDGETS = ("equal rows", "equal tokens")
-
-READING = """## How to read it
-
-- *Difference*: relative change of the loss on the evaluation set that the rule was not fitted on;
-  negative where the selected rows are better. In brackets the 95 % interval: these prompts, other
-  seeds and draws.
-- *Other prompts*: the 95 % interval that takes the prompts too as drawn at random.
-- *Could have seen*: the difference that this many runs find with 80 % power. A smaller one can be
-  there and go unseen.
-- *Within ±1 %*: two one-sided tests say that the difference is smaller than 1 %, whatever its sign.
-- *Equal rows*: the rivals have as many rows. *Equal tokens*: they have as many target tokens as
-  the selected rows, so another number of rows and of optimisation steps.
-"""
-
-
 @dataclass(frozen=True)
 class PoolKind:
     """What a pool is to a rule. name : one of the four above; why : str, what was compared."""
 
     name: str
     why: str
-
-
-def card_sources(card: RuleCard) -> set[str]:
-    """Sources that a card says its rule was fitted on; empty where it names none.
-
-    They stand in brackets at the end of `fitted_on`, and in `held_out`.
-    """
-    named = re.search(r"sources? \(([^()]*)\)$|\d+ \(([^()]*)\)$", card.data["fitted_on"])
-    listed = (named.group(1) or named.group(2)).split(", ") if named else []
-    return {*listed, *(str(one["source"]) for one in card.data["held_out"])} - {""}
 
 
 def pool_kind(
@@ -199,7 +191,7 @@ def pool_kind(
     drawn from, the same columns, where they can be had. Sources are compared by name, rows by
     hash. One fitted row makes the pool "fitted rows".
     """
-    sources = card_sources(card)
+    sources = set(card.fitted_on.sources)
     if fitted is not None:
         hashes = set(fitted["row_hash"]) - {""}
         same = int(scores["row_hash"].isin(hashes).sum())
@@ -218,20 +210,16 @@ def pool_kind(
 
 
 def verdict_markdown(
-    table: pd.DataFrame, pool_kind: PoolKind | Mapping[str, PoolKind], card: RuleCard
+    table: pd.DataFrame, kinds: Mapping[str, PoolKind], card: RuleCard
 ) -> str:
     """The page, in Markdown; its first line is the answer.
 
-    table : contrasts of `beat_random.compare_budgets` (or of `compare_with_random`: equal rows); pool_kind :
-    of the one pool, or by pool.
+    table : contrasts of `compare_budgets`; kinds : of each pool, see `pool_kind`
     """
-    table = table if "budget" in table else table.assign(budget=BUDGETS[0])
-    kinds = pool_kind if isinstance(pool_kind, Mapping) else dict.fromkeys(table["pool"], pool_kind)
-    data = card.data
     lines = [headline(table), ""]
     lines += [f"- Pool {pool}: **{kind.name}** ({kind.why})." for pool, kind in kinds.items()]
-    lines += [f"- Rule: {card.kind}; fitted on {data['fitted_on']}.",
-              f"- Not for: {data['not_for']}.", *_what_it_means(table), ""]  # fmt: skip
+    lines += [f"- Rule: {card.kind}; fitted on {fitted_on(card)}.",
+              f"- Not for: {card.not_for}.", *_what_it_means(table), ""]  # fmt: skip
     for budget in dict.fromkeys(table["budget"]):
         part = table[table["budget"] == budget]
         lines += [f"## Selected rows against rivals, at {budget}", "",
@@ -264,38 +252,7 @@ def headline(table: pd.DataFrame) -> str:
     return f"No evidence that {whole}{where} at {failing}: {numbers}."
 
 
-def budget_reading(table: pd.DataFrame, runs: pd.DataFrame) -> str:
-    """What equal rows and equal tokens say together, in words that follow from the verdicts.
-
-    table : `beat_random.compare_budgets`; runs : with `tokens_trained`, method and pool.
-    """
-    tokens = runs.groupby("method")["tokens_trained"].mean()
-    ratio = tokens["selected"] / tokens["random"]
-    first = f"At equal rows the selected sets hold {100 * ratio:.0f} % of the random draws' tokens."
-    primary = _primary(table)
-    if BUDGETS[1] not in set(primary["budget"]):
-        return f"{first} Nothing was run at equal tokens, so rows and tokens are not told apart."
-    wins = {
-        budget: set(part.loc[part["verdict"].str.startswith("better"), "pool"])
-        for budget, part in primary.groupby("budget")
-    }
-    pools = primary["pool"].nunique()
-    counts = ", ".join(f"{len(wins[b])} of {pools} pools at {b}" for b in BUDGETS)
-    only = {b: len(wins[b] - wins[o]) for b, o in (BUDGETS, BUDGETS[::-1])}
-    if not any(wins.values()):
-        end = "Neither comparison shows an advantage."
-    elif not any(only.values()):
-        end = "Both agree: the advantage is not one of the number of tokens trained on."
-    elif len(wins[BUDGETS[1]]) < len(wins[BUDGETS[0]]):
-        end = ("Where only equal rows show it, the advantage may be one of how many tokens are "
-               "trained on, and not of which.")  # fmt: skip
-    else:
-        end = ("At equal tokens the random sets have another number of rows and of optimisation "
-               "steps, which can be what is seen there; both are in the table.")  # fmt: skip
-    return f"{first} Better than random rows in {counts}. {end}"
-
-
-def verdict_said(row: Mapping) -> str:
+def contrast_line(row: Mapping) -> str:
     """One contrast in a line: verdict, difference, interval, and what could have been seen."""
     seen = f"could have seen {_percent(row['detectable'])}"
     return (f"{row['verdict']}: {_signed(row['difference'])} "
@@ -303,13 +260,12 @@ def verdict_said(row: Mapping) -> str:
 
 
 def _primary(table: pd.DataFrame) -> pd.DataFrame:
-    table = table if "budget" in table else table.assign(budget=BUDGETS[0])
     return table[table["role"] == "primary"]
 
 
 def _found(part: pd.DataFrame, better: int, budget: str) -> str:
     if len(part) == 1:
-        return f"at {budget} {verdict_said(part.iloc[0])}"
+        return f"at {budget} {contrast_line(part.iloc[0])}"
     worse = int(part["verdict"].str.startswith("worse").sum())
     return (f"at {budget} better in {better} and worse in {worse} of {len(part)} pools, "
             f"differences {_signed(part['difference'].min())} to "
@@ -330,19 +286,19 @@ def _what_it_means(table: pd.DataFrame) -> list[str]:
 
 
 def _rows(part: pd.DataFrame) -> list[str]:
-    lines = ["| pool | contrast | runs | difference | other prompts | could have seen "
-             "| within ±1 % | verdict |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    head = ["pool", "contrast", "runs", "difference", "other prompts", "could have seen",
+            "within ±1 %", "verdict"]  # fmt: skip
+    rows = []
     for row in part.to_dict("records"):
         main = " (primary)" if row["role"] == "primary" else ""
-        cells = [
+        rows.append([
             row["pool"], f"{row['method']} against {row['versus']}{main}",
             f"{row['n']} against {row['n_versus']}",
             f"{_signed(row['difference'])} {_interval(row['low'], row['high'])}",
             _interval(row["low_prompts"], row["high_prompts"]), _percent(row["detectable"]),
             "yes" if row["p_margin"] < 0.05 else "not shown", f"**{row['verdict']}**",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
-    return lines
+        ])  # fmt: skip
+    return _table(head, [[cell.replace("|", "/") for cell in row] for row in rows])
 
 
 def _interval(low: float | None, high: float | None) -> str:
@@ -357,3 +313,19 @@ def _percent(value: float) -> str:
     if not np.isfinite(value):
         return "nothing (one run a side)"
     return f"{100 * value:.{1 if value >= 0.001 else 2}f} %"
+
+
+def front_page(verdict: pd.DataFrame, profile: str, description: str) -> str:
+    """The front page's generated part, in Markdown: whose run it is, the answer, every verdict."""
+    rows = verdict.fillna("-").to_dict("records")
+    lines = [f"This copy shows the profile `{profile}`: {description}", ""]
+    for row in rows:
+        if row["claim"] in QUESTIONS and row["verdict"] != NOT_ASKED:
+            lines += [f"**{QUESTIONS[row['claim']]}** "
+                      f"{str(row['verdict']).capitalize()}: {row['ours']}.", ""]  # fmt: skip
+    cells = [[f"**{row['statement']}**<br>the paper: {row['paper_value']}",
+              str(row["ours"]).replace("; ", "<br>"), str(row["detectable"]),
+              f"**{row['verdict']}**"] for row in rows]  # fmt: skip
+    lines += _table(["claim", "this run", "could have seen", "verdict"],
+                    [[cell.replace("|", "/") for cell in row] for row in cells])  # fmt: skip
+    return "\n".join(lines) + "\n"

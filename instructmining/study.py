@@ -20,7 +20,7 @@ import pandas as pd
 from instructmining_core import files
 from instructmining_core.config import FinetuneConfig, InstructMiningError, ModelRef
 from instructmining_core.finetuning.ledger import Ledger
-from instructmining_core.finetuning.run import EvalSets, RunSpec
+from instructmining_core.finetuning.run_spec import EvalSets, RunSpec
 from instructmining_core.finetuning.sets import (
     TrainingSet,
     anchors,
@@ -149,7 +149,9 @@ class Study:
         """A base model, opened by the same code whether it is real or a stand-in."""
         from instructmining_core.models.causal_lm import load_lm
 
-        return load_lm(ref, standins=self.standins(ref))
+        return load_lm(
+            ref, standins=self.standins(ref), template=self.profile.finetune.template
+        )
 
     @cached_property
     def lm(self):
@@ -198,6 +200,7 @@ class Study:
             bank=self.bank,
             standins=self.standins(*roles.values()),
             reward_form=self.profile.models.reward_form,
+            template=self.profile.finetune.template,
         )
         rows = self.data.candidates
         size = min(self.profile.models.reference_rows, len(rows))
@@ -209,7 +212,7 @@ class Study:
     def draw_sets(self) -> list[TrainingSet]:
         """Draw the design: fusion, designed and equal-token sets, the anchors' further seeds."""
         plan, scores = self.profile.design, self.candidate_scores
-        fusion = fusion_sets(scores, plan.fusion, plan.size, plan.seed, on_short="redraw")
+        fusion = fusion_sets(scores, plan.fusion, plan.size, plan.seed)
         designed = designed_arm(scores, plan, self.profile.rule_columns())
         further = range(1, plan.anchor_seeds + 1)
         repeats = anchors(designed, plan.anchors, tuple(further))
@@ -221,7 +224,7 @@ class Study:
         if not plan.tokens:
             return []
         tokens = round(plan.size * float(scores["len_out"].mean()))
-        return equal_token_sets(scores, scores, plan.tokens, tokens, plan.strength, plan.seed,
+        return equal_token_sets(scores, plan.tokens, tokens, plan.strength, plan.seed,
                                 columns=self.profile.rule_columns())
 
     @cached_property
@@ -233,7 +236,7 @@ class Study:
     @cached_property
     def ledger(self) -> Ledger:
         """This study's run records."""
-        return Ledger(files.ledger(self.profile.name))
+        return Ledger(self.folder / "ledger")
 
     def run(
         self,
@@ -296,18 +299,20 @@ class Study:
         tables = [self.data.candidates, *self.data.pools.values(), *tables]
         rows = pd.concat([table[["row_hash", "messages"]] for table in tables])
         rows = rows[rows["row_hash"].isin(hashes)].drop_duplicates("row_hash")
-        encoded = encode_many(lm.tokenizer, rows["messages"].tolist(), max_tokens=config.max_tokens)
+        encoded = encode_many(lm.tokenizer, rows["messages"].tolist(),
+                              max_tokens=config.max_tokens, template=config.template)  # fmt: skip
         return dict(zip(rows["row_hash"], encoded, strict=True))
 
     def encoded_evals(self, lm, config: FinetuneConfig) -> EvalSets:
-        """The two evaluation sets, tokenised once for each tokeniser and length."""
+        """The two evaluation sets, tokenised once for each tokeniser, length and template."""
         from instructmining_core.data.tokenization import encode_many
 
         longest = self.profile.data.eval_tokens or config.max_tokens
-        key = (lm.resolved.id, lm.resolved.revision, longest)
+        key = (lm.resolved.id, lm.resolved.revision, longest, config.template)
         if key not in self._evals:
             self._evals[key] = EvalSets({
-                name: encode_many(lm.tokenizer, table["messages"].tolist(), max_tokens=longest)
+                name: encode_many(lm.tokenizer, table["messages"].tolist(), max_tokens=longest,
+                                  template=config.template)
                 for name, table in (("eval_1", self.data.eval_1), ("eval_2", self.data.eval_2))
             })  # fmt: skip
         return self._evals[key]

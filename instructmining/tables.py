@@ -1,11 +1,4 @@
-"""From a study's runs to the tables of notebooks 07, 10 and 12: inference, put side by side.
-
-How much of a set's loss is mere vocabulary: a smoothed unigram model of its responses.
-
-How sure each number of the rule is: tables that put an interval beside what has no slope.
-
-Does the rule carry over, to other evaluation prompts and to other bases? Slopes and a map.
-"""
+"""From a study's runs to the tables of notebooks 07, 10 and 12: inference, put side by side."""
 
 from __future__ import annotations
 
@@ -15,21 +8,20 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from statsmodels.stats.proportion import proportion_confint
 
-from instructmining_core import regression
-from instructmining_core import regression as inference
+from instructmining_core.config import InstructMiningError
 from instructmining_core.data.records import assistant_turns
 from instructmining_core.finetuning.sets import TrainingSet
-from instructmining_core.regression.checks import transfer_slope
-from instructmining_core.regression.inference import effective_dimensions
-from instructmining_core.regression.intervals import (
-    median_interval,
-    r2_interval,
-    r2_of,
-    share_interval,
+from instructmining_core.regression.checks import baseline_comparison, transfer_slope
+from instructmining_core.regression.inference import (
+    Jackknife,
+    effective_dimensions,
+    jackknife_sources,
 )
+from instructmining_core.regression.intervals import median_interval, r2_interval, r2_of
 from instructmining_core.regression.paper_rule import fit_paper
-from instructmining_core.regression.permutation import Permutation
+from instructmining_core.regression.permutation import Permutation, permutation
 from instructmining_core.regression.rule import NEW_SOURCES, THESE_SOURCES, RuleFit, fit_rule
 from instructmining_core.regression.rule_card import RuleCard
 from instructmining_core.regression.run_table import (
@@ -44,51 +36,51 @@ from .experiments import ladder_sweep
 from .paper import R_SQUARED
 from .study import Study
 
-WORDS = re.compile(r"\w+|[^\w\s]")
+WORDS = re.compile(r"\w+|[^\w\s]")  # words and single punctuation marks
+SMOOTHING = 0.1  # count added to every word of the joint vocabulary
+SAME_SETS = ("Every slope is taken over the very sets that the rule was fitted on: it says whether "
+             "the rule carries to another base or to other prompts, not whether it holds for new "
+             "sets, which is what held-out sources are for.")
+EVALUATIONS = {"eval_1": "log_loss", "eval_2": "log_loss_eval_2"}
+COUNTED, PLAIN = "shared rows counted", "shared rows not counted"
+
+# (base, evaluation set) -> the runs, with `log_loss` and `log_loss_eval_2`
+Settings = Mapping[tuple[str, str], pd.DataFrame]
 
 
-def words(text: str) -> list[str]:
-    """Case-folded words and single punctuation marks."""
-    return WORDS.findall(text.casefold())
-
-
-def unigram_losses(sets: Sequence[TrainingSet], responses: Mapping[str, str],
-                   evaluation: Sequence[str], smoothing: float = 0.1) -> pd.Series:
+def unigram_losses(
+    sets: Sequence[TrainingSet], responses: Mapping[str, str], evaluation: Sequence[str]
+) -> pd.Series:
     """Loss of the evaluation responses under each set's own unigram model; index set_id.
 
-    responses : row hash -> response text (several turns joined); evaluation : response texts;
-    smoothing : count added to every word of the joint vocabulary of evaluation and all sets.
-    Mean over prompts of the mean negative log probability per word, in nats.
+    responses : row hash -> response text (several turns joined); evaluation : response texts.
+    Mean over prompts of the mean negative log probability per word, in nats; `SMOOTHING` is added
+    to every count. Raises InstructMiningError where a row has no response text.
     """
-    if not evaluation:
-        raise ValueError("no evaluation responses to score")
     distinct = {s.set_id: s for s in sets}
     needed = {h for s in distinct.values() for h in s.row_hashes}
     lacking = [h for h in needed if h not in responses]
-    if lacking:
-        raise ValueError(f"{len(lacking)} rows have no response text, the first is {lacking[0]}")
-    counted = {h: Counter(words(responses[h])) for h in needed}
-    prompts = [Counter(words(text)) for text in evaluation]
-    prompts = [p for p in prompts if p]
-    vocabulary = {w for c in (*counted.values(), *prompts) for w in c}
-    asked = sorted({w for p in prompts for w in p})
-    position = {w: i for i, w in enumerate(asked)}
-    weight = np.zeros(len(asked))
-    for prompt in prompts:
-        total = sum(prompt.values()) * len(prompts)
-        for w, c in prompt.items():
-            weight[position[w]] += c / total
+    if lacking or not evaluation:
+        raise InstructMiningError(f"{len(lacking)} of {len(needed)} rows have no response text, "
+                                  f"and there are {len(evaluation)} evaluation responses")
+    counted = {h: _word_counts(responses[h]) for h in needed}
+    prompts = [counts for text in evaluation if (counts := _word_counts(text))]
+    vocabulary = {w for counts in (*counted.values(), *prompts) for w in counts}
+    asked = sorted({w for counts in prompts for w in counts})
+    weight = np.mean([[c[w] / c.total() for w in asked] for c in prompts], axis=0)
     losses = {}
     for name, one in distinct.items():
-        have, total = np.zeros(len(asked)), 0
+        held: Counter[str] = Counter()
         for h in one.row_hashes:
-            total += sum(counted[h].values())
-            for w, c in counted[h].items():
-                if w in position:
-                    have[position[w]] += c
-        probability = (have + smoothing) / (total + smoothing * len(vocabulary))
+            held.update(counted[h])
+        have = np.array([held[w] for w in asked])
+        probability = (have + SMOOTHING) / (held.total() + SMOOTHING * len(vocabulary))
         losses[name] = float(-weight @ np.log(probability))
     return pd.Series(losses, name="unigram").rename_axis("set_id")
+
+
+def _word_counts(text: str) -> Counter[str]:
+    return Counter(WORDS.findall(text.casefold()))
 
 
 def failure_table(null: pd.DataFrame) -> pd.DataFrame:
@@ -105,12 +97,17 @@ def failure_table(null: pd.DataFrame) -> pd.DataFrame:
         medians = {"median R²": part["r2"],
                    "median rank correlation": part["repeat_rank_correlation"]}  # fmt: skip
         found = {n: (v.median(), *median_interval(v)) for n, v in medians.items()}
-        found |= {n: (v.mean(), *share_interval(v.sum(), len(v))) for n, v in shares.items()}
+        found |= {n: (v.mean(), *_share_interval(v.sum(), len(v))) for n, v in shares.items()}
         rows[sources] = {"studies": str(len(part))} | {
             name: f"{value:.2f} [{low:.2f}, {high:.2f}]"
             for name, (value, low, high) in found.items()
         }
     return pd.DataFrame(rows).T.rename_axis("sources")
+
+
+def _share_interval(count: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    return proportion_confint(count, n, method="wilson")
 
 
 def paper_table(
@@ -140,7 +137,7 @@ def dimensions(runs: pd.DataFrame, fit: RuleFit) -> pd.DataFrame:
              effective_dimensions(fit.indicators, fit.controls)}  # fmt: skip
     fusion = one_per_set(runs[runs["arm"] == "fusion"])
     if len(fusion) > 2:
-        means = standardised(fusion, fit.columns, fit.standardisation)
+        means = standardised(fusion, fit.columns, fit.standardizer)
         found["fusion sets, the paper's design"] = effective_dimensions(means)
     return pd.DataFrame(found).T
 
@@ -159,7 +156,7 @@ def tests_table(tests: Sequence[Permutation], fit: RuleFit, size: int) -> pd.Dat
         low, high = r2_interval(test.statistic, size, len(fit.runs) - spent - size)
         n = len(test.null)
         reached = int((test.null >= test.statistic - 1e-12).sum())
-        p_low, p_high = share_interval(reached, n)
+        p_low, p_high = _share_interval(reached, n)
         rows.append({
             "hypothesis": test.meaning, "largest R²": test.statistic, "low": low, "high": high,
             "95 % of permutations below": np.quantile(test.null, 0.95), "p": test.p,
@@ -170,32 +167,15 @@ def tests_table(tests: Sequence[Permutation], fit: RuleFit, size: int) -> pd.Dat
 
 
 def choice_table(chosen: pd.DataFrame, draws: int) -> pd.DataFrame:
-    """`inference.bootstrap_choice` with Wilson bounds of each frequency over `draws` draws."""
-    bounds = [share_interval(f * draws, draws) for f in chosen["frequency"]]
+    """`bootstrap_choice` with Wilson bounds of each frequency over `draws` draws."""
+    bounds = [_share_interval(f * draws, draws) for f in chosen["frequency"]]
     frame = chosen.copy()
     frame.insert(1, "low", [low for low, _ in bounds])
     frame.insert(2, "high", [high for _, high in bounds])
     return frame
 
 
-def line_enough(found: dict[str, float]) -> str:
-    """`inference.lack_of_fit` in one sentence."""
-    said = ("more than seeds explain, so that the slopes are averages over what the line misses"
-            if found["p"] < 0.05 else "no more than seeds explain")
-    return (f"What the line leaves over has {found['ratio']:.1f} times the sd of a seed "
-            f"[{found['ratio_low']:.1f}, {found['ratio_high']:.1f}], p = {found['p']:.2g}: {said}.")
-
-
-SAME_SETS = ("Every slope is taken over the very sets that the rule was fitted on: it says whether "
-             "the rule carries to another base or to other prompts, not whether it holds for new "
-             "sets, which is what held-out sources are for.")
-EVALUATIONS = {"eval_1": "log_loss", "eval_2": "log_loss_eval_2"}
-
-# (base, evaluation set) -> the runs, with `log_loss` and `log_loss_eval_2`
-Settings = Mapping[tuple[str, str], pd.DataFrame]
-
-
-def settings(study: Study) -> Settings:
+def transfer_settings(study: Study) -> Settings:
     """The runs of every base at hand, once for each evaluation set; the first is the rule's own.
 
     The other evaluation set costs nothing, its losses are in the ledger. The further bases of the
@@ -239,7 +219,7 @@ def carries(low: float, high: float) -> str:
     return "in part" if high < 1 else "whole" if low <= 1 else "amplified"
 
 
-def fits(
+def fit_settings(
     found: Settings, columns: Sequence[str], constants: Standardizer
 ) -> dict[str, RuleFit]:
     """The rule fitted anew in every setting, by "base, evaluation set"."""
@@ -275,30 +255,17 @@ def coefficient_map(fits: Mapping[str, RuleFit]) -> pd.DataFrame:
     return frame[["setting", "name", "estimate", "low", "high", "same_sign", "holds"]]
 
 
-def transfer_said(found: pd.DataFrame) -> str:
-    """The map in one sentence: of the slopes claimed, how many hold in every other setting."""
-    claimed = list(found.loc[found["holds"] == "claimed", "name"])
-    others = found[found["name"].isin(claimed) & (found["holds"] != "claimed")]
-    everywhere = [n for n in claimed if (others.loc[others["name"] == n, "holds"] == "holds").all()]
-    turned = list(dict.fromkeys(others.loc[others["holds"] == "reversed", "name"]))
-    return (f"{len(claimed)} of {found['name'].nunique()} slopes are claimed "
-            f"({', '.join(claimed) or 'none'}); of these {len(everywhere)} hold in every other "
-            f"setting ({', '.join(everywhere) or 'none'}), and {len(turned)} turn somewhere "
-            f"({', '.join(turned) or 'none'}).")
-
-
-COUNTED, PLAIN = "shared rows counted", "shared rows not counted"
-
-
-def jackknife(runs: pd.DataFrame, columns: Sequence[str], constants: Standardizer):
+def jackknife(
+    runs: pd.DataFrame, columns: Sequence[str], constants: Standardizer
+) -> Jackknife | None:
     """Intervals for new sources, or None where a deletion leaves too little to fit."""
     try:
-        return inference.jackknife_sources(runs, columns, constants)
-    except (RunsError, regression.RankError):
+        return jackknife_sources(runs, columns, constants)
+    except RunsError:
         return None
 
 
-def coefficient_table(fit: RuleFit, jack) -> pd.DataFrame:
+def both_intervals(fit: RuleFit, jack) -> pd.DataFrame:
     """Every slope (log loss per sd of a row) with both intervals, raw slope with bounds, VIF."""
     table = fit.table()
     frame = table[["label", "estimate", "low", "high"]].rename(
@@ -306,7 +273,7 @@ def coefficient_table(fit: RuleFit, jack) -> pd.DataFrame:
     )
     low, high = (jack.table["low"], jack.table["high"]) if jack else (np.nan, np.nan)
     frame["low, new sources"], frame["high, new sources"] = low, high
-    sd = fit.standardisation.sd[list(fit.columns)]
+    sd = fit.standardizer.sd[list(fit.columns)]
     raw = table[["raw", "low", "high"]].copy()
     raw[["low", "high"]] = raw[["low", "high"]].div(sd, axis=0)
     frame[["raw", "raw low", "raw high"]] = raw  # bounds for these sources
@@ -327,32 +294,10 @@ def coefficient_frame(fit: RuleFit, jack, by_paper) -> pd.DataFrame:
 def predictions(fit: RuleFit) -> pd.DataFrame:
     """Each set's measured and fitted log loss, with its arm and source."""
     frame = fit.runs[[c for c in ("set_id", "arm", "source") if c in fit.runs]].copy()
-    frame["measured"] = fit.ols.y
-    frame["predicted"] = fit.ols.y - fit.ols.residuals
-    return frame
+    return frame.assign(measured=fit.ols.model.endog, predicted=fit.ols.fittedvalues)
 
 
-def mundlak(
-    study: Study, runs: pd.DataFrame, columns: Sequence[str], constants: Standardizer
-) -> tuple[pd.DataFrame, str]:
-    """Slopes between and within sources, and the test of their equality in one sentence.
-
-    An empty table, and why, where the sources are too few for it.
-    """
-    means = study.candidate_scores.groupby("source")[list(columns)].mean()
-    try:
-        split = regression.mundlak(runs, columns, means, constants)
-    except (RunsError, regression.RankError) as error:
-        return pd.DataFrame(), str(error)
-    found = ("they differ: a rule fitted to mixtures is not a rule for rows here"
-             if split.p < 0.05 else "no difference is seen, which does not prove them equal")
-    differ = split.table[split.table["low"] * split.table["high"] > 0].index
-    named = f"; one at a time the interval leaves out zero for {', '.join(differ)}"
-    return split.table, (f"Between and within: F({split.df1}, {split.df2}) = {split.f:.2f}, "
-                         f"p = {split.p:.2g}, {found}{named if len(differ) else ''}.")
-
-
-def baselines(
+def vocabulary_baselines(
     study: Study, runs: pd.DataFrame, columns: Sequence[str], constants: Standardizer
 ) -> pd.DataFrame:
     """How much of the loss a unigram model and the number of training tokens explain."""
@@ -362,19 +307,19 @@ def baselines(
         for own, messages in zip(rows["row_hash"], rows["messages"], strict=True)
     }
     asked = [assistant_turns(messages)[-1][1] for messages in study.data.eval_1["messages"]]
-    # with other package versions than the run's, the corpus lacks some of its rows: ValueError
+    # with other package versions than the run's, the corpus lacks some of its rows
     try:
         losses = unigram_losses(study.sets, responses, asked)
         frame = runs.assign(
             unigram=runs["set_id"].map(losses), log_tokens=np.log(runs["tokens_trained"])
         )
-        return regression.baseline_comparison(frame, columns, ["unigram", "log_tokens"], constants)
-    except ValueError as error:
+        return baseline_comparison(frame, columns, ["unigram", "log_tokens"], constants)
+    except InstructMiningError as error:
         return pd.DataFrame({"not to be had here": [str(error)]})
 
 
 def rows_of_sets(study: Study) -> dict[str, tuple[str, ...]]:
-    """set_id -> row hashes, by which `inference.permutation` counts shared rows."""
+    """set_id -> row hashes, by which `permutation` counts shared rows."""
     return {one.set_id: one.row_hashes for one in study.sets}
 
 
@@ -391,12 +336,12 @@ def negative_control(study: Study) -> pd.DataFrame:
     columns, settings = study.profile.rule_columns(), study.profile.inference
     runs, rows, size = study.runs("sweep"), rows_of_sets(study), min(4, len(columns))
 
-    def tests(table: pd.DataFrame, draws: int) -> dict[str, inference.Permutation]:
+    def tests(table: pd.DataFrame, draws: int) -> dict[str, Permutation]:
         constants = Standardizer.fit(table, columns)
         joined = study.joined(runs, scores=table)
         return {
-            name: inference.permutation(joined, columns, constants, size=size,
-                                        n_permutations=draws, rows=known)
+            name: permutation(joined, columns, constants, size=size, n_permutations=draws,
+                              rows=known)
             for name, known in ((COUNTED, rows), (PLAIN, None))
         }  # fmt: skip
 
@@ -407,14 +352,14 @@ def negative_control(study: Study) -> pd.DataFrame:
 
 
 def control_table(
-    own: Mapping[str, inference.Permutation],
-    shuffled: Sequence[Mapping[str, inference.Permutation]],
+    own: Mapping[str, Permutation],
+    shuffled: Sequence[Mapping[str, Permutation]],
 ) -> pd.DataFrame:
     """See `negative_control`; own, shuffled : the tests by name, of the study and the shuffles."""
     table, n = {}, len(shuffled)
     for name, test in own.items():
         rejected = sum(one[name].p < 0.05 for one in shuffled)
-        low, high = share_interval(rejected, n)
+        low, high = _share_interval(rejected, n)
         table[name] = {"shuffles": n, "significant at 5 %": rejected,
                        "share significant": rejected / n, "low": low, "high": high,
                        "p of the study": test.p}  # fmt: skip
@@ -425,25 +370,6 @@ def control_table(
     return pd.DataFrame(table).T
 
 
-def control_said(control: pd.DataFrame) -> str:
-    """The negative control in words: which permutation test keeps its level, and the p then."""
-    said = []
-    for name, row in control.iterrows():
-        kept = ("agrees with one in twenty" if row["low"] <= 0.05 <= row["high"] else
-                "is more than one in twenty, so that its p is not to be believed"
-                if row["low"] > 0.05 else "is fewer than one in twenty: the test is cautious")
-        said.append(f"With {name}, {row['significant at 5 %']:.0f} of {row['shuffles']:.0f} "
-                    f"shuffles are significant at 5 %, {100 * row['share significant']:.0f} % "
-                    f"[{100 * row['low']:.0f}, {100 * row['high']:.0f}], which {kept}; the "
-                    f"study's p is {row['p of the study']:.2g}.")  # fmt: skip
-    plain = control.loc[PLAIN]
-    said.append(f"Held against the shuffles themselves the study's R² of "
-                f"{plain['R² of the study']:.2f} has p = {plain['p against the shuffles']:.3f}; "
-                f"the smallest that {plain['shuffles']:.0f} shuffles can give is "
-                f"{1 / (1 + plain['shuffles']):.3f}.")
-    return " ".join(said)
-
-
 def rule_card(study: Study, fit: RuleFit, jack, held: pd.DataFrame, test) -> RuleCard:
     """The card of the study's rule, with all that is needed to use it or to refuse to."""
     from instructmining_core.regression.rule_card import make_card
@@ -451,13 +377,10 @@ def rule_card(study: Study, fit: RuleFit, jack, held: pd.DataFrame, test) -> Rul
     profile = study.profile
     base = study.base_of_sweep()
     stand_in = base["id"].startswith("standin:")
-    sources = ", ".join(fit.sources)
     return make_card(
-        fit, study.candidate_scores,
-        fitted_on=f"profile {profile.name}: {len(fit.runs)} sets of {profile.design.size} rows "
-        f"from {len(fit.sources)} sources ({sources})",
+        fit, study.candidate_scores, profile=profile.name, set_size=profile.design.size,
         not_for="other models, other reference sets, other languages; rows outside the range "
         "of the fitted sets" + ("; models of any use: these are stand-ins" * stand_in),
-        new_sources=jack, held_out=held, permutation=test,
+        new_sources=jack, held_out=held, permutation_p=test.p,
         base={"id": base["id"], "revision": base["revision"], "stand_in": stand_in},
     )  # fmt: skip

@@ -52,7 +52,6 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 import pandas as pd
 
 from instructmining import claims, experiments, figures, reports
-from instructmining import experiments as refits
 from instructmining.study import Study
 from instructmining_core.regression.rule_card import load_rule
 from instructmining_core.selection import beat_random
@@ -63,7 +62,7 @@ from instructmining_core.selection.support import support
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
 plans = experiments.gate_plans(study, rule)
-experiments.describe(plans).round(1)
+experiments.count_plans(plans).round(1)
 
 # %% [markdown]
 # How much do the methods choose alike, at equal rows?
@@ -71,7 +70,7 @@ experiments.describe(plans).round(1)
 
 # %%
 at_equal_rows = [p for p in plans if not p.label["method"].endswith("_tokens")]
-experiments.overlap(at_equal_rows).round(2)
+experiments.method_overlap(at_equal_rows).round(2)
 
 # %% [markdown]
 # ## Does the rule reach these rows, and has it seen them?
@@ -98,7 +97,7 @@ pd.DataFrame(reach).T.assign(pool={pool: kind.name for pool, kind in kinds.items
 
 # %%
 rules = {"fitted": rule, "v1": load_rule("v1"), "v3": load_rule("v3")}
-rows = experiments.pool_rows(study)
+rows = experiments.all_pool_rows(study)
 pairs, apart = compare_rules(rules, rows, top=study.profile.selection.size)
 for name, one in rules.items():
     differing = one.check(rows.attrs, allow_mismatch=True)
@@ -140,12 +139,17 @@ prompts = experiments.per_example(study, runs)
 contrasts = beat_random.compare_budgets(runs, prompts, loss="loss_eval_2")
 numbers = ["difference", "low", "high", "low_prompts", "high_prompts", "detectable"]
 shown = ["budget", "pool", *numbers, "p_holm", "p_margin", "verdict"]
-contrasts.query("role == 'primary'")[shown].round(4)
+primary = contrasts.query("role == 'primary'")
+primary[shown].round(4)
 
-# %% tags=["hide-input"]
-from IPython.display import Markdown
+# %% [markdown]
+# In how many pools is the selection better, at equal rows and at equal tokens?
+# Where only equal rows show an advantage, it may be one of how many tokens are trained on, and not of which; where both do, it is not one of the number of tokens.
+# At equal tokens the random sets have another number of rows and of optimisation steps.
 
-Markdown(reports.budget_reading(contrasts, runs))
+# %%
+better = primary["verdict"].str.startswith("better")
+better.groupby(primary["budget"], sort=False).agg(better="sum", pools="size")
 
 # %% [markdown]
 # ## Selected against every rival
@@ -182,11 +186,11 @@ answers_table(against)[["answer", *numbers, "p_margin", "seeds"]].round(4)
 # First, how many of the rule's rows the refits choose too; then the refits against the random draws.
 
 # %%
-cards = refits.refit_cards(study, study.profile.selection.refits)
-refit_plans = refits.refit_plans(study, cards)
+cards = experiments.refit_cards(study, study.profile.selection.refits)
+refit_plans = experiments.refit_plans(study, cards)
 refitted = study.run("refit", refit_plans)
 own = {p.label["pool"]: p.row_hashes for p in plans if p.label["method"] == "selected"}
-refits.agreement(refit_plans, own).round(2)
+experiments.refit_agreement(refit_plans, own).round(2)
 
 # %%
 wider = pd.concat([refitted, runs[runs["method"] == "random"]])
@@ -201,7 +205,8 @@ with_refits[["pool", *numbers, "p_holm", "p_margin", "verdict"]].round(4)
 # The page that `instructmining select --verify` writes for a reader's own data, here for the primary contrasts of these pools.
 
 # %% tags=["hide-input"]
-primary = contrasts.query("role == 'primary'")
+from IPython.display import Markdown
+
 Markdown(reports.verdict_markdown(primary, kinds, rule))
 
 # %%

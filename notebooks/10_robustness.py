@@ -49,7 +49,6 @@ if "google.colab" in sys.modules:  # on Colab the package is not there yet
 import pandas as pd
 
 from instructmining import claims, experiments, figures, paper, tables
-from instructmining import experiments as ablation
 from instructmining.study import Study
 from instructmining_core.regression.intervals import significant
 from instructmining_core.regression.rule_card import load_rule
@@ -96,12 +95,12 @@ paper.table_6()
 # The first row is the setting that the rule was fitted in, where the slope is one by construction.
 
 # %%
-settings = tables.settings(study)
+settings = tables.transfer_settings(study)
 slopes = tables.transfer_table(settings, rule)
 study.save(slopes, "transfer.parquet")
 print(slopes.attrs["note"])
 if not study.profile.robustness.transfer:
-    print("This profile asks for no further base; `thorough` does.")
+    print("This profile asks for no further base (`robustness.transfer`).")
 significant(slopes)
 
 # %% [markdown]
@@ -114,8 +113,7 @@ significant(slopes)
 # %%
 columns = study.profile.rule_columns()
 constants = Standardizer.fit(study.candidate_scores, columns)
-coefficients = tables.coefficient_map(tables.fits(settings, columns, constants))
-print(tables.transfer_said(coefficients))
+coefficients = tables.coefficient_map(tables.fit_settings(settings, columns, constants))
 coefficients.pivot(index="name", columns="setting", values="holds").loc[
     columns, list(dict.fromkeys(coefficients["setting"]))
 ]
@@ -130,7 +128,7 @@ figures.coefficients(coefficients.rename(columns={"setting": "kind"}))
 # Where it does not (a Jaccard index under 0.8), the profile may ask to finetune on the smaller rule's rows, on several seeds; where the selections are nearly the same, so is the loss.
 
 # %%
-overlaps, dropped = ablation.ablation(study, rule)
+overlaps, dropped = experiments.ablation(study, rule)
 study.save(overlaps, "ablation.parquet")
 significant(overlaps)
 

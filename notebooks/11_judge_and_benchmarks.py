@@ -100,7 +100,7 @@ pd.Series(vars(published), name="net win").to_frame()
 # With network, `lm-eval --model hf --model_args pretrained=FOLDER,peft=ADAPTER --tasks arc_challenge,hellaswag,mmlu,truthfulqa_mc2` runs them on an adapter such as the one that notebook 05 saves in `results/<profile>/adapter`.
 
 # %%
-study.claim("judged_better", **claims.judge_claim(net))
+study.record_claim("judged_better", **claims.judge_claim(net))
 
 # %% [markdown]
 # ## In this notebook we have seen

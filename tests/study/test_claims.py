@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from instructmining import claims, paper
+from instructmining import claims, paper, reports
 from instructmining_core.regression.intervals import r2_detectable, r2_interval
 
 
@@ -28,7 +28,7 @@ def test_rule_claim_is_undecided_without_evidence():
     noise = SimpleNamespace(sd=0.01, low=0.008, high=0.014)
     null = np.linspace(0, 0.4, 101)
     fit = SimpleNamespace(r2_beyond_controls=0.5, columns=tuple("abcde"),
-                          ols=SimpleNamespace(df=40))
+                          df=40)
     weak = claims.rule_claim(fit, SimpleNamespace(p=0.2, null=null), noise)
     strong = claims.rule_claim(fit, SimpleNamespace(p=0.001, null=null), noise)
     assert (weak["verdict"], strong["verdict"]) == (claims.UNDECIDED, claims.HOLDS)
@@ -47,7 +47,7 @@ def test_transfer_claim_follows_the_intervals():
     assert claims.transfer_claim(held((1, -0.5, 2.5), (0.1, -1, 1)))["verdict"] == claims.UNDECIDED
     assert claims.transfer_claim(held((-1, -2, -0.5), (-1, -2, 0)))["verdict"] == claims.FAILS
     few = claims.transfer_claim(held((1, 0.5, 1.5), (0.4, 0.1, 0.7), sources=1))
-    assert few["verdict"] == claims.NOT_ASKED
+    assert few["verdict"] == reports.NOT_ASKED
 
 
 def answer(difference, word, detectable=0.004):
@@ -110,10 +110,16 @@ def test_dose_claim_has_every_number_and_one_source_of_harm():
 
 def test_defects_claim_follows_the_interval_and_says_why():
     found = {"rival": "shortest", "difference": -0.06, "low": -0.08, "high": -0.04, "sources": 5,
-             "rows": "unseen pool rows", "rule": "0.70 [0.60, 0.80]", "why": "because"}
+             "rows": "unseen pool rows", "rule": 0.7, "rule_low": 0.6, "rule_high": 0.8,
+             "kind": "repetitive", "kind_rule": 0.6, "kind_rival": 0.9, "kind_harms": False,
+             "harmful": {"difference": 0.1, "low": 0.05, "high": 0.15}}
     worse = claims.defects_claim(found)
     assert worse["verdict"] == claims.FAILS
-    assert "worse than taking the shortest row: -0.06 [-0.08, -0.04]; because" in worse["ours"]
+    assert "worse than taking the shortest row: -0.06 [-0.08, -0.04]; in repetitive, which" in (
+        worse["ours"])
+    assert "was not seen to harm the loss, the defective row is the longer one in 90 % of" in (
+        worse["ours"])
+    assert worse["ours"].endswith("that harm alone the difference is +0.10 [+0.05, +0.15]")
     assert claims.defects_claim({**found, "low": 0.01})["verdict"] == claims.HOLDS
     unsure = claims.defects_claim({**found, "high": 0.04})
     assert unsure["verdict"] == claims.UNDECIDED and "not told from" in unsure["ours"]
@@ -135,7 +141,7 @@ def test_a_win_without_defects_is_one_that_defects_do_not_explain(verdict, word)
                           "high": -0.003, "detectable": 0.004, "verdict": [verdict, "better"]})
     found = claims.clean_pool_claim(pools)
     assert found["verdict"] == word and "-0.5 % [-0.7, -0.3]" in found["ours"]
-    assert claims.clean_pool_claim(pools.iloc[1:])["verdict"] == claims.NOT_ASKED
+    assert claims.clean_pool_claim(pools.iloc[1:])["verdict"] == reports.NOT_ASKED
 
 
 SIZES = pd.DataFrame({
@@ -201,8 +207,8 @@ def test_a_win_of_two_pairs_of_models_says_nothing_of_the_method():
 
 def test_front_page_has_every_claim_and_the_answer():
     verdict = paper.claims().assign(ours="x | y", detectable="2 %", verdict="undecided")
-    page = claims.front_page(verdict, "smoke", "tiny.")
-    assert page.count("\n| ") == len(verdict) + 1
+    page = reports.front_page(verdict, "smoke", "tiny.")
+    assert page.count("\n| ") == len(verdict) + 2
     assert "**Does the rule beat length alone?** Undecided: x | y." in page
     assert "x / y" in page
     assert "**Does the rule find planted defects better than length does?** Undecided" in page

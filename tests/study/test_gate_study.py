@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 
 from instructmining import experiments, reports
-from instructmining import experiments as refits
 from instructmining.cli import main
 from instructmining.experiments import draw_prompts
 from instructmining.study import Study
-from instructmining_core.indicators.scorer import score, write_scores
-from instructmining_core.regression.rule_card import load_rule
+from instructmining_core.indicators.score_table import write_scores
+from instructmining_core.indicators.scorer import score
+from instructmining_core.regression.rule_card import FittedOn, load_rule
 from instructmining_core.selection import beat_random
 from instructmining_core.selection.select import TOKENS
 
@@ -98,8 +98,9 @@ def test_fit_profile_fits_the_sweep_of_the_study(home, study):
     card = load_rule("rule.json")
     constants = Standardizer.fit(study.candidate_scores, ["len_out"])
     by_hand = fit_rule(study.sweep(), ["len_out"], constants)
-    assert card.data["coefficients"][0]["estimate"] == pytest.approx(by_hand.slopes["len_out"])
-    assert reports.card_sources(card) == {"a", "b", "c"}
+    assert card.coefficients[0].estimate == pytest.approx(by_hand.slopes["len_out"])
+    assert card.fitted_on.sources == ["a", "b", "c"]
+    assert (card.fitted_on.profile, card.fitted_on.sets) == (study.profile.name, len(by_hand.runs))
 
 
 def test_plan_profile_prints_the_half_widths_of_the_design(home, capsys):
@@ -132,25 +133,26 @@ def test_token_plans_hold_the_selected_rows_tokens(study, gate):
             got = [cost[one] for one in plan.row_hashes]
             assert abs(sum(got) - selected) <= max(cost.values()) / 2
             assert plan.label["size"] == 6, "told by the set whose tokens they have"
-    table = beat_random.compare_budgets(runs, experiments.per_example(study, runs), loss="loss_eval_2")
+    prompts = experiments.per_example(study, runs)
+    table = beat_random.compare_budgets(runs, prompts, loss="loss_eval_2")
     primary = table[table["role"] == "primary"]
     assert primary["budget"].tolist() == ["equal rows", "equal tokens"]
     assert primary["low_prompts"].notna().all()
 
 
 def test_refits_are_rules_of_resampled_sweeps(study):
-    cards = refits.refit_cards(study, 3, seed=1)
-    slopes = [card.data["coefficients"][0]["estimate"] for card in cards]
+    cards = experiments.refit_cards(study, 3)
+    slopes = [card.coefficients[0].estimate for card in cards]
     assert len(set(slopes)) == 3 and np.isfinite(slopes).all()
     own = load_rule("rule.json")
-    assert cards[0].data["standardisation"] == own.data["standardisation"], "the same constants"
-    again = refits.refit_cards(study, 3, seed=1)
-    assert [card.data["coefficients"] for card in again] == [c.data["coefficients"] for c in cards]
-    plans = refits.refit_plans(study, cards)
+    assert cards[0].standardisation == own.standardisation, "the same constants"
+    again = experiments.refit_cards(study, 3)
+    assert [card.coefficients for card in again] == [c.coefficients for c in cards]
+    plans = experiments.refit_plans(study, cards)
     assert len(plans) == 3 * len(study.data.pools)
     assert {plan.label["method"] for plan in plans} == {"refit"}
     chosen = {plan.label["pool"]: plan.row_hashes for plan in plans if plan.label["seed"] == 0}
-    shared = refits.agreement(plans[:1] + plans[3:4], chosen)
+    shared = experiments.refit_agreement(plans[:1] + plans[3:4], chosen)
     assert shared["shared_least"].tolist() == [1.0, 1.0], "a refit shares all rows with itself"
 
 
@@ -159,7 +161,7 @@ def test_resampling_keeps_to_arm_and_source_and_makes_new_ids():
         "set_id": [f"s{i}" for i in range(9)], "arm": ["within"] * 6 + ["mixed"] * 3,
         "source": ["a"] * 4 + ["b"] * 2 + [""] * 3,
     })  # fmt: skip
-    drawn = refits.resampled(runs, np.random.default_rng(0))
+    drawn = experiments.resampled(runs, np.random.default_rng(0))
     sizes = drawn.groupby(["arm", "source"]).size()
     assert sizes.to_dict() == runs.groupby(["arm", "source"]).size().to_dict()
     assert drawn["set_id"].is_unique and drawn["drawn"].duplicated().any()
@@ -221,19 +223,19 @@ def test_the_first_line_is_the_answer():
 
 def test_a_negative_page_says_what_it_rules_out():
     card = load_rule("v3")
-    kind = reports.PoolKind("unseen source", "by name")
-    page = reports.verdict_markdown(contrasts("undecided", "undecided"), kind, card)
+    kinds = {"p0": reports.PoolKind("unseen source", "by name")}
+    page = reports.verdict_markdown(contrasts("undecided", "undecided"), kinds, card)
     assert "an advantage of 1.5 % or more would have been found with 80 % power" in page
     row = "| -2.0 % [-3.0 %, -1.0 %] | [-4.0 %, +1.0 %] | 1.5 % | not shown | **undecided** |"
     assert row in page
-    assert "rules out" not in reports.verdict_markdown(contrasts("better", "better"), kind, card)
+    assert "rules out" not in reports.verdict_markdown(contrasts("better", "better"), kinds, card)
     nan = dict.fromkeys(("low", "high", "low_prompts", "high_prompts", "detectable"), np.nan)
-    alone = reports.verdict_markdown(contrasts("undecided", "undecided", **nan), kind, card)
+    alone = reports.verdict_markdown(contrasts("undecided", "undecided", **nan), kinds, card)
     assert "nothing could be detected" in alone and "nan" not in alone
 
 
 def test_pools_are_named_by_what_the_rule_has_seen():
-    card = SimpleNamespace(data={"fitted_on": "x: 9 sets from 2 sources (a, b)", "held_out": []})
+    card = SimpleNamespace(fitted_on=FittedOn(sources=["a", "b"]))
     fitted = pd.DataFrame({"source": ["a", "b"], "row_hash": ["1", "2"]})
 
     def kind(source, row, rows=fitted, card=card):
@@ -245,24 +247,9 @@ def test_pools_are_named_by_what_the_rule_has_seen():
     assert kind("z", "3").name == "unseen source"
     assert kind("a", "3", rows=None).name == "unseen rows of a fitted source"
     assert "not at hand" in kind("z", "3", rows=None).why
-    silent = SimpleNamespace(data={"fitted_on": "a test", "held_out": []})
+    silent = SimpleNamespace(fitted_on=FittedOn())
     assert kind("z", "3", rows=None, card=silent).name == "origin unknown"
-    assert reports.card_sources(load_rule("v3")) == set()
-
-
-def test_the_reading_of_rows_and_tokens_follows_from_the_verdicts():
-    runs = pd.DataFrame({"method": ["selected", "random"], "tokens_trained": [45.0, 100.0]})
-
-    def read(*words):
-        return reports.budget_reading(contrasts(*words), runs)
-
-    assert "hold 45 % of the random draws' tokens" in read("better", "better")
-    assert "not one of the number of tokens" in read("better", "better")
-    assert "may be one of how many tokens" in read("better", "undecided")
-    assert "another number of rows" in read("undecided", "better")
-    assert "Neither" in read("undecided", "worse")
-    alone = reports.budget_reading(contrasts("better", budgets=("equal rows",)), runs)
-    assert "Nothing was run at equal tokens" in alone
+    assert load_rule("v3").fitted_on.sources == []
 
 
 def test_prompts_for_the_judge_come_from_all_sources():

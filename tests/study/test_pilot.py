@@ -17,7 +17,7 @@ from instructmining.simulation.worlds import COLUMNS, synthetic_world
 from instructmining.study import Study
 from instructmining_core.config import FinetuneConfig
 from instructmining_core.finetuning import sweep
-from instructmining_core.finetuning.run import EvalSets
+from instructmining_core.finetuning.run_spec import EvalSets
 from instructmining_core.finetuning.sets import anchors, designed_sets, fusion_sets, set_means
 from instructmining_core.regression.planner import half_widths
 from instructmining_core.regression.rule import fit_rule
@@ -36,8 +36,8 @@ class Invented(Study):
                                        indicators=COLUMNS, finetune=FinetuneConfig())
         self.name, self.folder, self.notes, self._asked = "invented", folder, [], {}
         self.world, self.missed, self.has_sweep, self.calls = world, missed, has_sweep, []
-        self.drawn = fusion_sets(world, design.fusion, design.size, 1, on_short="redraw")
-        made = designed_sets(world, world, design.within, design.mixed, design.size, seed=1,
+        self.drawn = fusion_sets(world, design.fusion, design.size, 1)
+        made = designed_sets(world, design.within, design.mixed, design.size, seed=1,
                              columns=COLUMNS)
         self.drawn += made + anchors(made, design.anchors, range(1, design.anchor_seeds + 1))
 
@@ -102,7 +102,7 @@ def test_a_pilots_runs_have_the_sweeps_ids_and_their_own_list(study, tmp_path, m
     monkeypatch.setattr(sweep, "run_sweep", lambda specs, *rest, **more: asked.append(specs))
     real = Invented(tmp_path)
     base = SimpleNamespace(id="b", revision="r")
-    real.lm = SimpleNamespace(dtype="torch.float32", resolved=base)
+    real.lm = SimpleNamespace(dtype="torch.float32", resolved=base, tokenizer=None)
     real.encoded_evals = lambda lm, config: EvalSets()
     real.encoded_rows = lambda *args: {}
     real.ledger = None
@@ -173,7 +173,7 @@ def test_fewer_runs_would_have_sufficed_or_not():
 
 def test_no_candidates_is_the_plain_draw_of_before():
     world = synthetic_world(9, rows=300, seed=4)
-    before = designed_sets(world, world, 60, 30, 100, 1.5, 1, columns=COLUMNS, min_sources=8,
+    before = designed_sets(world, 60, 30, 100, 1.5, 1, columns=COLUMNS, min_sources=8,
                            sets_per_source=6)
     assert designed_arm(world, DESIGN, COLUMNS) == before
     assert load_profile("laptop").design.candidates == 0

@@ -31,7 +31,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def made(world):
-    return design(designed_sets(world, world, 48, 16, 100, seed=2, columns=COLUMNS), world)
+    return design(designed_sets(world, 48, 16, 100, seed=2, columns=COLUMNS), world)
 
 
 def runs_of(made, slopes, seed=0):
@@ -52,7 +52,7 @@ def found(made):
 
 def test_transfer_slopes_are_the_share_of_the_effect_that_carries(found, world):
     fit = fit_rule(found["a", "eval_1"], COLUMNS)
-    card = make_card(fit, world, fitted_on="", not_for="")
+    card = make_card(fit, world, not_for="")
     table = tables.transfer_table(found, card)
     assert table["slope"].tolist() == pytest.approx([1, 0.5, -1, 0], abs=0.03)
     assert table["slope"][0] == pytest.approx(1, abs=1e-9)  # by construction
@@ -81,14 +81,14 @@ def test_coefficient_map_says_what_holds(found):
 
 def test_dropping_the_carrier_changes_the_selection(world):
     columns = list(COLUMNS[:3])
-    sets = designed_sets(world, world, 48, 16, 100, seed=2, columns=COLUMNS)
+    sets = designed_sets(world, 48, 16, 100, seed=2, columns=COLUMNS)
     made = design(sets, world)
     runs = runs_of(made, np.array([0.001, 0.04, 0.0, 0, 0, 0, 0, 0, 0]))
     smaller = experiments.smaller_rules(runs, world, columns)
     fit, card = smaller[columns[1]]
     assert fit.columns == tuple(card.columns) == (columns[0], columns[2])
     rule = make_card(fit_rule(runs, columns, Standardizer.fit(world, columns)), world,
-                     fitted_on="", not_for="")
+                     not_for="")
     # repeats count once for every rule
     pool = pd.concat([world.head(400), world.head(50)], ignore_index=True)
     table = experiments.ablation_overlaps(pool, 60, rule, smaller).set_index("without")
@@ -133,8 +133,8 @@ def both_arms(world, per_row, per_token):
     world = world.assign(len_out=np.exp(0.4 * world["len_out"] + 3))
     scores, rng = world[["row_hash", "source", *COLUMNS]], np.random.default_rng(4)
     tokens = round(100 * float(world["len_out"].mean()))
-    sets = [*designed_sets(scores, scores, 48, 16, 100, seed=2, columns=COLUMNS),
-            *equal_token_sets(scores, scores, 24, tokens, seed=3, columns=COLUMNS)]
+    sets = [*designed_sets(scores, 48, 16, 100, seed=2, columns=COLUMNS),
+            *equal_token_sets(scores, 24, tokens, seed=3, columns=COLUMNS)]
     lengths = world.drop_duplicates("row_hash").set_index("row_hash")["len_out"]
     rows = []
     for one in sets:
@@ -170,8 +170,8 @@ def test_without_the_arm_length_stays_tokens(found):
 
 
 def test_papers_fit_on_its_own_design(world):
-    sets = [*designed_sets(world, world, 48, 16, 100, seed=2, columns=COLUMNS),
-            *fusion_sets(world, 30, 100, 1, on_short="redraw")]
+    sets = [*designed_sets(world, 48, 16, 100, seed=2, columns=COLUMNS),
+            *fusion_sets(world, 30, 100, 1)]
     runs = runs_of(design(sets, world), SLOPES)
     constants = Standardizer.identity(COLUMNS)
     table = tables.paper_table(runs, COLUMNS, constants, 4)
