@@ -19,8 +19,8 @@ def designed_arm(scores: pd.DataFrame, config: DesignConfig,
                  columns: Sequence[str]) -> list[TrainingSet]:
     """The designed sets that a study runs: a plain draw, or chosen where `candidates` is set.
 
-    scores : the candidate rows with `row_hash`, `source` and the columns. Errors: SubsetError
-    where the pool can't deliver, RankError where the sets are too few to choose by information.
+    scores : the candidate rows with `row_hash`, `source` and the columns. Errors: where the
+    pool can't deliver; RankError where the sets are too few to choose by information.
     """
     if not config.candidates:
         return drawn(scores, config, columns)
@@ -31,7 +31,7 @@ def drawn(scores: pd.DataFrame, config: DesignConfig, columns: Sequence[str],
           times: int = 1) -> list[TrainingSet]:
     """A plain draw of the design; `times` as many sets from the same sources."""
     return designed_sets(
-        scores, scores, times * config.within, times * config.mixed, config.size,
+        scores, times * config.within, times * config.mixed, config.size,
         config.strength, config.seed, columns=columns,
         min_sources=min(8, scores["source"].nunique()),
         sets_per_source=times * config.sets_per_source,

@@ -96,9 +96,9 @@ def two_designs(seed: int) -> tuple[Design, Design, np.ndarray]:
     stranger = world["source"].eq(world["source"].iloc[-1])
     pool = world[~stranger]
     n_within = round(0.7 * N_RUNS / 2) * 2
-    sets = designed_sets(pool, pool, n_within, N_RUNS - n_within, SIZE, seed=seed,
+    sets = designed_sets(pool, n_within, N_RUNS - n_within, SIZE, seed=seed,
                          columns=COLUMNS, min_sources=1)
-    mixed = fusion_sets(pool, N_RUNS, SIZE, seed, on_short="redraw")
+    mixed = fusion_sets(pool, N_RUNS, SIZE, seed)
     return (design(sets, pool), design(mixed, pool),
             world.loc[stranger, list(COLUMNS)].to_numpy(float))
 

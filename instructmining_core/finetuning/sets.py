@@ -1,24 +1,20 @@
-"""The equal-token arm: tilted sets with the same number of training tokens instead of rows.
-
-Training sets for the sweep: the paper's fusion, sets tilted within a source, anchors.
-"""
+"""Training sets for the sweep: the paper's fusion, sets tilted within a source, anchors."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
+from ..config import InstructMiningError
+
 MAX_ROW_SHARE = 0.4  # share of a source's rows that one designed set may use
 SETS_FOR_HELD_OUT = 6  # within-source sets that a source needs to be tested alone
-
-
-class SubsetError(ValueError):
-    """A training set can't be drawn as asked."""
+REDRAWS = 1000  # of shares, before they are said to be undeliverable
 
 
 @dataclass(frozen=True)
@@ -56,12 +52,6 @@ class TrainingSet:
         return cls(**{**record, **lists})
 
 
-def set_id(arm: str, row_hashes: Sequence[str]) -> str:
-    """First 16 hex of sha256 over the arm and the ordered row hashes."""
-    text = "\n".join([arm, *row_hashes])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def largest_remainder(shares: np.ndarray, size: int) -> np.ndarray:
     """Whole counts, shape of `shares`, that sum to exactly `size` (Hamilton's method)."""
     exact = np.asarray(shares, float) / np.sum(shares) * size
@@ -72,56 +62,50 @@ def largest_remainder(shares: np.ndarray, size: int) -> np.ndarray:
     return counts
 
 
-def pool_rows(table: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Distinct row hashes of each source, sources sorted; a row met twice keeps its first source.
+def rows_by_source(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Distinct rows of each source, sources sorted; a row met twice keeps its first source.
 
-    table : with the columns `source` and `row_hash`
+    scores : one row an example, with the columns `source`, `row_hash` and the indicators
     """
-    frame = pd.DataFrame({"source": table["source"].astype(str).to_numpy(),
-                          "row_hash": table["row_hash"].to_numpy(object)})
-    frame = frame.drop_duplicates("row_hash")
-    return {name: part["row_hash"].to_numpy(object)
-            for name, part in frame.groupby("source", sort=True)}
+    rows = scores.drop_duplicates("row_hash")
+    return dict(iter(rows.groupby(rows["source"].astype(str), sort=True)))
 
 
-def fusion_sets(table: pd.DataFrame, n: int, size: int, seed: int, *,
-                on_short: str = "raise") -> list[TrainingSet]:
+def fusion_sets(scores: pd.DataFrame, n: int, size: int, seed: int) -> list[TrainingSet]:
     """The paper's fusion: `n` sets of `size` rows, source i giving size·r_i/Σr, r_i uniform.
 
     Paper v3, section on fusion; the distribution of r_i is not published, uniform is our choice.
-    A source with fewer rows than its part is a SubsetError; on_short="redraw" draws the whole
-    r again instead (at most 1,000 times), which makes r uniform over what can be delivered.
+    Where a source has fewer rows than its part the whole r is drawn again, which makes r uniform
+    over what can be delivered. Errors: where that fails `REDRAWS` times.
     """
     rng = np.random.default_rng(seed)
-    pool = pool_rows(table)
+    pool = _hashes(rows_by_source(scores))
     names = list(pool)
     have = np.array([len(pool[s]) for s in names])
     made = []
     for _ in range(n):
-        counts = largest_remainder(rng.uniform(size=len(names)), size)
-        tries = 0
-        while (counts > have).any() and on_short == "redraw" and tries < 1000:
+        for _ in range(1 + REDRAWS):
             counts = largest_remainder(rng.uniform(size=len(names)), size)
-            tries += 1
-        if (counts > have).any():
+            if (counts <= have).all():
+                break
+        else:
             i = int(np.argmax(counts - have))
-            raise SubsetError(f"source {names[i]!r} has {have[i]} rows but a fusion set of {size} "
-                              f"asks it for {counts[i]}: lower the size, leave the source out, "
-                              "or pass on_short='redraw'")
+            raise InstructMiningError(
+                f"source {names[i]!r} has {have[i]} rows but a fusion set of {size} asks it for "
+                f"{counts[i]}: lower the size or leave the source out")
         rows = [rng.choice(pool[s], c, replace=False) for s, c in zip(names, counts, strict=True)]
-        made.append(training_set("fusion", names, counts, rows))
+        made.append(_training_set("fusion", names, counts, rows))
     return made
 
 
-def training_set(arm: str, names: Sequence[str], counts: Sequence[int],
-                 rows: Sequence[np.ndarray], tilt: Sequence[float] = (),
-                 source: str = "") -> TrainingSet:
+def _training_set(arm: str, names: Sequence[str], counts: Sequence[int],
+                  rows: Sequence[np.ndarray], tilt: Sequence[float] = (),
+                  source: str = "") -> TrainingSet:
     """A TrainingSet of `counts[i]` rows, hashes `rows[i]`, from source `names[i]`."""
     hashes = tuple(str(h) for h in np.concatenate(rows))
-    total = len(hashes)
-    shares = {s: int(c) / total for s, c in zip(names, counts, strict=True) if c > 0}
-    return TrainingSet(set_id(arm, hashes), arm, hashes, shares, tuple(float(t) for t in tilt),
-                       source)
+    shares = {s: int(c) / len(hashes) for s, c in zip(names, counts, strict=True) if c > 0}
+    set_id = hashlib.sha256("\n".join([arm, *hashes]).encode()).hexdigest()[:16]
+    return TrainingSet(set_id, arm, hashes, shares, tuple(float(t) for t in tilt), source)
 
 
 def directions(n: int, dim: int, rng: np.random.Generator) -> np.ndarray:
@@ -151,92 +135,122 @@ def tilted_order(values: np.ndarray, strength: float, rng: np.random.Generator) 
     return np.argsort(-keys, kind="stable")
 
 
-def within_space(scores: pd.DataFrame, pool: Mapping[str, np.ndarray],
-                 columns: Sequence[str]) -> dict[str, np.ndarray]:
-    """Indicators standardised inside each source: source -> (rows, columns), row order of `pool`.
+def within_space(rows: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
+    """Indicators standardised over one source's rows: shape (rows, columns).
 
     A missing value counts as the source's mean (0), a constant indicator as 0: neither tilts.
     """
-    rows = scores.drop_duplicates("row_hash")
-    values = rows[list(columns)].to_numpy(float)
-    place = {h: i for i, h in enumerate(rows["row_hash"].to_numpy(object))}
-    space = {}
-    for source, hashes in pool.items():
-        at = np.array([place.get(h, -1) for h in hashes])
-        if (at < 0).any():
-            raise SubsetError(f"{int((at < 0).sum())} rows of source {source!r} have no scores, "
-                              f"the first is {hashes[at < 0][0]}: score the whole pool first")
-        raw = values[at]
-        finite = np.where(np.isfinite(raw), raw, np.nan)
-        seen = np.maximum(np.isfinite(finite).sum(axis=0), 1)
-        mean = np.nansum(finite, axis=0) / seen
-        sd = np.sqrt(np.nansum((finite - mean) ** 2, axis=0) / seen)
-        space[source] = np.nan_to_num((finite - mean) / np.where(sd > 0, sd, np.inf))
-    return space
+    raw = rows[list(columns)].to_numpy(float)
+    finite = np.where(np.isfinite(raw), raw, np.nan)
+    seen = np.maximum(np.isfinite(finite).sum(axis=0), 1)
+    mean = np.nansum(finite, axis=0) / seen
+    sd = np.sqrt(np.nansum((finite - mean) ** 2, axis=0) / seen)
+    return np.nan_to_num((finite - mean) / np.where(sd > 0, sd, np.inf))
 
 
-def designed_sets(table: pd.DataFrame, scores: pd.DataFrame, n_within: int, n_mixed: int,
-                  size: int, strength: float = 1.5, seed: int = 0, *,
-                  columns: Sequence[str] | None = None, min_sources: int = 8,
+def designed_sets(scores: pd.DataFrame, n_within: int, n_mixed: int, size: int,
+                  strength: float = 1.5, seed: int = 0, *,
+                  columns: Sequence[str], min_sources: int = 8,
                   sets_per_source: int = SETS_FOR_HELD_OUT) -> list[TrainingSet]:
     """The designed arm: `n_within` tilted sets of one source, then `n_mixed` of two or three.
 
-    table, scores : one row an example, joined on `row_hash`; columns : the indicators to tilt
-    (default: every numeric column of `scores` but `row`); strength : tilt in normal scores.
+    scores : see `rows_by_source`; columns : the indicators to tilt; strength : in normal scores
     No source gives more than 40 % of its rows to a set, so a source with fewer than size/0.4
     rows enters mixed sets only. At most n_within // sets_per_source sources get within-source
     sets, drawn at random, so that each has enough of them to be tested alone.
-    Errors: SubsetError where the pool can't deliver. See statistics.md, section 2.
+    Errors: where the pool can't deliver. See statistics.md, section 2.
     """
     rng = np.random.default_rng(seed)
-    pool = pool_rows(table)
+    rows = rows_by_source(scores)
+    pool = _hashes(rows)
     if len(pool) < min_sources:
-        raise SubsetError(f"the pool has {len(pool)} sources, the design wants {min_sources}: add "
-                          "sources, or pass min_sources and keep to within-source claims")
-    columns = list(columns or scores.select_dtypes("number").columns.difference(["row"]))
-    space = within_space(scores, pool, columns)
-    caps = {s: int(MAX_ROW_SHARE * len(rows)) for s, rows in pool.items()}
+        raise InstructMiningError(
+            f"the pool has {len(pool)} sources, the design wants {min_sources}: add sources, or "
+            "pass min_sources and keep to within-source claims")
+    space = {s: within_space(part, columns) for s, part in rows.items()}
+    caps = {s: int(MAX_ROW_SHARE * len(part)) for s, part in rows.items()}
     eligible = [s for s in pool if caps[s] >= size]
     if n_within and not eligible:
-        raise SubsetError(f"no source has the {int(np.ceil(size / MAX_ROW_SHARE))} rows that a "
-                          f"tilted set of {size} needs; largest: {max(map(len, pool.values()))}")
+        raise InstructMiningError(
+            f"no source has the {int(np.ceil(size / MAX_ROW_SHARE))} rows that a tilted set of "
+            f"{size} needs; largest: {max(map(len, pool.values()))}")
     wanted = max(1, min(len(eligible), n_within // max(sets_per_source, 1)))
     eligible = [eligible[i] for i in rng.permutation(len(eligible))[:wanted]]
-    made = []
-    for i, tilt in enumerate(directions(n_within, len(columns), rng)):
-        source = eligible[(i // 2) % len(eligible)]  # // 2: a source gets both signs of a direction
-        chosen = tilted_order(space[source] @ tilt, strength, rng)[:size]
-        made.append(training_set("within", [source], [size], [pool[source][chosen]], tilt, source))
+    made = [
+        _training_set("within", [source], [size], [pool[source][order[:size]]], tilt, source)
+        for source, tilt, order in _tilted(
+            space, eligible, directions(n_within, len(columns), rng), strength, rng)
+    ]
     for tilt in directions(n_mixed, len(columns), rng):
         names, counts = _mixture(list(pool), caps, size, rng)
-        rows = [pool[s][tilted_order(space[s] @ tilt, strength, rng)[:c]]
-                for s, c in zip(names, counts, strict=True)]
-        made.append(training_set("mixed", names, counts, rows, tilt))
+        drawn = [pool[s][tilted_order(space[s] @ tilt, strength, rng)[:c]]
+                 for s, c in zip(names, counts, strict=True)]
+        made.append(_training_set("mixed", names, counts, drawn, tilt))
     return made
 
 
-def _mixture(names, caps, size, rng, tries=1000) -> tuple[list[str], np.ndarray]:
+def equal_token_sets(scores: pd.DataFrame, n: int, tokens: int,
+                     strength: float = 1.5, seed: int = 0, *,
+                     columns: Sequence[str]) -> list[TrainingSet]:
+    """Tilted sets of one source with the same number of response tokens instead of rows.
+
+    Rows are drawn as in `designed_sets` until their `len_out` sums to `tokens`; the last row is
+    kept where that comes nearer. At a fixed number of rows mean length is the number of training
+    tokens, so only this arm (24 sets or more) can tell the two apart.
+    """
+    rng = np.random.default_rng(seed)
+    rows = rows_by_source(scores)
+    pool = _hashes(rows)
+    space = {s: within_space(part, columns) for s, part in rows.items()}
+    own = {s: part["len_out"].astype(float).fillna(0).to_numpy() for s, part in rows.items()}
+    eligible = [s for s in pool if own[s].sum() * MAX_ROW_SHARE >= tokens]
+    if not eligible:
+        raise InstructMiningError(
+            f"no source holds {tokens / MAX_ROW_SHARE:.0f} tokens of responses, which a set of "
+            f"{tokens} needs; lower the number of tokens")
+    made = []
+    tilts = directions(n, len(columns), rng)
+    for source, tilt, order in _tilted(space, eligible, tilts, strength, rng):
+        summed = np.cumsum(own[source][order])
+        last = int(np.argmin(np.abs(summed - tokens))) + 1
+        drawn = pool[source][order[:last]]
+        made.append(_training_set("tokens", [source], [last], [drawn], tilt, source))
+    return made
+
+
+def _hashes(rows: Mapping[str, pd.DataFrame]) -> dict[str, np.ndarray]:
+    return {source: part["row_hash"].to_numpy(object) for source, part in rows.items()}
+
+
+def _tilted(space, sources, tilts, strength, rng) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Each direction with its source and the order in which rows are drawn there."""
+    for i, tilt in enumerate(tilts):
+        source = sources[(i // 2) % len(sources)]  # // 2: a source gets both signs of a direction
+        yield source, tilt, tilted_order(space[source] @ tilt, strength, rng)
+
+
+def _mixture(names, caps, size, rng) -> tuple[list[str], np.ndarray]:
     """Two or three sources and their row counts, Dirichlet(2), redrawn until all can deliver."""
-    for _ in range(tries):
+    for _ in range(REDRAWS):
         k = min(int(rng.integers(2, 4)), len(names))
         chosen = [names[i] for i in rng.choice(len(names), k, replace=False)]
         counts = largest_remainder(rng.dirichlet(np.full(k, 2.0)), size)
         if k > 1 and counts.min() > 0 and all(
                 c <= caps[s] for s, c in zip(chosen, counts, strict=True)):
             return chosen, counts
-    raise SubsetError(f"no mixture of two or three sources delivers {size} rows while each gives "
-                      f"at most {MAX_ROW_SHARE:.0%} of its own: lower the size or add rows")
+    raise InstructMiningError(
+        f"no mixture of two or three sources delivers {size} rows while each gives at most "
+        f"{MAX_ROW_SHARE:.0%} of its own: lower the size or add rows")
 
 
-def anchors(sets: Sequence[TrainingSet], k: int = 8,
-            seeds: Sequence[int] = (1, 2)) -> list[TrainingSet]:
+def anchors(sets: Sequence[TrainingSet], k: int, seeds: Sequence[int]) -> list[TrainingSet]:
     """Repeats of `k` designed sets, spread evenly over the list, on each of `seeds`.
 
     A repeat keeps its set_id, so that the seed variance is the variance within a set_id.
     """
     designed = [s for s in sets if s.arm != "fusion" and not s.anchor] or list(sets)
     if k > len(designed):
-        raise SubsetError(f"{k} anchors asked from {len(designed)} sets")
+        raise InstructMiningError(f"{k} anchors asked from {len(designed)} sets")
     chosen = [designed[i] for i in np.linspace(0, len(designed) - 1, k).round().astype(int)]
     return [replace(s, init_seed=seed, order_seed=seed, anchor=True)
             for s in chosen for seed in seeds]
@@ -256,39 +270,10 @@ def set_means(sets: Sequence[TrainingSet], scores: pd.DataFrame,
         try:
             part = by_hash.loc[list(one.row_hashes)]
         except KeyError as error:
-            raise SubsetError(f"set {one.set_id}: some rows have no scores ({error})") from error
+            text = f"set {one.set_id}: some rows have no scores ({error})"
+            raise InstructMiningError(text) from None
         means.append(part.mean())
         missing.append(part.isna().mean())
     frame = pd.DataFrame(means, index=pd.Index(distinct, name="set_id"), columns=list(columns))
     frame.attrs["missing"] = pd.DataFrame(missing).max().to_dict()
     return frame
-
-
-def equal_token_sets(table: pd.DataFrame, scores: pd.DataFrame, n: int, tokens: int,
-                     strength: float = 1.5, seed: int = 0, *, columns: Sequence[str] | None = None,
-                     length: str = "len_out") -> list[TrainingSet]:
-    """Tilted sets of one source with the same number of response tokens instead of rows.
-
-    Rows are drawn as in `designed_sets` until their `length` sums to `tokens`; the last row is
-    kept where that comes nearer. At a fixed number of rows mean length is the number of training
-    tokens, so only this arm (24 sets or more) can tell the two apart.
-    """
-    rng = np.random.default_rng(seed)
-    pool = pool_rows(table)
-    columns = list(columns or scores.select_dtypes("number").columns.difference(["row"]))
-    space = within_space(scores, pool, columns)
-    lengths = scores.drop_duplicates("row_hash").set_index("row_hash")[length].astype(float)
-    own = {s: lengths.loc[rows].fillna(0).to_numpy() for s, rows in pool.items()}
-    eligible = [s for s in pool if own[s].sum() * MAX_ROW_SHARE >= tokens]
-    if not eligible:
-        raise SubsetError(f"no source holds {tokens / MAX_ROW_SHARE:.0f} tokens of responses, "
-                          f"which a set of {tokens} needs; lower the number of tokens")
-    made = []
-    for i, tilt in enumerate(directions(n, len(columns), rng)):
-        source = eligible[(i // 2) % len(eligible)]
-        order = tilted_order(space[source] @ tilt, strength, rng)
-        summed = np.cumsum(own[source][order])
-        last = int(np.argmin(np.abs(summed - tokens))) + 1
-        rows = pool[source][order[:last]]
-        made.append(training_set("tokens", [source], [last], [rows], tilt, source))
-    return made

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from instructmining.simulation.worlds import COLUMNS, synthetic_world
+from instructmining_core.config import InstructMiningError
 from instructmining_core.finetuning.sets import (
-    SubsetError,
     TrainingSet,
     anchors,
     designed_sets,
@@ -15,8 +15,7 @@ from instructmining_core.finetuning.sets import (
     fusion_sets,
     largest_remainder,
     normal_scores,
-    pool_rows,
-    set_id,
+    rows_by_source,
     set_means,
     tilted_order,
 )
@@ -29,7 +28,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def designed(world):
-    return designed_sets(world, world, 48, 20, 100, seed=5, columns=COLUMNS)
+    return designed_sets(world, 48, 20, 100, seed=5, columns=COLUMNS)
 
 
 def test_largest_remainder_by_hand():
@@ -50,12 +49,12 @@ def test_fusion_sets_have_the_size_each_row_once_and_true_shares(world):
     assert sets[0].set_id != fusion_sets(world, 20, 150, 2)[0].set_id
 
 
-def test_fusion_names_the_source_that_cannot_deliver(world):
+def test_fusion_draws_shares_that_every_source_can_deliver(world):
     short = world[(world["source"] != "s03") | (world.index % 300 < 5)]
-    with pytest.raises(SubsetError, match="'s03' has 5 rows"):
-        fusion_sets(short, 20, 300, 1)
-    again = fusion_sets(short, 20, 300, 1, on_short="redraw")
-    assert max(s.shares.get("s03", 0) for s in again) <= 5 / 300
+    sets = fusion_sets(short, 20, 300, 1)
+    assert max(s.shares.get("s03", 0) for s in sets) <= 5 / 300
+    with pytest.raises(InstructMiningError, match="'s03' has 5 rows"):
+        fusion_sets(short[short["source"] == "s03"], 1, 6, 1)
 
 
 def test_normal_scores_follow_blom():
@@ -101,24 +100,23 @@ def test_mixed_sets_have_two_or_three_sources_within_their_cap(designed):
 
 def test_a_small_source_enters_mixed_sets_only(world):
     small = world[(world["source"] != "s00") | (world.index < 200)]
-    sets = designed_sets(small, small, 48, 40, 100, seed=1, columns=COLUMNS)
+    sets = designed_sets(small, 48, 40, 100, seed=1, columns=COLUMNS)
     assert not any(s.source == "s00" for s in sets if s.arm == "within")
     assert any("s00" in s.shares for s in sets if s.arm == "mixed")
     assert all(s.shares.get("s00", 0) * 100 <= 80 for s in sets)
 
 
 def test_errors_say_what_is_missing(world):
-    with pytest.raises(SubsetError, match="7 sources"):
+    with pytest.raises(InstructMiningError, match="7 sources"):
         designed_sets(world[world["source"] != "s00"], world, 10, 5, 100, columns=COLUMNS)
-    with pytest.raises(SubsetError, match="no source has the 1000 rows"):
-        designed_sets(world, world, 10, 5, 400, columns=COLUMNS)
-    with pytest.raises(SubsetError, match="no scores"):
-        designed_sets(world, world.iloc[10:], 10, 5, 100, columns=COLUMNS)
+    with pytest.raises(InstructMiningError, match="no source has the 1000 rows"):
+        designed_sets(world, 10, 5, 400, columns=COLUMNS)
 
 
 def test_a_row_in_two_sources_counts_once():
     table = pd.DataFrame({"source": ["b", "a", "a"], "row_hash": ["x", "x", "y"]})
-    assert {k: v.tolist() for k, v in pool_rows(table).items()} == {"b": ["x"], "a": ["y"]}
+    found = {name: rows["row_hash"].tolist() for name, rows in rows_by_source(table).items()}
+    assert found == {"b": ["x"], "a": ["y"]}
 
 
 def test_anchors_repeat_designed_sets_on_other_seeds(designed):
@@ -127,8 +125,8 @@ def test_anchors_repeat_designed_sets_on_other_seeds(designed):
     assert {s.set_id for s in repeats} <= {s.set_id for s in designed}
     assert {(s.init_seed, s.order_seed) for s in repeats} == {(1, 1), (2, 2)}
     assert {s.arm for s in repeats} == {"within", "mixed"}
-    with pytest.raises(SubsetError, match="100 anchors"):
-        anchors(designed, 100)
+    with pytest.raises(InstructMiningError, match="100 anchors"):
+        anchors(designed, 100, (1,))
 
 
 def test_set_means_by_hand_and_with_a_missing_value():
@@ -138,21 +136,21 @@ def test_set_means_by_hand_and_with_a_missing_value():
     means = set_means([*sets, sets[0]], scores, ["x"])
     assert means["x"].to_dict() == {"one": 2.0, "two": 1.0}
     assert means.attrs["missing"] == {"x": 0.5}
-    with pytest.raises(SubsetError, match="set three"):
+    with pytest.raises(InstructMiningError, match="set three"):
         set_means([TrainingSet("three", "fusion", ("z",), {"s": 1.0})], scores, ["x"])
 
 
 def test_sets_survive_json(designed):
     again = TrainingSet.from_dict(json.loads(json.dumps(designed[-1].as_dict())))
-    assert again == designed[-1] and again.set_id == set_id(again.arm, again.row_hashes)
+    assert again == designed[-1]
 
 
 def test_equal_token_sets_hold_the_same_tokens_and_other_numbers_of_rows(world):
     scores = world.assign(len_out=np.round(np.exp(3 + 0.6 * world["len_out"])))
-    sets = equal_token_sets(scores, scores, 24, 1500, seed=2, columns=COLUMNS)
+    sets = equal_token_sets(scores, 24, 1500, seed=2, columns=COLUMNS)
     lengths = scores.set_index("row_hash")["len_out"]
     tokens = np.array([lengths.loc[list(s.row_hashes)].sum() for s in sets])
     assert np.abs(tokens - 1500).max() <= lengths.max() / 2
     assert len({len(s.row_hashes) for s in sets}) > 5 and {s.arm for s in sets} == {"tokens"}
-    with pytest.raises(SubsetError, match="tokens of responses"):
-        equal_token_sets(scores, scores, 2, 10**7, columns=COLUMNS)
+    with pytest.raises(InstructMiningError, match="tokens of responses"):
+        equal_token_sets(scores, 2, 10**7, columns=COLUMNS)
