@@ -32,7 +32,7 @@ SLOPES = np.array([0.0, 0.03, -0.04, 0.02, 0.0, 0.0, -0.03, 0.0, 0.01])
 @pytest.fixture(scope="module")
 def made():
     world = synthetic_world(12, rows=400, seed=7)
-    sets = designed_sets(world, world, 72, 30, 120, seed=1, columns=COLUMNS)
+    sets = designed_sets(world, 72, 30, 120, seed=1, columns=COLUMNS)
     return design(sets, world)
 
 

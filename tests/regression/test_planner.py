@@ -28,7 +28,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def made(world):
-    return design(designed_sets(world, world, 90, 30, 100, seed=1, columns=COLUMNS), world)
+    return design(designed_sets(world, 90, 30, 100, seed=1, columns=COLUMNS), world)
 
 
 def test_half_widths_equal_a_fit_with_that_noise():
@@ -79,7 +79,7 @@ def test_replan_keeps_the_pilot_until_the_fit_knows_more(made):
 
 
 def test_d_optimal_beats_random_and_keeps_a_fifth_random(world):
-    sets = designed_sets(world, world, 700, 300, 100, seed=2, columns=COLUMNS)
+    sets = designed_sets(world, 700, 300, 100, seed=2, columns=COLUMNS)
     made = design(sets, world)
     M = np.hstack([made.shares, made.X])
     chosen = d_optimal(M, 80, seed=1)
@@ -96,7 +96,7 @@ def test_d_optimal_beats_random_and_keeps_a_fifth_random(world):
 
 
 def test_d_optimal_keeps_each_groups_number(world):
-    sets = designed_sets(world, world, 300, 100, 100, seed=2, columns=COLUMNS)
+    sets = designed_sets(world, 300, 100, 100, seed=2, columns=COLUMNS)
     made = design(sets, world)
     M = np.hstack([made.shares, made.X])
     groups = [one.source for one in sets]

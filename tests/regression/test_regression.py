@@ -59,7 +59,7 @@ def from_r():
 @pytest.fixture(scope="module")
 def made():
     world = synthetic_world(12, rows=400, seed=7)
-    sets = designed_sets(world, world, 60, 30, 120, seed=1, columns=COLUMNS)
+    sets = designed_sets(world, 60, 30, 120, seed=1, columns=COLUMNS)
     return design(sets, world)
 
 
