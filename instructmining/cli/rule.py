@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -44,7 +44,7 @@ def explained(row: pd.Series, rule: RuleCard, scored: int) -> str:
     added = rule.contributions(frame).iloc[0]
     lines = [f"{row['id']}: {row['file']}, row {row['row']}",
              f"  {'indicator':<18}{'value':>12}{'adds to log loss':>19}",
-             f"  {'(intercept)':<18}{'':>12}{rule.intercept:>+19.4f}"]  # fmt: skip
+             f"  {'(intercept)':<18}{'':>12}{rule.constant:>+19.4f}"]  # fmt: skip
     for name in rule.columns:
         lines.append(f"  {name:<18}{_number(row[name], '12.4g')}{_number(added[name], '+19.4f')}")
     if not np.isfinite(row["score"]):
@@ -62,7 +62,7 @@ def explained(row: pd.Series, rule: RuleCard, scored: int) -> str:
 
 
 def _interval(frame: pd.DataFrame, rule: RuleCard) -> list[str]:
-    if not rule.data.get("uncertainty"):  # the published rules have no intervals
+    if rule.uncertainty is None:  # the published rules have no intervals
         return []
     found = intervals(rule, frame).iloc[0]
     lines = []
@@ -89,13 +89,13 @@ class Material(NamedTuple):
     """What a rule is fitted to.
 
     runs : one row a finetuning run; scores : of the fitting pool's rows; columns : of the rule
-    on : where the runs are from, in words
+    origin : where the runs are from, as `make_card` takes it
     """
 
     runs: pd.DataFrame
     scores: pd.DataFrame
     columns: list[str]
-    on: str
+    origin: dict[str, Any]
 
 
 def study_material(profile: str, names: list[str]) -> Material:
@@ -104,8 +104,8 @@ def study_material(profile: str, names: list[str]) -> Material:
 
     study = Study.open(profile)
     columns = names or study.profile.rule_columns()
-    on = f"the sweep of profile {study.profile.name}"
-    return Material(study.sweep(), study.candidate_scores, columns, on)
+    origin = {"profile": study.profile.name, "set_size": study.profile.design.size}
+    return Material(study.sweep(), study.candidate_scores, columns, origin)
 
 
 def table_material(runs: str, scores: str | None, names: list[str]) -> Material:
@@ -124,7 +124,7 @@ def table_material(runs: str, scores: str | None, names: list[str]) -> Material:
             f"{path} lacks {', '.join(missing) or 'every indicator'}: it holds one "
             "row a run with log_loss, share_<source> and the sets' means"
         )
-    return Material(table, pool, columns, f"{path.name}, scores of {scores}")
+    return Material(table, pool, columns, {"note": f"{path.name}, scores of {scores}"})
 
 
 def fitted_card(
@@ -139,18 +139,16 @@ def fitted_card(
 
     from ..tables import jackknife
 
-    runs, scores, columns, on = material
+    runs, scores, columns, origin = material
     constants = Standardizer.fit(scores, columns)
     fitted = fit_rule(runs, columns, constants)
     test = permutation(
         runs, columns, constants, size=min(4, len(columns)), n_permutations=permutations
     )
-    sets = f"{len(fitted.runs)} sets from {len(fitted.sources)} sources"
     return make_card(
-        fitted, scores, fitted_on=f"{on}: {sets} ({', '.join(fitted.sources)})",
-        not_for=not_for, new_sources=jackknife(runs, columns, constants),
-        held_out=held_out(runs, columns, constants), permutation=test,
-        auto_size=auto_size,
+        fitted, scores, not_for=not_for, new_sources=jackknife(runs, columns, constants),
+        held_out=held_out(runs, columns, constants), permutation_p=test.p,
+        auto_size=auto_size, **origin,
     )  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def select_to(
         "files": {name: {"read_from": path, "sha256": sources.sha256[name]}
                   for name, path in sources.files.items()},
         "rule": {"name": rule_name, "kind": rule.kind, "hash": rule.content_hash,
-                 "fitted_on": rule.data["fitted_on"], "not_for": rule.data["not_for"]},
+                 "fitted_on": rule.fitted_on.model_dump(), "not_for": rule.not_for},
         "differences": differences,
         "support": json.loads(reach.reset_index().to_json(orient="records")),
         "top": top,

@@ -7,7 +7,6 @@ evaluation sets, training and the number of repeats are those of a profile.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -71,7 +70,7 @@ def verified(
     records = json.loads(table.to_json(orient="records"))
     report = {"profile": study.profile.name, "finetunes": len(plans), "pool": kind.name,
               "pool_why": kind.why, "contrasts": records}  # fmt: skip
-    return report, verdict_markdown(table, kind, rule)
+    return report, verdict_markdown(table, {pool: kind}, rule)
 
 
 def _chosen(
@@ -111,7 +110,9 @@ def _counter(study: Study, sources: SourceRows) -> Callable[[pd.DataFrame], Sequ
     def count(rows: pd.DataFrame) -> list[int]:
         new = rows[~rows["row_hash"].isin(known)]
         for own, messages in zip(new["row_hash"], sources.fetch(new), strict=True):
-            row = encode(study.lm.tokenizer, messages, max_tokens=longest)
+            row = encode(
+                study.lm.tokenizer, messages, max_tokens=longest, template=study.lm.template
+            )
             known[own] = int(sum(row.targets))
         return [known[own] for own in rows["row_hash"]]
 
@@ -133,8 +134,7 @@ def _plans(pool: str, size: int, chosen: Sequence[tuple[str, int, pd.DataFrame]]
 def _fitted_rows(study: Study, rule: RuleCard) -> pd.DataFrame | None:
     """Source and row hash of the rows that the rule's sets came from, where this profile has them.
     """
-    named = re.search(r"profile ([^\s:]+):", rule.data["fitted_on"])
-    if named is None or named.group(1) != study.profile.name:
+    if rule.fitted_on.profile != study.profile.name:
         return None
     rows = study.data.candidates
     return rows[["source", "row_hash"]]

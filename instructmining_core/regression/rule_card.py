@@ -1,244 +1,267 @@
-"""From a fit and its inference to a rule card.
-
-What a rule card must hold, down to its leaves: errors name the path of what is wrong.
-
-The rule card: a fitted rule as one JSON file that says what it is and where it holds.
-"""
+"""The rule card: a fitted rule as one JSON file that says what it is and where it holds."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
+from ..config import InstructMiningError, in_plain_words
 from ..files import write_atomic
 from ..indicators import INDICATORS, Indicator
-from .inference import Jackknife
-from .permutation import Permutation
-from .rule import RuleFit, hc3
-from .run_table import RunsError
+from .run_table import RunsError, share_matrix
 
-SCHEMA = "instructmining.rule/2"  # /2 adds uncertainty.constants: the sources' own constants
-READABLE = ("instructmining.rule/1", SCHEMA)
-KINDS = ("within", "between", "pooled")
-REQUIRED = ("schema", "kind", "coefficients", "standardisation", "held_out", "permutation_p",
-            "models", "knn_reference", "fitted_on", "not_for")
+if TYPE_CHECKING:
+    from .inference import Jackknife
+    from .rule import RuleFit
 
-
-class CardError(ValueError):
-    """A rule card is broken, unknown, or lacks what was asked of it."""
-
-
-Check = tuple[Callable[[Any], bool], str]
-
-
-def _finite(value: Any) -> bool:
-    return (isinstance(value, int | float) and not isinstance(value, bool)
-            and bool(np.isfinite(value)))
-
-
-def _bounds(value: Any) -> bool:
-    return value is None or (isinstance(value, list | tuple) and len(value) == 2
-                             and all(map(_finite, value)) and value[0] <= value[1])
-
-
-def _word(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-NUMBER: Check = (_finite, "a finite number")
-MAYBE: Check = (lambda v: v is None or _finite(v), "a finite number, or null where not known")
-BOUNDS: Check = (_bounds, "[low, high], or null where not known")
-TEXT: Check = (lambda v: isinstance(v, str), "text")
-WORD: Check = (_word, "a text that is not empty")
-PROBABILITY: Check = (lambda v: v is None or (_finite(v) and 0 <= v <= 1),
-                      "between 0 and 1, or null where not known")
-COEFFICIENT = {"name": WORD, "estimate": NUMBER, "interval_these_sources": BOUNDS,
-               "interval_new_sources": BOUNDS, "vif": MAYBE, "range": BOUNDS}
-HELD_OUT = {"source": WORD, "r2": MAYBE, "slope": MAYBE}
-MODEL: dict[str, Check] = {
-    "role": WORD, "id": WORD,
-    "revision": (lambda v: v is None or _word(v), "a commit or hash, or null where not known"),
-    "stand_in": (lambda v: isinstance(v, bool), "true or false"),
-}  # fmt: skip
-REFERENCE: dict[str, Check] = {
-    "hash": WORD, "size": (lambda v: _finite(v) and v >= 1 and v == int(v), "a number of rows"),
-}  # fmt: skip
-CONSTANT: dict[str, Check] = {
-    "source": WORD, "estimate": NUMBER, "variance": NUMBER,
-    "covariance_with_slopes": (lambda v: isinstance(v, list) and all(map(_finite, v)),
-                               "a list of numbers, one a coefficient"),
-}  # fmt: skip
-
-
-def validate(data: Any) -> None:
-    """Raises CardError naming the path of the first field that is missing or wrong.
-
-    `intercept` may be left out: predictions are then differences from the pool's mean row.
-    """
-    if not isinstance(data, Mapping):
-        raise CardError("a rule card is a JSON object")
-    missing = [k for k in REQUIRED if k not in data]
-    if missing:
-        raise CardError(f"the rule card lacks {missing}; schema {SCHEMA} needs {list(REQUIRED)}")
-    if data["schema"] not in READABLE:
-        raise CardError(f"schema {data['schema']!r} is not known here; this version reads "
-                        f"{' and '.join(READABLE)}")
-    if data["kind"] not in KINDS:
-        raise CardError(f"kind {data['kind']!r} is none of {KINDS}")
-    if not data["coefficients"]:
-        raise CardError("the rule card has no coefficients")
-    top = {"permutation_p": PROBABILITY, "fitted_on": TEXT, "not_for": TEXT}
-    _hold(data, top | ({"intercept": NUMBER} if "intercept" in data else {}), "")
-    _hold_all(data["coefficients"], COEFFICIENT, "coefficients")
-    _hold_all(data["held_out"], HELD_OUT, "held_out")
-    _hold_all(data["models"], MODEL, "models")
-    if data["knn_reference"] is not None:
-        _hold(data["knn_reference"], REFERENCE, "knn_reference")
-    _hold_all((data.get("uncertainty") or {}).get("constants") or [], CONSTANT,
-              "uncertainty.constants")
-    _standardisation(data)
-    _every_model(data)
-
-
-def _hold_all(parts: Any, checks: Mapping[str, Check], path: str) -> None:
-    if not isinstance(parts, list | tuple):
-        raise CardError(f"{path} is {parts!r}; it must be a list")
-    for i, part in enumerate(parts):
-        _hold(part, checks, f"{path}[{i}]")
-
-
-def _hold(part: Any, checks: Mapping[str, Check], path: str) -> None:
-    if not isinstance(part, Mapping):
-        raise CardError(f"{path} is {part!r}; it must be an object")
-    for key, (right, what) in checks.items():
-        place = f"{path}.{key}".lstrip(".")
-        if key not in part:
-            raise CardError(f"the rule card lacks {place}, {what}")
-        if not right(part[key]):
-            raise CardError(f"{place} is {part[key]!r}; it must be {what}")
-
-
-def _standardisation(data: Mapping[str, Any]) -> None:
-    constants = data["standardisation"]
-    if constants is not None and not isinstance(constants, Mapping):
-        raise CardError("standardisation must be an object, or null for a rule in raw units")
-    for name in [c["name"] for c in data["coefficients"]] if constants else []:
-        here = constants.get(name) or {}
-        if not (_finite(here.get("mean")) and _finite(here.get("sd")) and here["sd"] > 0):
-            raise CardError(f"standardisation.{name} needs a mean and an sd above 0")
-
-
-def _every_model(data: Mapping[str, Any]) -> None:
-    """Each indicator that a model scores has that model's entry, and each role one entry."""
-    roles = [model["role"] for model in data["models"]]
-    twice = sorted({role for role in roles if roles.count(role) > 1})
-    if twice:
-        raise CardError(f"models names the role {twice[0]!r} more than once")
-    for i, one in enumerate(data["coefficients"]):
-        role, entry = role_of(one), indicator_of(one["name"])
-        if role and role not in roles and not (entry and entry.role_optional):
-            raise CardError(f"models has no entry of role {role!r}, whose model scores "
-                            f"coefficients[{i}] {one['name']!r}")
-
-
-def indicator_of(column: str) -> Indicator | None:
-    """The registry's entry for a column; None for a column that no known indicator makes."""
-    return next((i for i in INDICATORS.values() if column in i.columns), None)
-
-
-def role_of(coefficient: Mapping[str, Any]) -> str | None:
-    """Which model's values the rule was fitted on, by the registry, whatever the card says.
-
-    None for indicators without a model, also where the stated version is the one that an indicator
-    has without its model; a column that is not in the registry has the role that the card states.
-    """
-    entry = indicator_of(coefficient["name"])
-    if entry is None:
-        return coefficient.get("role")
-    without = entry.role_optional and coefficient.get("version") == entry.version_without
-    return None if without else entry.role
-
-
-def is_pool_relative(coefficient: Mapping[str, Any]) -> bool:
-    """Do the values depend on a reference set? By the registry, else as the card states."""
-    entry = indicator_of(coefficient["name"])
-    return bool(coefficient.get("pool_relative")) if entry is None else entry.pool_relative
-
-
-__all__ = ["SCHEMA", "CardError", "CardMismatch", "RuleCard", "differences", "load_rule", "presets"]
-
+SCHEMA = "instructmining.rule/3"  # /3: what it was fitted on in fields; /2: the sources' constants
+OLDER = ("instructmining.rule/1", "instructmining.rule/2")
 RULES = Path(__file__).parent.parent / "rules"
-OUTSIDE_HASH = ("made_at", "content_hash")
 
 
-class CardMismatch(CardError):
-    """A table of scores was made by another model, version or reference set than the card's."""
+def _in_order(bounds: list[float]) -> list[float]:
+    if len(bounds) != 2 or bounds[0] > bounds[1]:
+        raise PydanticCustomError("bounds", "it must be [low, high], or null where not known")
+    return bounds
 
 
-@dataclass(frozen=True)
-class RuleCard:
-    """A rule. `data` is the content of rule.json, checked; the methods read it.
+Bounds = Annotated[list[float], AfterValidator(_in_order)]
+Word = Annotated[str, Field(min_length=1)]
 
-    Predictions are log losses (nats per token, natural log); lower is better. What a reader sees
-    is `card_page.card_markdown`; how far the rule reaches is in `support`.
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Coefficient(_Part):
+    """One indicator of a rule. Where the card does not know, it says null.
+
+    estimate : change of log loss per sd of the pool's rows, or per unit for a rule in raw units;
+    range, row_range : of the fitted set means, and 1 to 99 % of the pool's rows, raw units;
+    role : of the model that scores it; pool_relative : do its values depend on a reference set?
     """
 
-    data: Mapping[str, Any]
-
-    def __post_init__(self) -> None:
-        validate(self.data)
+    name: Word
+    estimate: float
+    interval_these_sources: Bounds | None
+    interval_new_sources: Bounds | None
+    vif: float | None
+    range: Bounds | None
+    label: str | None = None
+    raw: float | None = None
+    row_range: Bounds | None = None
+    role: str | None = None
+    version: str | None = None
+    pool_relative: bool = False
 
     @property
-    def kind(self) -> str:
-        """within, between or pooled: which slopes the coefficients are."""
-        return self.data["kind"]
+    def indicator(self) -> Indicator | None:
+        """The registry's entry; None for a column that no known indicator makes."""
+        return _indicator_of(self.name)
+
+    @property
+    def model_role(self) -> str | None:
+        """Which model's values the rule was fitted on, by the registry, whatever the card says.
+
+        None for indicators without a model, also where the stated version is the one that an
+        indicator has without its model; a column that is not in the registry has the card's role.
+        """
+        if self.indicator is None:
+            return self.role
+        without = self.indicator.role_optional and self.version == self.indicator.version_without
+        return None if without else self.indicator.role
+
+    @property
+    def needs_reference(self) -> bool:
+        """Do the values depend on a reference set? By the registry, else as the card states."""
+        return self.indicator.pool_relative if self.indicator else self.pool_relative
+
+
+class Scale(_Part):
+    """Mean and sd of an indicator over the rows of the fitting pool, in its units."""
+
+    mean: float
+    sd: float
+
+
+class HeldOut(_Part):
+    """How the rule did in a source it was fitted without (`inference.held_out`)."""
+
+    source: Word
+    r2: float | None
+    slope: float | None
+    slope_interval: Bounds | None = None
+    n_sets: int | None = None
+
+
+class ModelEntry(_Part):
+    """A model of the study. revision : commit, or hash of all that makes it; more as it comes."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Word
+    id: Word
+    revision: Word | None
+    stand_in: bool
+
+
+class Reference(_Part):
+    """The rows that neighbours were looked for in."""
+
+    hash: Word
+    size: Annotated[int, Field(ge=1)]
+
+
+class Design(_Part):
+    """Where the fitted set means lie, in sd of the pool's rows, and how far out they reach."""
+
+    mean: list[float]
+    covariance: list[list[float]]
+    largest_distance: float
+    sets: int
+
+
+class SourceConstant(_Part):
+    """A fitted source's own constant, with its covariances with the slopes (all HC3)."""
+
+    source: Word
+    estimate: float
+    variance: float
+    covariance_with_slopes: list[float]
+
+
+class Uncertainty(_Part):
+    """What prediction intervals need: covariances of (intercept, slopes), noise, source spread."""
+
+    sigma: float
+    df: int
+    covariance: list[list[float]]
+    new_sources_covariance: list[list[float]] | None
+    source_sd: float | None
+    sources: int
+    constants: list[SourceConstant] = []
+
+
+class FittedOn(_Part):
+    """The runs of a rule. note : what no field holds, such as a paper's own words.
+
+    sources : names; profile : of the study; sets : how many; set_size : rows of each
+    """
+
+    sources: list[str] = []
+    profile: str | None = None
+    sets: int | None = None
+    set_size: int | None = None
+    note: str = ""
+
+
+class RuleCard(_Part):
+    """A rule; built by `from_dict`, `make_card` or `load_rule`, which say what is wrong with one.
+
+    Predictions are log losses (nats per token, natural log); lower is better. Without `intercept`
+    they are differences from the pool's mean row. content_hash : first 32 hex of sha256 over the
+    content in the schema it was published in; the time of making is left out.
+    """
+
+    schema_name: Literal["instructmining.rule/3"] = Field(alias="schema")
+    kind: Literal["within", "between", "pooled"]
+    outcome: str = "log_loss"
+    intercept: float | None = None
+    coefficients: Annotated[list[Coefficient], Field(min_length=1)]
+    standardisation: dict[str, Scale] | None
+    held_out: list[HeldOut]
+    permutation_p: Annotated[float, Field(ge=0, le=1)] | None
+    models: list[ModelEntry]
+    knn_reference: Reference | None
+    design: Design | None = None
+    uncertainty: Uncertainty | None = None
+    fitted_on: FittedOn
+    not_for: str
+    auto_size: int | None = None
+    made_at: str | None = None
+    content_hash: str = ""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> RuleCard:
+        scales = self.standardisation
+        for name in self.columns if scales else []:
+            if name not in scales or not scales[name].sd > 0:
+                raise ValueError(f"standardisation.{name} needs a mean and an sd above 0")
+        roles = [model.role for model in self.models]
+        twice = sorted({role for role in roles if roles.count(role) > 1})
+        if twice:
+            raise ValueError(f"models names the role {twice[0]!r} more than once")
+        for i, one in enumerate(self.coefficients):
+            optional = one.indicator is not None and one.indicator.role_optional
+            if one.model_role and one.model_role not in roles and not optional:
+                raise ValueError(f"models has no entry of role {one.model_role!r}, whose model "
+                                 f"scores coefficients[{i}] {one.name!r}")
+        return self
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "the rule card") -> RuleCard:
+        """A card from the content of a rule.json of any schema; `where` : how errors name it."""
+        if not isinstance(data, Mapping):
+            raise InstructMiningError(f"{where} is no JSON object")
+        if data.get("schema") not in (SCHEMA, *OLDER):
+            raise InstructMiningError(f"{where} has the schema {data.get('schema')!r}; this "
+                                      f"version reads {', '.join((*OLDER, SCHEMA))}")
+        try:
+            card = cls.model_validate(migrate(data))
+        except ValidationError as error:
+            raise InstructMiningError(f"{where}: {in_plain_words(error, cls)}") from error
+        own = _digest(card.content() if data["schema"] == SCHEMA else data)
+        if card.content_hash not in ("", own):
+            raise InstructMiningError(f"{where} was changed by hand: its content_hash is "
+                                      f"{card.content_hash} but its content gives {own}; fit it "
+                                      "again or remove the hash")
+        return card.model_copy(update={"content_hash": own})
 
     @property
     def columns(self) -> list[str]:
         """The indicators of the rule, in order."""
-        return [c["name"] for c in self.data["coefficients"]]
+        return [c.name for c in self.coefficients]
 
     @property
-    def intercept(self) -> float:
-        """Predicted log loss of the pool's mean row; 0 where the card gives none."""
-        return self.data.get("intercept", 0.0)
+    def constant(self) -> float:
+        """Predicted log loss of the pool's mean row; 0 where the card gives no intercept."""
+        return self.intercept or 0.0
 
-    @property
-    def content_hash(self) -> str:
-        """First 32 hex of sha256 over the content; the time of making is left out."""
-        content = {k: v for k, v in self.data.items() if k not in OUTSIDE_HASH}
-        return hashlib.sha256(_dump(content).encode()).hexdigest()[:32]
+    def content(self) -> dict[str, Any]:
+        """What rule.json holds, but the hash."""
+        return self.model_dump(by_alias=True, exclude={"content_hash"})
 
     def standardise(self, scores: pd.DataFrame) -> pd.DataFrame:
         """Indicators in the card's units: (value − mean)/sd, or as they are for a raw rule."""
         missing = [c for c in self.columns if c not in scores]
         if missing:
-            raise CardError(f"the table has no column {missing}, which this rule needs: score it "
-                            f"with --indicators {','.join(self.columns)}")
-        constants = self.data["standardisation"]
+            raise InstructMiningError(f"the table has no column {missing}, which this rule needs: "
+                                      f"score it with --indicators {','.join(self.columns)}")
         values = scores[self.columns].astype(float)
-        if not constants:
+        if not self.standardisation:
             return values
-        mean = pd.Series({c: constants[c]["mean"] for c in self.columns})
-        sd = pd.Series({c: constants[c]["sd"] for c in self.columns})
-        return (values - mean) / sd
+        scales = {c: self.standardisation[c] for c in self.columns}
+        return ((values - pd.Series({c: one.mean for c, one in scales.items()}))
+                / pd.Series({c: one.sd for c, one in scales.items()}))
 
     def contributions(self, scores: pd.DataFrame) -> pd.DataFrame:
-        """What each indicator adds to a row's predicted log loss; sums to predict − intercept."""
-        slopes = pd.Series({c["name"]: c["estimate"] for c in self.data["coefficients"]})
+        """What each indicator adds to a row's predicted log loss; sums to predict − constant."""
+        slopes = pd.Series({c.name: c.estimate for c in self.coefficients})
         return self.standardise(scores) * slopes
 
     def predict(self, scores: pd.DataFrame) -> pd.Series:
         """Predicted log loss of each row, lower is better; NaN where an indicator is missing."""
-        total = self.contributions(scores).sum(axis=1, skipna=False) + self.intercept
+        total = self.contributions(scores).sum(axis=1, skipna=False) + self.constant
         return total.rename("predicted_log_loss")
 
     def check(self, attrs: Mapping[str, Any], *, sources: Sequence[str] | None = None,
@@ -247,51 +270,91 @@ class RuleCard:
 
         attrs : `.attrs` of a score table (`indicators`: column -> version, model, revision,
         stand_in, reference); sources : names in the pool, to hold a rule that is not "within"
-        off a pool of one source. Raises CardMismatch naming every difference, or returns them
-        with allow_mismatch=True ([] where all agree).
+        off a pool of one source. Which model and reference an indicator needs is known from the
+        registry; what the card leaves open (null) is not compared. Raises InstructMiningError
+        naming every difference, or returns them with allow_mismatch=True ([] where all agree).
         """
-        found = differences(self.data, attrs)
+        known = attrs.get("indicators") or {}
+        found = [f"{one.name}: {line}" for one in self.coefficients
+                 for line in self._differences(one, known.get(one.name))]
         if sources is not None and len(set(sources)) < 2 and self.kind != "within":
             found.append(f"a pool of one source may only use a 'within' rule, this card is "
                          f"{self.kind!r}")
         if found and not allow_mismatch:
-            raise CardMismatch("this table was not scored as the rule's own data were:\n  - "
-                               + "\n  - ".join(found)
-                               + "\nScore it again with the card's models and reference, or pass "
-                               "--allow-mismatch to rank without any claim")
+            raise InstructMiningError(
+                "this table was not scored as the rule's own data were:\n  - "
+                + "\n  - ".join(found) + "\nScore it again with the card's models and reference, "
+                "or pass --allow-mismatch to rank without any claim")
         return found
+
+    def _differences(self, one: Coefficient, here: Mapping[str, Any] | None) -> list[str]:
+        if here is None:
+            return ["the table does not say how it was scored"]
+        pairs, found = [("version", one.version, here.get("version"))], []
+        model = next((m for m in self.models if m.role == one.model_role), None)
+        if model:
+            # a folder is known by the hash of its weights: it may lie elsewhere on this machine
+            moved = _by_weights(model.revision) and _by_weights(here.get("revision"))
+            pairs += [] if moved else [("model", model.id, here.get("model"))]
+            pairs += [("revision", model.revision, here.get("revision")),
+                      ("stand-in", model.stand_in, here.get("stand_in"))]
+        elif one.model_role:  # an indicator that also works without a model, and a card without one
+            pairs.append(("model", "", here.get("model") or ""))
+        if one.needs_reference:
+            theirs = here.get("reference") or {}
+            mine = self.knn_reference.model_dump() if self.knn_reference else {}
+            pairs += [(f"reference {k}", mine[k], theirs.get(k)) for k in mine]
+            if not mine:
+                found.append("the card names no reference set, so that its distances can't be "
+                             "told to be on the same scale")
+        return found + [f"{what} is {theirs!r} in the table, {mine!r} in the card"
+                        for what, mine, theirs in pairs if mine is not None and mine != theirs]
 
     def to_json(self) -> str:
         """rule.json: keys sorted, two spaces, the content hash inside; same rule, same text."""
-        return _dump({**self.data, "content_hash": self.content_hash}, indent=2) + "\n"
+        content = self.content()
+        return _dump({**content, "content_hash": _digest(content)}, indent=2) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write rule.json whole or not at all."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, self.to_json())
+
+
+def _indicator_of(column: str) -> Indicator | None:
+    return next((i for i in INDICATORS.values() if column in i.columns), None)
+
+
+def _by_weights(revision: Any) -> bool:
+    return isinstance(revision, str) and revision.startswith("sha256:")
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    kept = {k: v for k, v in content.items() if k not in ("made_at", "content_hash")}
+    return hashlib.sha256(_dump(kept).encode()).hexdigest()[:32]
 
 
 def _dump(content: Mapping, indent: int | None = None) -> str:
     return json.dumps(content, sort_keys=True, indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def load_rule(name_or_path: str | Path) -> RuleCard:
-    """A published rule by name ("v1", "v3"), or a rule.json; a changed card is a CardError."""
-    path = Path(name_or_path)
-    if str(name_or_path) in presets():
-        path = RULES / f"{name_or_path}.json"
-    if not path.is_file():
-        raise CardError(f"{name_or_path!s} is neither a published rule ({', '.join(presets())}) "
-                        "nor a file: name one of them or the path of a rule.json")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CardError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from error
-    card = RuleCard(data)
-    stated = data.get("content_hash")
-    if stated and stated != card.content_hash:
-        raise CardError(f"{path} was changed by hand: its content_hash is {stated} but its "
-                        f"content gives {card.content_hash}; fit it again or remove the hash")
-    return card
+def migrate(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a card of an older schema in the present one; its hash stays as it was.
+
+    Schemas 1 and 2 told what a rule was fitted on in one sentence, which is taken apart here.
+    """
+    if data["schema"] == SCHEMA or not isinstance(data.get("fitted_on"), str):
+        return dict(data)
+    told = re.fullmatch(r"(?:the sweep of )?(profile (\S+)|.*): (\d+) sets(?: of (\d+) rows)? "
+                        r"from \d+ sources \((.*)\)", data["fitted_on"])
+    if told:
+        head, profile, sets, size, names = told.groups()
+        fitted_on = {"sources": names.split(", "), "profile": profile, "sets": int(sets),
+                     "set_size": int(size) if size else None, "note": "" if profile else head}
+    else:
+        tested = [one.get("source", "") for one in data.get("held_out") or []]
+        fitted_on = {"sources": tested, "note": data["fitted_on"]}
+    return {**data, "schema": SCHEMA, "fitted_on": fitted_on}
 
 
 def presets() -> list[str]:
@@ -299,58 +362,36 @@ def presets() -> list[str]:
     return sorted(p.stem for p in RULES.glob("*.json"))
 
 
-def differences(data: Mapping[str, Any], attrs: Mapping[str, Any]) -> list[str]:
-    """Every way in which a score table's attrs differ from the card, in words.
+def load_rule(name_or_path: str | Path) -> RuleCard:
+    """A published rule by name ("v1", "v3"), or a rule.json.
 
-    Which model and reference an indicator needs is known from the indicators' registry, not from
-    the card. What the card leaves open (null: the paper did not say) is not compared.
+    Errors: InstructMiningError with file and field, also for a card that was changed by hand.
     """
-    models = {m["role"]: m for m in data["models"]}
-    known = attrs.get("indicators") or {}
-    reference = {k: v for k, v in (data["knn_reference"] or {}).items() if k in ("hash", "size")}
-    found = []
-    for one in data["coefficients"]:
-        here = known.get(one["name"])
-        if here is None:
-            found.append(f"{one['name']}: the table does not say how it was scored")
-            continue
-        pairs = [("version", one.get("version"), here.get("version"))]
-        role = role_of(one)
-        model = models.get(role)
-        if model:
-            # a folder is known by the hash of its weights: it may lie elsewhere on this machine
-            moved = _by_weights(model["revision"]) and _by_weights(here.get("revision"))
-            pairs += [] if moved else [("model", model["id"], here.get("model"))]
-            pairs += [("revision", model["revision"], here.get("revision")),
-                      ("stand-in", model["stand_in"], here.get("stand_in"))]
-        elif role:  # an indicator that also works without a model, and a card that names none
-            pairs.append(("model", "", here.get("model") or ""))
-        if is_pool_relative(one):
-            theirs = here.get("reference") or {}
-            pairs += [(f"reference {k}", reference[k], theirs.get(k)) for k in reference]
-            if not reference:
-                found.append(f"{one['name']}: the card names no reference set, so that its "
-                             "distances can't be told to be on the same scale")
-        found += [f"{one['name']}: {what} is {theirs!r} in the table, {mine!r} in the card"
-                  for what, mine, theirs in pairs if mine is not None and mine != theirs]
-    return found
+    path = Path(name_or_path)
+    if str(name_or_path) in presets():
+        path = RULES / f"{name_or_path}.json"
+    if not path.is_file():
+        raise InstructMiningError(f"{name_or_path!s} is neither a published rule "
+                                  f"({', '.join(presets())}) nor a file: name one of them or the "
+                                  "path of a rule.json")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        told = f"{path} is not JSON (line {error.lineno}: {error.msg})"
+        raise InstructMiningError(told) from error
+    return RuleCard.from_dict(data, str(path))
 
 
-def _by_weights(revision: Any) -> bool:
-    return isinstance(revision, str) and revision.startswith("sha256:")
-
-
-def make_card(fit: RuleFit, scores: pd.DataFrame, *, fitted_on: str, not_for: str,
-              new_sources: Jackknife | None = None, held_out: pd.DataFrame | None = None,
-              permutation: Permutation | float | None = None,
-              base: Mapping[str, Any] | None = None, auto_size: int | None = None,
-              outcome: str = "log_loss", made_at: str | None = None) -> RuleCard:
+def make_card(fit: RuleFit, scores: pd.DataFrame, *, not_for: str, profile: str | None = None,
+              set_size: int | None = None, note: str = "", new_sources: Jackknife | None = None,
+              held_out: pd.DataFrame | None = None, permutation_p: float | None = None,
+              base: Mapping[str, Any] | None = None, auto_size: int | None = None) -> RuleCard:
     """The card of a fitted rule.
 
     fit : from fit_rule (or fit_pooled); scores : the rows of the fitting pool with
     `.attrs["indicators"]`, which give models, versions, reference and the rows' ranges;
-    base : {"id", "revision", "stand_in"} of the finetuned base where no indicator names it;
-    auto_size : number of rows that a search found best; made_at : ISO time, default now (UTC).
+    profile, set_size, note : see FittedOn; base : {"id", "revision", "stand_in"} of the finetuned
+    base where no indicator names it; auto_size : number of rows that a search found best.
     A pool of one source may only make a "within" card (RunsError).
     """
     if len(fit.sources) < 2 and fit.kind == "within" and new_sources is not None:
@@ -359,27 +400,27 @@ def make_card(fit: RuleFit, scores: pd.DataFrame, *, fitted_on: str, not_for: st
         raise RunsError(f"a pool of one source may only make a 'within' card, not {fit.kind!r}")
     known = scores.attrs.get("indicators", {})
     references = [known[c]["reference"] for c in fit.columns if known.get(c, {}).get("reference")]
-    data = {
+    scales = pd.DataFrame({"mean": fit.standardizer.mean, "sd": fit.standardizer.sd})
+    return RuleCard.from_dict({
         "schema": SCHEMA,
         "kind": fit.kind,
-        "outcome": outcome,
         "intercept": fit.intercept,
         "coefficients": _coefficients(fit, scores, known, new_sources),
-        "standardisation": {c: {"mean": float(fit.standardizer.mean[c]),
-                                "sd": float(fit.standardizer.sd[c])} for c in fit.columns},
-        "held_out": _records(held_out),
-        "permutation_p": getattr(permutation, "p", permutation),
+        "standardisation": scales.loc[list(fit.columns)].to_dict("index"),
+        "held_out": _held_out(held_out),
+        "permutation_p": permutation_p,
         "models": _models(fit.columns, known, base),
-        "knn_reference": dict(references[0]) if references else None,
+        "knn_reference": ({k: references[0][k] for k in Reference.model_fields}
+                          if references else None),
         "design": _design(fit),
         "uncertainty": _uncertainty(fit, new_sources),
-        "fitted_on": fitted_on,
+        "fitted_on": {"sources": list(fit.sources or share_matrix(fit.runs)[1]),
+                      "profile": profile, "sets": len(fit.runs), "set_size": set_size,
+                      "note": note},
         "not_for": not_for,
-        "made_at": made_at or datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    if auto_size is not None:
-        data["auto_size"] = int(auto_size)
-    return RuleCard(data)
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "auto_size": auto_size,
+    })
 
 
 def _coefficients(fit: RuleFit, scores: pd.DataFrame, known: Mapping,
@@ -389,30 +430,29 @@ def _coefficients(fit: RuleFit, scores: pd.DataFrame, known: Mapping,
     rows = scores[list(fit.columns)].astype(float).quantile([0.01, 0.99])
     found = []
     for c in fit.columns:
-        bounds = None if new is None else [float(new.table.at[c, b]) for b in ("low", "high")]
-        vif = float(table.at[c, "vif"])
-        entry = indicator_of(c)
+        here, entry = known.get(c, {}), _indicator_of(c)
         found.append({
             "name": c, "label": table.at[c, "label"], "estimate": float(table.at[c, "estimate"]),
             "raw": float(table.at[c, "raw"]),
             "interval_these_sources": [float(table.at[c, b]) for b in ("low", "high")],
-            "interval_new_sources": bounds,
-            "vif": vif if np.isfinite(vif) else None,
+            "interval_new_sources": (None if new is None else
+                                     [float(new.table.at[c, b]) for b in ("low", "high")]),
+            "vif": _or_none(table.at[c, "vif"]),
             "range": [float(raw[c].min()), float(raw[c].max())],
-            "row_range": [float(rows[c].iloc[0]), float(rows[c].iloc[1])],
-            "role": entry.role if entry and known.get(c, {}).get("model") else None,
-            "version": known.get(c, {}).get("version"),
+            "row_range": rows[c].tolist(),
+            "role": entry.role if entry and here.get("model") else None,
+            "version": here.get("version"),
             "pool_relative": bool(entry and entry.pool_relative),
-        })
+        })  # fmt: skip
     return found
 
 
 def _models(columns: Sequence[str], known: Mapping, base: Mapping | None) -> list[dict]:
     found: dict[str, dict] = {}
     if base:
-        found["base"] = {"role": "base", **{k: base[k] for k in ("id", "revision", "stand_in")}}
+        found["base"] = {"role": "base", **base}
     for c in columns:
-        here, entry = known.get(c, {}), indicator_of(c)
+        here, entry = known.get(c, {}), _indicator_of(c)
         if entry and entry.role and here.get("model"):
             found[entry.role] = {"role": entry.role, "id": here["model"],
                                  "revision": here.get("revision") or None,
@@ -420,24 +460,21 @@ def _models(columns: Sequence[str], known: Mapping, base: Mapping | None) -> lis
     return [found[role] for role in sorted(found)]
 
 
-def _records(frame: pd.DataFrame | None) -> list[dict]:
+def _held_out(frame: pd.DataFrame | None) -> list[dict]:
     if frame is None:
         return []
-    return [{"source": str(r.source), "n_sets": int(r.n_sets), "r2": _plain(r.r2),
-             "slope": _plain(r.slope), "slope_interval": _pair(r.slope_low, r.slope_high)}
-            for r in frame.itertuples()]
+    return [{"source": str(r.source), "n_sets": int(r.n_sets), "r2": _or_none(r.r2),
+             "slope": _or_none(r.slope),
+             "slope_interval": ([float(r.slope_low), float(r.slope_high)]
+                                if np.isfinite([r.slope_low, r.slope_high]).all() else None)}
+            for r in frame.itertuples()]  # fmt: skip
 
 
-def _pair(low: float, high: float) -> list[float] | None:
-    return [float(low), float(high)] if np.isfinite([low, high]).all() else None
-
-
-def _plain(value: float) -> float | None:
+def _or_none(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
 def _design(fit: RuleFit) -> dict[str, Any]:
-    """Where the fitted set means lie, in sd of the pool's rows, and how far out they reach."""
     X = fit.indicators
     mean, cov = X.mean(axis=0), np.atleast_2d(np.cov(X, rowvar=False))
     gaps = X - mean
@@ -447,11 +484,8 @@ def _design(fit: RuleFit) -> dict[str, Any]:
 
 
 def _uncertainty(fit: RuleFit, new: Jackknife | None) -> dict[str, Any]:
-    """What prediction intervals need: covariances of (intercept, slopes), noise, source spread.
+    from .rule import hc3
 
-    constants : each fitted source's own constant with its variance and its covariances with the
-    slopes (all HC3), so that a row of that source is not predicted by the sources' average.
-    """
     m = fit.controls.shape[1]
     p = len(fit.columns)
     # the card's intercept is the mean of the controls' constants

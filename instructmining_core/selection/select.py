@@ -98,7 +98,7 @@ def top_rows(rule: RuleCard, top_k: int | str) -> int:
                 f"top_k is {top_k!r}; it is a number of rows above 0, or 'auto'"
             )
         return top_k
-    size = rule.data.get("auto_size")
+    size = rule.auto_size
     if not isinstance(size, int) or size < 1:
         raise InstructMiningError(
             "this rule card carries no `auto_size`: search the size on your own data first "

@@ -7,7 +7,7 @@ import pandas as pd
 from scipy.stats import t as student
 
 from ..config import InstructMiningError
-from ..regression.rule_card import RuleCard
+from ..regression.rule_card import RuleCard, Uncertainty
 
 LEVEL = 0.95  # of the prediction intervals
 FAR_ROWS = 0.10  # share of rows outside the pool's 1–99 % ranges above which a set counts as far
@@ -55,28 +55,28 @@ def _in_words(name: str, one: pd.Series) -> str:
 
 
 def _one(card: RuleCard, raw: pd.DataFrame, values: pd.DataFrame) -> dict:
-    coefficients, design = card.data["coefficients"], card.data.get("design")
+    coefficients, design = card.coefficients, card.design
     missing = raw.isna().any(axis=1).to_numpy()
     result = {"rows": len(raw), "missing": float(missing.mean()) if len(raw) else np.nan,
               "outside_range": np.nan, "outside_rows": np.nan, "distance": np.nan,
               "row_distance_median": np.nan, "row_distance_95": np.nan,
               "largest_distance": np.nan, "verdict": "unknown"}
-    if design is None or any(not c.get("range") for c in coefficients) or raw.empty:
+    if design is None or any(c.range is None for c in coefficients) or raw.empty:
         return result
-    beyond = _beyond(raw, [c["range"] for c in coefficients]) > 0
+    beyond = _beyond(raw, [c.range for c in coefficients]) > 0
     result["outside_range"] = float((beyond | missing).mean())
-    beyond = _beyond(raw, [c.get("row_range") or c["range"] for c in coefficients])
+    beyond = _beyond(raw, [c.row_range or c.range for c in coefficients])
     result["outside_rows"] = float(((beyond >= min(2, len(coefficients))) | missing).mean())
-    gaps = values.to_numpy(float) - np.array(design["mean"])
+    gaps = values.to_numpy(float) - np.array(design.mean)
     whole = gaps[~missing]
     if len(whole):
-        inverse = np.linalg.pinv(np.array(design["covariance"]))
+        inverse = np.linalg.pinv(np.array(design.covariance))
         rows = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", whole, inverse, whole), 0))
         middle = whole.mean(axis=0)
         result["distance"] = float(np.sqrt(max(middle @ inverse @ middle, 0)))
         result["row_distance_median"] = float(np.median(rows))
         result["row_distance_95"] = float(np.quantile(rows, 0.95))
-    result["largest_distance"] = float(design["largest_distance"])
+    result["largest_distance"] = design.largest_distance
     near = result["distance"] <= result["largest_distance"]
     result["verdict"] = "inside" if near and result["outside_rows"] <= FAR_ROWS else "far"
     return result
@@ -100,19 +100,19 @@ def intervals(card: RuleCard, scores: pd.DataFrame) -> pd.DataFrame:
     fitted set means, or lacks an indicator. Log losses.
     Errors: InstructMiningError for a card without `uncertainty`, as the published ones.
     """
-    known = card.data.get("uncertainty")
-    if not known:
+    known = card.uncertainty
+    if known is None:
         raise InstructMiningError("this card carries no uncertainty (the published rules have no "
                                   "intervals): no prediction interval can be given")
     Z = card.standardise(scores).to_numpy(float)
     mean = card.predict(scores).to_numpy(float)
     centre, these, own = _these(card, known, Z, mean, _sources(scores))
     new = np.full(len(Z), np.nan)
-    if known["new_sources_covariance"] is not None and known["source_sd"] is not None:
-        variance = _quadratic(Z, known["new_sources_covariance"]) + known["sigma"] ** 2
-        new = _half(variance + _spread(known), known["sources"] - 1)
+    if known.new_sources_covariance is not None and known.source_sd is not None:
+        variance = _quadratic(Z, known.new_sources_covariance) + known.sigma ** 2
+        new = _half(variance + _spread(known), known.sources - 1)
     raw = scores[card.columns].astype(float)
-    ranges = [c["range"] or (-np.inf, np.inf) for c in card.data["coefficients"]]
+    ranges = [c.range or (-np.inf, np.inf) for c in card.coefficients]
     outside = (_beyond(raw, ranges) > 0) | raw.isna().any(axis=1).to_numpy()
     return pd.DataFrame({"predicted": centre, "low_these": centre - these,
                          "high_these": centre + these, "low_new": mean - new,
@@ -126,7 +126,7 @@ def row_intervals(card: RuleCard, scores: pd.DataFrame) -> pd.DataFrame:
     "its own source" where the rule was fitted on it, else "a new source", or "these sources" where
     the card has no jackknife. No columns for a card without `uncertainty`. Log losses.
     """
-    if not card.data.get("uncertainty"):
+    if card.uncertainty is None:
         return pd.DataFrame(index=scores.index)
     found = intervals(card, scores)
     new = ~found["own_source"] & found["low_new"].notna()
@@ -142,29 +142,29 @@ def _sources(scores: pd.DataFrame) -> np.ndarray:
             else np.full(len(scores), ""))
 
 
-def _these(card: RuleCard, known: dict, Z: np.ndarray, mean: np.ndarray, names: np.ndarray,
+def _these(card: RuleCard, known: Uncertainty, Z: np.ndarray, mean: np.ndarray, names: np.ndarray,
            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Centre, half-width and "has a constant of its own" of each row, for these sources."""
-    covariance = np.array(known["covariance"])
+    covariance = np.array(known.covariance)
     ones = np.hstack([np.ones((len(Z), 1)), Z])
-    noise, spread, S = known["sigma"] ** 2, _spread(known), known["sources"]
+    noise, spread, S = known.sigma ** 2, _spread(known), known.sources
     alone = card.kind == "within" and S == 1  # one source tells nothing of another's constant
     variance = _quadratic(ones, covariance) + noise + (np.nan if alone else spread)
-    df = np.full(len(Z), min(known["df"], S - 1) if spread else known["df"])
+    df = np.full(len(Z), min(known.df, S - 1) if spread else known.df)
     centre, own = mean.copy(), np.zeros(len(Z), bool)
-    for one in known.get("constants") or []:
-        here = names == one["source"]
-        with_slopes = Z[here] @ np.array(one["covariance_with_slopes"])
-        variance[here] = (one["variance"] + 2 * with_slopes
+    for one in known.constants:
+        here = names == one.source
+        with_slopes = Z[here] @ np.array(one.covariance_with_slopes)
+        variance[here] = (one.variance + 2 * with_slopes
                           + _quadratic(Z[here], covariance[1:, 1:]) + noise)
-        centre[here] += one["estimate"] - card.intercept
-        df[here], own[here] = known["df"], True
+        centre[here] += one.estimate - card.constant
+        df[here], own[here] = known.df, True
     return centre, _half(variance, df), own
 
 
-def _spread(known: dict) -> float:
+def _spread(known: Uncertainty) -> float:
     """Variance of one more source's constant about the mean of those that were fitted."""
-    return (known["source_sd"] or 0.0) ** 2 * (1 + 1 / known["sources"])
+    return (known.source_sd or 0.0) ** 2 * (1 + 1 / known.sources)
 
 
 def _quadratic(rows: np.ndarray, covariance: list | np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -6,23 +7,18 @@ import pytest
 
 from instructmining.cli.rule import explained
 from instructmining.cli.select import _kept
-from instructmining.reports import card_markdown
+from instructmining.reports import card_markdown, fitted_on
 from instructmining.simulation.worlds import COLUMNS, design, outcomes, synthetic_world
 from instructmining_core.config import InstructMiningError
 from instructmining_core.finetuning.sets import designed_sets, set_means
 from instructmining_core.regression.inference import held_out, jackknife_sources
 from instructmining_core.regression.rule import fit_pooled, fit_rule
-from instructmining_core.regression.rule_card import (
-    CardError,
-    CardMismatch,
-    RuleCard,
-    load_rule,
-    make_card,
-    presets,
-)
+from instructmining_core.regression.rule_card import RuleCard, load_rule, make_card, presets
 from instructmining_core.regression.run_table import RunsError, Standardizer
 from instructmining_core.selection.select import Selection, compare_rules, rank
 from instructmining_core.selection.support import intervals, row_intervals, support
+
+EVIDENCE = Path(__file__).parents[2] / "evidence"
 
 
 def scored_attrs():
@@ -44,7 +40,7 @@ def study():
     pool = z.copy()
     pool[list(COLUMNS)] = z[list(COLUMNS)] * 3 + 10
     pool.attrs = scored_attrs()
-    sets = designed_sets(pool, pool, 60, 24, 100, seed=1, columns=COLUMNS)
+    sets = designed_sets(pool, 60, 24, 100, seed=1, columns=COLUMNS)
     made = design(sets, z)
     drawn = outcomes(made, 1, np.random.default_rng(0))
     runs = made.runs(drawn.Y[:, 0])
@@ -57,11 +53,12 @@ def study():
 @pytest.fixture(scope="module")
 def card(study):
     pool, runs, constants, fit, _ = study
-    return make_card(fit, pool, fitted_on="a test", not_for="anything else", permutation=0.001,
+    return make_card(fit, pool, note="a test", not_for="anything else", permutation_p=0.001,
+                     profile="tiny", set_size=100,
                      new_sources=jackknife_sources(runs, COLUMNS, constants),
                      held_out=held_out(runs, COLUMNS, constants),
                      base={"id": "org/base", "revision": "abc", "stand_in": False},
-                     auto_size=128, made_at="2026-11-23T09:00:00+00:00")
+                     auto_size=128)
 
 
 def test_published_rules_have_the_papers_numbers():
@@ -77,7 +74,7 @@ def test_published_rules_have_the_papers_numbers():
 
 def test_predict_is_the_fit_and_contributions_sum_to_it(study, card):
     pool, _, constants, fit, _ = study
-    by_hand = fit.intercept + constants.transform(pool).to_numpy() @ fit.slopes.to_numpy()
+    by_hand = card.constant + constants.transform(pool).to_numpy() @ fit.slopes.to_numpy()
     assert card.predict(pool).to_numpy() == pytest.approx(by_hand)
     parts = card.contributions(pool)
     assert parts.sum(axis=1).to_numpy() + fit.intercept == pytest.approx(by_hand)
@@ -85,12 +82,12 @@ def test_predict_is_the_fit_and_contributions_sum_to_it(study, card):
     holed = pool.head(2).copy()
     holed.loc[holed.index[0], "ppl"] = np.nan
     assert card.predict(holed).isna().tolist() == [True, False]
-    with pytest.raises(CardError, match="'mtld'"):
+    with pytest.raises(InstructMiningError, match="'mtld'"):
         card.predict(pool.drop(columns="mtld"))
 
 
 def test_the_card_holds_the_schema(card):
-    data = card.data
+    data = card.content()
     for one in data["coefficients"]:
         assert {"name", "estimate", "interval_these_sources", "interval_new_sources", "vif",
                 "range"} <= set(one)
@@ -103,6 +100,8 @@ def test_the_card_holds_the_schema(card):
     for one in data["held_out"]:
         assert one["slope_interval"][0] < one["slope"] < one["slope_interval"][1]
     assert data["permutation_p"] == 0.001 and data["auto_size"] == 128
+    assert data["fitted_on"] == {"sources": [f"s{i:02d}" for i in range(10)], "profile": "tiny",
+                                 "sets": 84, "set_size": 100, "note": "a test"}
 
 
 def test_json_is_stable_and_survives(card, tmp_path):
@@ -111,38 +110,72 @@ def test_json_is_stable_and_survives(card, tmp_path):
     assert again.content_hash == card.content_hash
     again.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "rule.json").read_bytes()
-    later = RuleCard({**card.data, "made_at": "2027-01-01"})
+    later = RuleCard.from_dict({**card.content(), "made_at": "2027-01-01"})
     assert later.content_hash == card.content_hash
-    assert RuleCard({**card.data, "not_for": "x"}).content_hash != card.content_hash
+    assert RuleCard.from_dict({**card.content(), "not_for": "x"}).content_hash != card.content_hash
+
+
+@pytest.mark.parametrize("path", sorted(EVIDENCE.glob("*/rule.json")), ids=lambda p: p.parent.name)
+def test_the_committed_cards_load_and_keep_their_hash(path, tmp_path):
+    text = json.loads(path.read_text())
+    card = load_rule(path)
+    assert card.content_hash == text["content_hash"]
+    sources = [one["source"] for one in text["uncertainty"]["constants"]]
+    known = card.fitted_on
+    assert known.sources == sources and known.profile == path.parent.name
+    assert known.sets == text["design"]["sets"] and known.note == ""
+    if text["schema"] != card.schema_name:
+        assert fitted_on(card) == text["fitted_on"]  # the sentence, put together again
+    card.save(tmp_path / "rule.json")
+    again = load_rule(tmp_path / "rule.json")
+    assert again.content() == card.content()
+
+
+def test_the_published_cards_keep_the_hash_of_their_first_schema():
+    assert load_rule("v1").content_hash == "686d79335e59cb3eacf894308447ded3"
+    assert load_rule("v3").content_hash == "4b65d9fa8d2f30d99e49eb7f14157da1"
+
+
+@pytest.mark.parametrize("sentence, fields", [
+    ("the sweep of profile mini: 9 sets from 2 sources (a, b)",
+     {"profile": "mini", "sets": 9, "sources": ["a", "b"], "note": ""}),
+    ("runs.csv, scores of s.parquet: 9 sets from 1 sources (a)",
+     {"profile": None, "sets": 9, "sources": ["a"], "note": "runs.csv, scores of s.parquet"}),
+    ("a paper's words (here and there)",
+     {"profile": None, "sets": None, "sources": [], "note": "a paper's words (here and there)"})])
+def test_the_sentence_of_older_schemas_is_taken_apart(sentence, fields):
+    older = json.loads((EVIDENCE.parent / "instructmining_core/rules/v3.json").read_text())
+    found = RuleCard.from_dict({**older, "fitted_on": sentence}).fitted_on
+    assert {name: getattr(found, name) for name in fields} == fields
 
 
 def test_a_card_changed_by_hand_is_refused(card, tmp_path):
     text = card.to_json().replace('"auto_size": 128', '"auto_size": 999')
     (tmp_path / "rule.json").write_text(text)
-    with pytest.raises(CardError, match="changed by hand"):
+    with pytest.raises(InstructMiningError, match="changed by hand"):
         load_rule(tmp_path / "rule.json")
 
 
 @pytest.mark.parametrize("change, says", [
     ({"schema": "instructmining.rule/9"}, "rule/9"), ({"kind": "magic"}, "magic"),
-    ({"coefficients": []}, "no coefficients"), ({"standardisation": {}}, None),
-    ({"coefficients": [{"name": "x", "estimate": "much"}]}, r"coefficients\[0\].estimate"),
+    ({"coefficients": []}, "coefficients"), ({"standardisation": {}}, None),
+    ({"coefficients": [{"name": "x", "estimate": "much"}]}, r"coefficients\[0\]"),
     ({"standardisation": {"len_in": {"mean": 0, "sd": 0}}}, "sd above 0")])
 def test_broken_cards_are_named(card, change, says):
     if says is None:
-        RuleCard({**card.data, **change})
+        RuleCard.from_dict({**card.content(), **change})
         return
-    with pytest.raises(CardError, match=says):
-        RuleCard({**card.data, **change})
+    with pytest.raises(InstructMiningError, match=says):
+        RuleCard.from_dict({**card.content(), **change})
 
 
 def test_missing_fields_and_files_are_named(card, tmp_path):
-    with pytest.raises(CardError, match="not_for"):
-        RuleCard({k: v for k, v in card.data.items() if k != "not_for"})
-    with pytest.raises(CardError, match="v1, v3"):
+    with pytest.raises(InstructMiningError, match="not_for"):
+        RuleCard.from_dict({k: v for k, v in card.content().items() if k != "not_for"})
+    with pytest.raises(InstructMiningError, match="v1, v3"):
         load_rule("v9")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(CardError, match="line 1"):
+    with pytest.raises(InstructMiningError, match="line 1"):
         load_rule(tmp_path / "bad.json")
 
 
@@ -155,7 +188,7 @@ def test_check_accepts_its_own_table_and_names_every_difference(card):
     other["indicators"]["knn_6"]["reference"] = {"hash": "beef", "size": 512}
     other["indicators"]["coherence"]["stand_in"] = True
     del other["indicators"]["len_in"]
-    with pytest.raises(CardMismatch) as caught:
+    with pytest.raises(InstructMiningError) as caught:
         card.check(other)
     text = str(caught.value)
     for part in ("reward: model is 'org/else' in the table, 'org/reward' in the card",
@@ -175,10 +208,10 @@ ISSUE_KEYS = {
 
 def bare(card):
     """The card with exactly the keys that the issue lists: no role, no version, no intercept."""
-    data = {k: card.data[k] for k in ISSUE_KEYS["top"]}
+    data = {k: card.content()[k] for k in ISSUE_KEYS["top"]}
     data["coefficients"] = [{k: c[k] for k in ISSUE_KEYS["coefficient"]}
                             for c in data["coefficients"]]
-    return RuleCard(data)
+    return RuleCard.from_dict(data)
 
 
 def test_a_card_with_the_issues_keys_alone_compares_models_and_reference(card, study):
@@ -191,26 +224,27 @@ def test_a_card_with_the_issues_keys_alone_compares_models_and_reference(card, s
         other["indicators"][column][key] = value
         found = alone.check(other, allow_mismatch=True)
         assert len(found) == 1 and found[0].startswith(f"{column}: "), found
-    assert "no intercept" in card_markdown(alone) and "not known" not in card_markdown(card).split("## Held")[0]
+    assert "no intercept" in card_markdown(alone)
+    assert "not known" not in card_markdown(card).split("## Held")[0]
     gap = card.predict(study[0]) - alone.predict(study[0])
     assert gap.to_numpy() == pytest.approx(card.intercept)
     assert row_intervals(alone, study[0]).empty
 
 
 def test_a_card_can_not_turn_its_checks_off(card):
-    lying = json.loads(json.dumps(dict(card.data)))
+    lying = json.loads(json.dumps(card.content()))
     for one in lying["coefficients"]:
         one["role"], one["pool_relative"] = None, False
     other = scored_attrs()
     other["indicators"]["reward"]["model"] = "org/else"
     other["indicators"]["knn_6"]["reference"] = None
-    found = RuleCard(lying).check(other, allow_mismatch=True)
+    found = RuleCard.from_dict(lying).check(other, allow_mismatch=True)
     assert [line.split(":")[0] for line in found] == ["reward", "knn_6", "knn_6"]
-    unnamed = RuleCard({**card.data, "knn_reference": None})
+    unnamed = RuleCard.from_dict({**card.content(), "knn_reference": None})
     assert "names no reference" in unnamed.check(scored_attrs(), allow_mismatch=True)[0]
     words = {"indicators": {"len_out": {"version": "tokens-1", "model": "org/base"}}}
-    plain = RuleCard({**card.data, "coefficients": [{**card.data["coefficients"][1],
-                                                     "version": None}], "models": []})
+    plain = RuleCard.from_dict({**card.content(), "coefficients": [{
+        **card.content()["coefficients"][1], "version": None}], "models": []})
     assert "len_out: model" in plain.check(words, allow_mismatch=True)[0]
 
 
@@ -218,7 +252,7 @@ def test_a_card_can_not_turn_its_checks_off(card):
     (("coefficients", 2, "interval_these_sources"), [2, 1], r"coefficients\[2\].interval_these"),
     (("coefficients", 0, "interval_new_sources"), "wide", r"coefficients\[0\].interval_new"),
     (("coefficients", 1, "vif"), "big", r"coefficients\[1\].vif"),
-    (("coefficients", 1, "range"), [0], r"coefficients\[1\].range is \[0\]"),
+    (("coefficients", 1, "range"), [0], r"coefficients\[1\].range: it must be \[low, high\]"),
     (("held_out", 3, "r2"), "good", r"held_out\[3\].r2"),
     (("held_out", 0, "source"), "", r"held_out\[0\].source"),
     (("models", 4, "stand_in"), "no", r"models\[4\].stand_in"),
@@ -228,24 +262,24 @@ def test_a_card_can_not_turn_its_checks_off(card):
     (("models", 1, "role"), "base", "'base' more than once"),
     (("uncertainty", "constants", 0, "variance"), None, r"uncertainty.constants\[0\].variance")])
 def test_a_wrong_leaf_is_named_by_its_path(card, path, value, says):
-    data = json.loads(json.dumps(dict(card.data)))
+    data = json.loads(json.dumps(card.content()))
     inside = data
     for step in path[:-1]:
         inside = inside[step]
     inside[path[-1]] = value
-    with pytest.raises(CardError, match=says):
-        RuleCard(data)
+    with pytest.raises(InstructMiningError, match=says):
+        RuleCard.from_dict(data)
     if path[-1] in ISSUE_KEYS["coefficient"] + ("r2", "source", "stand_in", "id", "size"):
         del inside[path[-1]]
-        with pytest.raises(CardError, match=f"lacks {says.split(' ')[0]}"):
-            RuleCard(data)
+        with pytest.raises(InstructMiningError, match=f"{says.split(': ')[0]}.*must be given"):
+            RuleCard.from_dict(data)
 
 
 def test_every_scored_indicator_needs_its_model(card):
     for role, column in (("reward", "reward"), ("encoder", "knn_6"), ("unieval", "naturalness")):
-        models = [m for m in card.data["models"] if m["role"] != role]
-        with pytest.raises(CardError, match=rf"{role}.*coefficients\[\d\] '{column}'"):
-            RuleCard({**card.data, "models": models})
+        models = [m for m in card.content()["models"] if m["role"] != role]
+        with pytest.raises(InstructMiningError, match=rf"{role}.*coefficients\[\d\] '{column}'"):
+            RuleCard.from_dict({**card.content(), "models": models})
 
 
 def test_a_moved_folder_with_the_same_weights_is_the_same_model(card):
@@ -257,13 +291,13 @@ def test_a_moved_folder_with_the_same_weights_is_the_same_model(card):
     for one in attrs["indicators"].values():
         if one["model"]:
             one |= {"model": "/somewhere/else", "revision": "sha256:0123"}
-    assert RuleCard(data).check(attrs) == []
+    assert RuleCard.from_dict(data).check(attrs) == []
     attrs["indicators"]["reward"]["revision"] = "sha256:9999"
-    assert "reward: revision" in RuleCard(data).check(attrs, allow_mismatch=True)[0]
+    assert "reward: revision" in RuleCard.from_dict(data).check(attrs, allow_mismatch=True)[0]
 
 
 def test_published_rules_refuse_other_models():
-    with pytest.raises(CardMismatch, match="oasst-rm-2.1-pythia"):
+    with pytest.raises(InstructMiningError, match="oasst-rm-2.1-pythia"):
         load_rule("v3").check(scored_attrs())
     assert any("names no sentence encoder" in line
                for line in load_rule("v1").check(scored_attrs(), allow_mismatch=True))
@@ -272,11 +306,11 @@ def test_published_rules_refuse_other_models():
 def test_a_pool_of_one_source_may_only_use_within(card, study):
     pool, runs, constants, _, _ = study
     assert card.check(scored_attrs(), sources=["a", "a"]) == []
-    pooled = RuleCard({**card.data, "kind": "pooled"})
-    with pytest.raises(CardMismatch, match="one source"):
+    pooled = RuleCard.from_dict({**card.content(), "kind": "pooled"})
+    with pytest.raises(InstructMiningError, match="one source"):
         pooled.check(scored_attrs(), sources=["a", "a"])
     with pytest.raises(RunsError, match="one source"):
-        make_card(fit_pooled(runs, COLUMNS, constants), pool.head(300), fitted_on="", not_for="")
+        make_card(fit_pooled(runs, COLUMNS, constants), pool.head(300), not_for="")
 
 
 def test_support_of_like_and_unlike_data(card, study):
@@ -335,15 +369,15 @@ def test_prediction_intervals_hold_new_runs():
     z = synthetic_world(12, rows=300, seed=5)
     z.attrs = scored_attrs()
     pool = z[~z["source"].isin(["s10", "s11"])]
-    fitted = designed_sets(pool, pool, 84, 36, 100, seed=1, columns=COLUMNS)
-    again = designed_sets(z, z, 144, 0, 100, seed=2, columns=COLUMNS)
+    fitted = designed_sets(pool, 84, 36, 100, seed=1, columns=COLUMNS)
+    again = designed_sets(z, 144, 0, 100, seed=2, columns=COLUMNS)
     everything = design(fitted + again, z)
     drawn = outcomes(everything, 40, np.random.default_rng(0))
     known, strange, narrow, blind = [], [], [], []
     for b in range(40):
         runs = everything.runs(drawn.Y[:, b])
-        card = make_card(fit_rule(runs.head(len(fitted)), COLUMNS), pool, fitted_on="",
-                         not_for="", base={"id": "b", "revision": "r", "stand_in": False})
+        card = make_card(fit_rule(runs.head(len(fitted)), COLUMNS), pool, not_for="",
+                         base={"id": "b", "revision": "r", "stand_in": False})
         new = runs.tail(len(again))
         found = intervals(card, new)
         held = new["log_loss"].between(found["low_these"], found["high_these"])
@@ -363,10 +397,10 @@ def test_prediction_intervals_hold_new_runs():
 
 
 def test_an_older_card_without_constants_has_the_spread(card, study):
-    older = json.loads(json.dumps(dict(card.data)))
-    older["schema"] = "instructmining.rule/1"
+    older = json.loads(json.dumps(card.content()))
+    older |= {"schema": "instructmining.rule/1", "fitted_on": "a test"}
     del older["uncertainty"]["constants"]
-    now, then = intervals(card, study[0]), intervals(RuleCard(older), study[0])
+    now, then = intervals(card, study[0]), intervals(RuleCard.from_dict(older), study[0])
     assert now["own_source"].all() and not then["own_source"].any()
     wide = then["high_these"] - then["low_these"]
     assert (wide > now["high_these"] - now["low_these"]).all()
@@ -409,19 +443,21 @@ def test_the_page_says_what_the_card_says(card):
     assert "had other sets been" in page and "leaving out one source" in page
     assert "anything else" in page and "10 sources have an sd of" in page
     assert "**stand-in**" not in page.split("## Models")[1]
-    weak = card_markdown(RuleCard({**card.data, "permutation_p": 0.4}))
+    weak = card_markdown(RuleCard.from_dict({**card.content(), "permutation_p": 0.4}))
     assert "**no evidence**" in weak
     assert "not known" in card_markdown(load_rule("v3"))
-    models = [{**m, "stand_in": True} for m in card.data["models"]]
-    assert card_markdown(RuleCard({**card.data, "models": models})).count("| **stand-in** |") == 5
+    models = [{**m, "stand_in": True} for m in card.content()["models"]]
+    small = RuleCard.from_dict({**card.content(), "models": models})
+    assert card_markdown(small).count("| **stand-in** |") == 5
 
 
 def test_the_page_is_plain_markdown_whatever_others_wrote(card):
     from docutils.core import publish_doctree
     from myst_parser.docutils_ import Parser
 
-    odd = RuleCard({**card.data, "fitted_on": "a|b *c [d](e) <f> $g$ `h` {i}`j`\n# k",
-                    "held_out": [{"source": "s|*`1", "r2": None, "slope": None}]})
+    odd = RuleCard.from_dict({
+        **card.content(), "fitted_on": {"note": "a|b *c [d](e) <f> $g$ `h` {i}`j`\n# k"},
+        "held_out": [{"source": "s|*`1", "r2": None, "slope": None}]})
     for one in (card, odd, load_rule("v1")):
         tree = publish_doctree(card_markdown(one), parser=Parser(), settings_overrides={
             "halt_level": 2, "report_level": 2, "myst_enable_extensions": ["dollarmath"]})

@@ -29,7 +29,7 @@ def rule(auto_size=None, **slopes):
         "standardisation": None, "held_out": [], "permutation_p": None, "models": [],
         "knn_reference": None, "fitted_on": "a test", "not_for": "anything else",
     }  # fmt: skip
-    return RuleCard(data if auto_size is None else {**data, "auto_size": auto_size})
+    return RuleCard.from_dict({**data, "auto_size": auto_size})
 
 
 def table(values, **columns):
