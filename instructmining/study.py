@@ -141,9 +141,9 @@ class Study:
         parts = [r.id.removeprefix("standin:") for r in refs if r.id.startswith("standin:")]
         if not parts:
             return None
-        from .embedded.world import standin_folder
+        from .embedded.world import build_standins
 
-        return standin_folder(self.profile, parts)
+        return build_standins(self.profile, parts)
 
     def load(self, ref: ModelRef):
         """A base model, opened by the same code whether it is real or a stand-in."""

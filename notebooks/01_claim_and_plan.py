@@ -67,7 +67,7 @@ paper.indicators()
 # Whether that step is allowed is the question on which everything depends.
 
 # %%
-figures.procedure_diagram()
+figures.plot_procedure()
 # %% [markdown]
 # ## What the paper claims, and what it offers for each claim
 #

@@ -76,7 +76,7 @@ scores[columns].isna().sum().rename("rows without a value").to_frame()
 
 # %%
 candidates = study.candidate_scores
-figures.indicator_distributions(candidates, columns)
+figures.plot_indicator_distributions(candidates, columns)
 # %% [markdown]
 # If the sources differ in an indicator, a mixture of sources moves that indicator *and* everything else in which the sources differ.
 # How much of each indicator's variance lies between sources?
@@ -92,7 +92,7 @@ between.rename("share of variance between sources").round(3).sort_values(
 # ## Which indicators say the same?
 
 # %%
-figures.correlation_map(candidates, columns)
+figures.plot_correlation_map(candidates, columns)
 # %% [markdown]
 # The left half of the question is the correlation over all rows; what a rule for single rows needs is the correlation *within* a source.
 

@@ -136,7 +136,7 @@ pilot.in_cells(plan)
 
 # %%
 if plan["half_width"].notna().any():
-    display(figures.design_half_widths(plan))
+    display(figures.plot_design_half_widths(plan))
 else:
     print("No number of runs of this design can be fitted: there is nothing to draw.")
 # %% [markdown]

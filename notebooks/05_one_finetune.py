@@ -112,7 +112,7 @@ from instructmining import figures
 curve = tuned.curve
 tuned.save(study.folder / "adapter")  # as peft saves it: `PeftModel.from_pretrained` loads it
 tuned.close()
-figures.training_curve(curve)
+figures.plot_training_curve(curve)
 # %% [markdown]
 # ## The mean over prompts, and the mean over tokens
 #

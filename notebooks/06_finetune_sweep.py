@@ -66,7 +66,7 @@ sweep[["loss_eval_1", "loss_eval_2", "loss_eval_1_token"]].describe().round(4)
 # If these differ much, a rule could be nothing but a list of sources.
 
 # %%
-figures.loss_by_source(sweep)
+figures.plot_loss_by_source(sweep)
 # %% [markdown]
 # ## How large is the noise?
 #
@@ -140,7 +140,7 @@ if table is not None:
 # %%
 agreement = np.corrcoef(sweep["log_loss"], sweep["log_loss_eval_2"])[0, 1]
 print(f"correlation of the log losses on the two evaluation sets: {agreement:.3f}")
-figures.two_losses(sweep)
+figures.plot_two_losses(sweep)
 
 # %% [markdown]
 # ## In this notebook we have seen

@@ -78,7 +78,7 @@ print(*study.notes)
 studies = study.profile.inference.simulated_studies
 null = pd.concat([null_r2(sources, studies, seed=0) for sources in (4, 8, 12)])
 display(tables.failure_table(null))
-figures.design_failure(null)
+figures.plot_design_failure(null)
 # %% [markdown]
 # The brackets are 95 % intervals over the simulated studies: by order statistics for medians, Wilson's for shares.
 # With few sources an $R^2$ of the paper's size is what such a world gives.
@@ -101,7 +101,7 @@ significant(
 )
 
 # %%
-figures.regression_panels(pick_arms(runs, DESIGNED), columns, fit=screens)
+figures.plot_regression_panels(pick_arms(runs, DESIGNED), columns, fit=screens)
 # %% [markdown]
 # ## The rule: slopes within sources
 #
@@ -134,7 +134,7 @@ by_paper = fit_paper(runs, columns, constants, size=size)
 significant(tables.paper_table(runs, columns, constants, size))
 
 # %%
-figures.coefficients(tables.coefficient_frame(fit, jackknife, by_paper))
+figures.plot_coefficients(tables.coefficient_frame(fit, jackknife, by_paper))
 # %% [markdown]
 # ## Is it there at all?
 #
@@ -177,7 +177,7 @@ display(significant(held))
 significant(inference.over_sources(held))
 
 # %%
-figures.predicted_measured(tables.predictions(fit), title="in sample")
+figures.plot_predicted_measured(tables.predictions(fit), title="in sample")
 # %% [markdown]
 # ## Between sources and within them
 #
@@ -215,7 +215,7 @@ display(significant(tables.dimensions(runs, fit)))
 significant(tables.choice_table(chosen, study.profile.inference.bootstraps))
 
 # %%
-figures.residual_page(inference.influence_table(fit))
+figures.plot_residual_page(inference.influence_table(fit))
 # %% [markdown]
 # ## Does it depend on how the loss is averaged?
 #

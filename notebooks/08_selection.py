@@ -124,7 +124,7 @@ table.round(4)
 # `tokens_trained` counts the target tokens of all epochs, `rows` and `steps` are means over the finetunes.
 
 # %%
-figures.selected_random(beat_random.by_budget(runs)["equal rows"])
+figures.plot_selected_random(beat_random.by_budget(runs)["equal rows"])
 # %% [markdown]
 # ## The primary contrast, at equal rows and at equal tokens
 #

@@ -69,7 +69,7 @@ study.save(trials, "search.parquet")
 trials.round(4)
 
 # %%
-figures.search_trials(trials)
+figures.plot_search_trials(trials)
 # %% [markdown]
 # The best of several noisy trials flatters.
 # The size found is therefore trained again, on other seeds, within the curve below.
@@ -93,7 +93,7 @@ means = size_means(runs, loss="loss_eval_2")
 means.round(4)
 
 # %%
-figures.size_curve(runs)
+figures.plot_size_curve(runs)
 # %% [markdown]
 # ## Does it fall, rise and fall?
 #

@@ -80,7 +80,7 @@ contrasts[
 ].round(4)
 
 # %%
-figures.selected_random(runs)
+figures.plot_selected_random(runs)
 # %% [markdown]
 # The paper's Table 6, for comparison: one run a cell.
 
@@ -119,7 +119,7 @@ coefficients.pivot(index="name", columns="setting", values="holds").loc[
 ]
 
 # %%
-figures.coefficients(coefficients.rename(columns={"setting": "kind"}))
+figures.plot_coefficients(coefficients.rename(columns={"setting": "kind"}))
 
 # %% [markdown]
 # ## Which indicator carries the rule?

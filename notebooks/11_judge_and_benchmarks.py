@@ -74,7 +74,7 @@ result = judge.win_tie_lose(judged)
 result
 
 # %%
-figures.judge_bars(judged)
+figures.plot_judge_bars(judged)
 # %% [markdown]
 # ## With its interval
 #

@@ -64,7 +64,7 @@ if planted:
     effects = ground_truth.dose_effects(doses)
     harmful = effects.index[effects["harms"]]
     display(significant(effects))
-    display(figures.dose_response(doses, harms=harmful, seen=SEEN_KINDS))
+    display(figures.plot_dose_response(doses, harms=harmful, seen=SEEN_KINDS))
 else:
     print("Real data: no defects are planted, so there is no truth to ask for.")
 
@@ -84,7 +84,7 @@ else:
 if planted:
     auc = planted_defects.auc_of_study(study, rule, effects)
     study.save(auc, "truth.parquet")
-    display(figures.twin_auc(ground_truth.over_libraries(auc)))
+    display(figures.plot_twin_auc(ground_truth.over_libraries(auc)))
 
 # %%
 planted_defects.auc_table(auc) if planted else "-"

@@ -325,7 +325,7 @@ def _symbol(library: str, file: str, qualified: str) -> str:
     return ".".join([*head, qualified])
 
 
-def _prompt(symbol: str, is_class: bool, piece: docstrings.Piece) -> str:
+def _prompt(symbol: str, is_class: bool, piece: docstrings.DocstringPiece) -> str:
     wordings = _WORDINGS["class" if is_class and piece.question == "summary" else piece.question]
     pick = hashlib.sha256(f"{symbol}|{piece.question}|{piece.about}".encode()).digest()[0]
     return wordings[pick % len(wordings)].format(name=symbol, about=piece.about)

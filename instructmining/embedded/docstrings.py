@@ -39,7 +39,7 @@ _SECTIONS = {
 
 
 @dataclass(frozen=True)
-class Piece:
+class DocstringPiece:
     """A part of one docstring.
 
     question : "summary", "long", "parameter", "attribute", "returns", "raises" or "notes"
@@ -71,7 +71,7 @@ def clean(text: str) -> str:
     return text if text[-1] in ".!?" else text.rstrip(";") + "."
 
 
-def pieces(docstring: str) -> list[Piece]:
+def pieces(docstring: str) -> list[DocstringPiece]:
     """The usable pieces of a docstring, in its order; no two of them share text.
 
     docstring : as `ast.get_docstring` returns it (dedented).
@@ -84,7 +84,7 @@ def pieces(docstring: str) -> list[Piece]:
     return list(unique.values())[::-1]
 
 
-def _lead_pieces(lead: str) -> Iterator[Piece]:
+def _lead_pieces(lead: str) -> Iterator[DocstringPiece]:
     """First and second paragraph together where both are prose, else the first alone."""
     paragraphs = [p for p in re.split(r"\n\s*\n", lead.strip()) if p.strip()][:2]
     if not paragraphs:
@@ -93,9 +93,9 @@ def _lead_pieces(lead: str) -> Iterator[Piece]:
     if len(both) == 2 and all(both) and not paragraphs[1].startswith((" ", "\t", "-", "*")):
         joined = " ".join(both)
         if len(joined.split()) <= MAX_WORDS:
-            yield Piece("long", "", joined)
+            yield DocstringPiece("long", "", joined)
             return
-    yield Piece("summary", "", both[0])
+    yield DocstringPiece("summary", "", both[0])
 
 
 def _sections(docstring: str) -> tuple[str, list[tuple[str, str]]]:
@@ -118,27 +118,28 @@ def _sections(docstring: str) -> tuple[str, list[tuple[str, str]]]:
     return docstring[:first], sections
 
 
-def _section_pieces(kind: str, body: str) -> Iterator[Piece]:
+def _section_pieces(kind: str, body: str) -> Iterator[DocstringPiece]:
     if kind.startswith(":"):
         yield from _field_pieces(kind[1:], body)
     elif kind.startswith("notes"):
-        yield Piece("notes", "", clean(re.split(r"\n\s*\n", textwrap.dedent(body).strip())[0]))
+        first = re.split(r"\n\s*\n", textwrap.dedent(body).strip())[0]
+        yield DocstringPiece("notes", "", clean(first))
     else:
         kind, _, numpy = kind.partition("/")
         for about, text in _entries(textwrap.dedent(body.strip("\n")), bool(numpy)):
             if kind == "returns" or about:
-                yield Piece(kind, "" if kind == "returns" else about, clean(text))
+                yield DocstringPiece(kind, "" if kind == "returns" else about, clean(text))
 
 
-def _field_pieces(field: str, body: str) -> Iterator[Piece]:
+def _field_pieces(field: str, body: str) -> Iterator[DocstringPiece]:
     rest, _, text = body.partition("\n")
     about = rest.split()[-1] if rest.split() else ""
     if field in ("param", "parameter", "arg", "keyword", "kwarg") and about:
-        yield Piece("parameter", about, clean(text))
+        yield DocstringPiece("parameter", about, clean(text))
     elif field in ("return", "returns"):
-        yield Piece("returns", "", clean(text))
+        yield DocstringPiece("returns", "", clean(text))
     elif field in ("raise", "raises") and about:
-        yield Piece("raises", about, clean(text))
+        yield DocstringPiece("raises", about, clean(text))
 
 
 def _entries(body: str, numpy: bool) -> Iterator[tuple[str, str]]:

@@ -105,7 +105,7 @@ def _facts(
     return facts.rename(columns={"rows": "read", "words": "mean words of a response"})
 
 
-def standin_folder(profile: Profile, parts: Sequence[str]) -> Path:
+def build_standins(profile: Profile, parts: Sequence[str]) -> Path:
     """The folder that holds the named stand-ins (`standins.PARTS`), built if they are not there.
 
     With `models.standin_text` the base learns from those files in place of the corpus. Several that

@@ -18,6 +18,7 @@ from .style import (
     GREY,
     INK,
     LOG_SCALED,
+    LOSSES,
     MUTED,
     UNITS,
     WIDTH,
@@ -25,6 +26,7 @@ from .style import (
     draw_interval,
     grid,
     label_of,
+    losses_in,
     mean_interval,
     name_of,
     require,
@@ -35,21 +37,22 @@ from .style import (
 
 
 @styled
-def indicator_distributions(
-    scores: pd.DataFrame, columns: Sequence[str] | None = None, *, by: str = "source"
+def plot_indicator_distributions(
+    scores: pd.DataFrame, columns: Sequence[str] | None = None
 ) -> Figure:
     """Spread of each indicator by source: box = quartiles, whiskers = 5th to 95th percentile.
 
-    scores : one row an example, `by` and the indicator columns in their own units; NaN is left
+    scores : one row an example, `source` and the indicator columns in their own units; NaN is left
     out. columns : default, the known indicators that are there. Lengths and perplexity on a log
     axis; the dotted line is the median over all rows.
     """
     columns = known_columns(scores, columns)
-    require(scores, [by, *columns], "indicator_distributions")
-    names = sorted(scores[by].astype(str).unique())
+    require(scores, ["source", *columns], "plot_indicator_distributions")
+    source = scores["source"].astype(str)
+    names = sorted(source.unique())
     figure, axes = grid(len(columns), 3, 0.85 + 0.2 * len(names), sharey=True)
     for ax, column in zip(axes, columns, strict=True):
-        groups = [scores.loc[scores[by].astype(str) == n, column].dropna() for n in names]
+        groups = [scores.loc[source == n, column].dropna() for n in names]
         _boxes(ax, groups)
         ax.axvline(scores[column].median(), color=MUTED, ls=":", lw=1.2, zorder=0)
         if column in LOG_SCALED and scores[column].min() > 0:
@@ -86,19 +89,17 @@ def _log_axis(ax: Axes) -> None:
 
 
 @styled
-def correlation_map(
-    scores: pd.DataFrame, columns: Sequence[str] | None = None, *, by: str = "source"
-) -> Figure:
+def plot_correlation_map(scores: pd.DataFrame, columns: Sequence[str] | None = None) -> Figure:
     """Spearman correlations: above the diagonal over all rows, below it within sources.
 
-    scores : one row an example, `by` and the indicator columns. Within sources: of ranks taken
+    scores : one row an example, `source` and the indicator columns. Within sources: of ranks taken
     over all rows, less their mean in the source. A rule for single rows lives below the diagonal.
     """
     columns = known_columns(scores, columns)
-    require(scores, [by, *columns], "correlation_map")
+    require(scores, ["source", *columns], "plot_correlation_map")
     ranks = scores[columns].rank()
     over_all = ranks.corr().to_numpy()
-    inside = (ranks - ranks.groupby(scores[by]).transform("mean")).corr().to_numpy()
+    inside = (ranks - ranks.groupby(scores["source"]).transform("mean")).corr().to_numpy()
     values = np.triu(over_all, 1) + np.tril(inside, -1)
     np.fill_diagonal(values, np.nan)
     names = [name_of(c) for c in columns]
@@ -119,17 +120,15 @@ def correlation_map(
 
 
 @styled
-def loss_by_source(
-    runs: pd.DataFrame, losses: Sequence[str] = ("loss_eval_1", "loss_eval_2")
-) -> Figure:
+def plot_loss_by_source(runs: pd.DataFrame) -> Figure:
     """Loss after finetuning on sets of a single source: each run, and mean with 95 % interval.
 
     runs : one row a run, `source` ("" or missing for mixtures, which are left out of the rows and
     shown as one row "mixtures") and the losses in nats per token. Rows are in order of the first
     loss. The axis holds every run; the interval of a source with two or three runs may leave it.
     """
-    losses = [c for c in losses if c in runs] or list(losses)
-    require(runs, ["source", *losses], "loss_by_source")
+    losses = losses_in(runs)
+    require(runs, ["source", *losses], "plot_loss_by_source")
     source = runs["source"].fillna("").astype(str).replace("", "mixtures")
     means = runs.groupby(source)[losses[0]].mean().sort_values()
     order = [n for n in means.index if n != "mixtures"]
@@ -150,14 +149,13 @@ def loss_by_source(
 
 
 @styled
-def two_losses(
-    runs: pd.DataFrame, losses: Sequence[str] = ("loss_eval_1", "loss_eval_2")
-) -> Figure:
+def plot_two_losses(runs: pd.DataFrame) -> Figure:
     """Loss on one evaluation set against loss on the other, a point a run, coloured by arm.
 
     runs : the two losses (nats per token) and, if there, `arm`.
     """
-    require(runs, losses, "two_losses")
+    losses = list(LOSSES)
+    require(runs, losses, "plot_two_losses")
     figure, ax = plt.subplots(figsize=(4.6, 4.0))
     arms = runs["arm"].fillna("").astype(str) if "arm" in runs else pd.Series("", runs.index)
     palette = colours(list(dict.fromkeys(arms)), ARMS)
@@ -169,7 +167,7 @@ def two_losses(
         )
     if len(palette) > 1:
         ax.legend(title="arm", loc="best")
-    r = runs[list(losses)].corr().iloc[0, 1]
+    r = runs[losses].corr().iloc[0, 1]
     ax.set_title(f"{len(runs)} runs, correlation {r:.2f}")
     ax.set_xlabel(label_of(losses[0]))
     ax.set_ylabel(label_of(losses[1]))

@@ -47,7 +47,7 @@ _ARROWS = [
 
 
 @styled
-def procedure_diagram() -> Figure:
+def plot_procedure() -> Figure:
     """The study's course, from sources to verdict; the upper half is done once, to fit the rule."""
     figure, ax = plt.subplots(figsize=(WIDTH, 3.5))
     ax.set(xlim=(0, 14), ylim=(0.5, 6.7))
@@ -82,14 +82,14 @@ def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float]) -> No
 
 
 @styled
-def design_half_widths(plan: pd.DataFrame, *, have: int | None = None) -> Figure:
+def plot_design_half_widths(plan: pd.DataFrame) -> Figure:
     """Half-width of each slope's 95 % interval against the number of runs, with its band.
 
-    plan : columns runs, coefficient, half_width, low, high (log loss per sd; `Precision.table` of the
-    planner), and `arm` where designs are compared. have : marks the number of runs planned.
-    Infinite widths (too few runs to fit) are not drawn.
+    plan : columns runs, coefficient, half_width, low, high (log loss per sd; `Precision.table` of
+    the planner), and `arm` where designs are compared. Infinite widths (too few runs to fit) are
+    not drawn.
     """
-    require(plan, ["runs", "coefficient", "half_width"], "design_half_widths")
+    require(plan, ["runs", "coefficient", "half_width"], "plot_design_half_widths")
     names = list(dict.fromkeys(plan["coefficient"]))
     arms = plan["arm"].astype(str) if "arm" in plan else pd.Series("", plan.index)
     palette = colours(list(dict.fromkeys(arms)), {"": BLUE, "fusion": ORANGE, "designed": BLUE})
@@ -102,8 +102,6 @@ def design_half_widths(plan: pd.DataFrame, *, have: int | None = None) -> Figure
             if {"low", "high"} <= set(part):
                 ax.fill_between(part["runs"], part["low"], part["high"], color=colour, alpha=0.2,
                                 lw=0)
-        if have is not None:
-            ax.axvline(have, color=MUTED, ls=":", lw=1.2)
         ax.set_yscale("log")
         ax.set_title(name_of(name))
         if i >= len(names) - 3:
@@ -116,12 +114,12 @@ def design_half_widths(plan: pd.DataFrame, *, have: int | None = None) -> Figure
 
 
 @styled
-def training_curve(curve: pd.DataFrame) -> Figure:
+def plot_training_curve(curve: pd.DataFrame) -> Figure:
     """Training loss and learning rate of one finetune, step by step; dotted lines end an epoch.
 
     curve : columns step, epoch (from 1), loss (nats per target token) and lr.
     """
-    require(curve, ["step", "epoch", "loss", "lr"], "training_curve")
+    require(curve, ["step", "epoch", "loss", "lr"], "plot_training_curve")
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.6), width_ratios=(1.6, 1))
     left.plot(curve["step"], curve["loss"], "o-", ms=3, color=BLUE)
     left.set(xlabel="step", ylabel="training loss (nats/token)")

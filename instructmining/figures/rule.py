@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
+from ..paper import R_SQUARED
 from .data import known_columns
 from .style import (
     ARMS,
@@ -37,24 +38,22 @@ from .style import (
 
 
 @styled
-def regression_panels(
+def plot_regression_panels(
     runs: pd.DataFrame,
     columns: Sequence[str] | None = None,
     fit: pd.DataFrame | None = None,
-    *,
-    given_shares: bool = True,
 ) -> Figure:
     """One panel an indicator: log loss of each set against the set's mean, line with 95 % band.
 
     runs : one row a run, `log_loss` (log nats/token), the indicator columns (set means), `arm`,
-    and `share_<source>`. given_shares : both axes are freed of the source shares (added-variable
-    plot), so the slope is that within sources; without share columns the raw values are drawn.
+    and `share_<source>`. Both axes are freed of the source shares (added-variable plot), so the
+    slope is that within sources; without share columns the raw values are drawn.
     fit : optional, index or column name, estimate, low, high (per sd of a row): printed in the
     panel's title. For the line to be that of a table, give the runs that the table was fitted to.
     """
     columns = known_columns(runs, columns)
-    require(runs, ["log_loss", *columns], "regression_panels")
-    shares = [c for c in runs if c.startswith("share_")] if given_shares else []
+    require(runs, ["log_loss", *columns], "plot_regression_panels")
+    shares = [c for c in runs if c.startswith("share_")]
     arms = runs["arm"].astype(str) if "arm" in runs else pd.Series("", runs.index)
     palette = colours(list(dict.fromkeys(arms)), ARMS)
     y = _given(runs["log_loss"], runs[shares])
@@ -110,17 +109,15 @@ def _slope_title(fit: pd.DataFrame | None, column: str) -> str:
 
 
 @styled
-def coefficients(ours: pd.DataFrame, paper: pd.DataFrame | None = None) -> Figure:
+def plot_coefficients(estimates: pd.DataFrame) -> Figure:
     """Coefficients with 95 % intervals, one row an indicator, one colour a kind of estimate.
 
-    ours, paper : columns name, estimate, low, high (log loss per sd of the indicator) and `kind`
-    (default "ours", "the paper's procedure"); either may hold several kinds. Indicators that a
-    procedure did not choose have no mark.
+    estimates : columns name, estimate, low, high (log loss per sd of the indicator) and, where
+    there are several kinds of estimate, `kind`. Indicators that a procedure did not choose have no
+    mark.
     """
-    parts = [_with_kind(ours, "ours")]
-    parts += [_with_kind(paper, "the paper's procedure")] if paper is not None else []
-    frame = pd.concat(parts, ignore_index=True)
-    require(frame, ["name", "estimate", "low", "high"], "coefficients")
+    frame = estimates if "kind" in estimates else estimates.assign(kind="ours")
+    require(frame, ["name", "estimate", "low", "high"], "plot_coefficients")
     kinds, names = list(dict.fromkeys(frame["kind"])), list(dict.fromkeys(frame["name"]))
     height = 1.1 + len(names) * (0.16 + 0.1 * len(kinds))
     figure, ax = plt.subplots(figsize=(WIDTH, height))
@@ -147,12 +144,8 @@ def kind_colours(kinds: Sequence[str]) -> dict[str, str]:
     return {k: ORANGE if "paper" in k.lower() else next(ours, GREY) for k in kinds}
 
 
-def _with_kind(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
-    return frame if "kind" in frame else frame.assign(kind=kind)
-
-
 @styled
-def predicted_measured(predictions: pd.DataFrame, *, title: str = "") -> Figure:
+def plot_predicted_measured(predictions: pd.DataFrame, *, title: str = "") -> Figure:
     """Measured log loss against the predicted one, a point a run, with the line of equality.
 
     predictions : columns predicted and measured (or `log_loss`), both log nats/token, and `arm`
@@ -160,7 +153,7 @@ def predicted_measured(predictions: pd.DataFrame, *, title: str = "") -> Figure:
     one number without an interval, and in sample, is what this study argues against.
     """
     measured = "measured" if "measured" in predictions else "log_loss"
-    require(predictions, ["predicted", measured], "predicted_measured")
+    require(predictions, ["predicted", measured], "plot_predicted_measured")
     arms = predictions.get("arm", pd.Series("", predictions.index)).astype(str)
     palette = colours(list(dict.fromkeys(arms)), ARMS)
     figure, ax = plt.subplots(figsize=(4.7, 4.4))
@@ -180,13 +173,13 @@ def predicted_measured(predictions: pd.DataFrame, *, title: str = "") -> Figure:
 
 
 @styled
-def residual_page(page: pd.DataFrame) -> Figure:
+def plot_residual_page(page: pd.DataFrame) -> Figure:
     """Residuals against fit, normal quantiles, leverage, and Cook's distance by run.
 
     page : columns fitted, residual (log loss), studentised, leverage, cook, and `arm` if there
     (`inference.residual_page`). A page to look at; nothing is dropped for what it shows.
     """
-    require(page, ["fitted", "residual", "studentised", "leverage", "cook"], "residual_page")
+    require(page, ["fitted", "residual", "studentised", "leverage", "cook"], "plot_residual_page")
     arms = page.get("arm", pd.Series("", page.index)).astype(str)
     palette = colours(list(dict.fromkeys(arms)), ARMS)
     tint = arms.map(palette).tolist()
@@ -213,14 +206,14 @@ def residual_page(page: pd.DataFrame) -> Figure:
 
 
 @styled
-def design_failure(null: pd.DataFrame, *, paper_r2: float = 0.522) -> Figure:
+def plot_design_failure(null: pd.DataFrame) -> Figure:
     """R² of the paper's procedure over simulated studies in which no indicator has any effect.
 
     null : one row a simulated study, columns n_sources, r2, all_significant (every chosen term
-    has p < 0.05) and, if there, repeat_rank_correlation (`simulate.null_r2`). Right: how often
+    has p < 0.05) and, if there, repeat_rank_correlation (from `null_r2`). Right: how often
     everything chosen is "significant", and how well two repeats agree on new sources.
     """
-    require(null, ["n_sources", "r2", "all_significant"], "design_failure")
+    require(null, ["n_sources", "r2", "all_significant"], "plot_design_failure")
     counts = sorted(null["n_sources"].unique())
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(WIDTH, 1.35 + 0.75 * len(counts)), width_ratios=(1.9, 1), sharey=True
@@ -229,8 +222,8 @@ def design_failure(null: pd.DataFrame, *, paper_r2: float = 0.522) -> Figure:
         data=null, x="r2", y="n_sources", orient="h", order=counts, ax=left, color=ORANGE,
         alpha=0.45, inner="quart", cut=0, linewidth=1, density_norm="width", width=0.8,
     )
-    left.axvline(paper_r2, color=INK, lw=1.6)
-    left.annotate(f"paper: {paper_r2}", (paper_r2, 1), (4, 3), xycoords=("data", "axes fraction"),
+    left.axvline(R_SQUARED, color=INK, lw=1.6)
+    left.annotate(f"paper: {R_SQUARED}", (R_SQUARED, 1), (4, 3), xycoords=("data", "axes fraction"),
                   textcoords="offset points", fontsize=8)
     left.set(xlim=(0, 1), xlabel="R² of the chosen rule, with no effect to find")
     groups = null.groupby("n_sources")

@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
+from instructmining_core.config import InstructMiningError
+
 WIDTH = 7.2  # inches, a page of the book
 INK, MUTED, GRID, PAPER = "#24292f", "#6b7280", "#e3e5e8", "#fcfcfb"
 BLUE, ORANGE, GREEN, PURPLE = "#1f6fb2", "#cc7722", "#2a8f6b", "#8250a8"
@@ -46,6 +48,7 @@ UNITS = {
     "loss_eval_1": ("loss, evaluation set 1", "nats/token"),
     "loss_eval_2": ("loss, evaluation set 2", "nats/token"),
 }
+LOSSES = ("loss_eval_1", "loss_eval_2")
 LOG_SCALED = ("len_in", "len_out", "ppl")
 
 _RC = {
@@ -60,10 +63,6 @@ _RC = {
     "figure.titlesize": 10.5, "axes.titlelocation": "left", "lines.linewidth": 1.6,
     "figure.constrained_layout.use": True,
 }
-
-
-class FigureError(ValueError):
-    """A frame lacks what the figure needs."""
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -88,11 +87,16 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def require(frame: pd.DataFrame, columns: Iterable[str], what: str) -> None:
-    """Raise FigureError if the frame is empty or lacks one of the columns."""
+    """Raise InstructMiningError if the frame is empty or lacks one of the columns."""
     missing = [c for c in columns if c not in frame]
     if missing or len(frame) == 0:
         problem = f"lacks the columns {missing}" if missing else "has no rows"
-        raise FigureError(f"the frame for {what} {problem}")
+        raise InstructMiningError(f"the frame for {what} {problem}")
+
+
+def losses_in(runs: pd.DataFrame) -> list[str]:
+    """Those of the two losses that the runs have; both where they have none, to be told of."""
+    return [c for c in LOSSES if c in runs] or list(LOSSES)
 
 
 def name_of(column: str) -> str:
@@ -125,14 +129,14 @@ def colours(names: Sequence[str], known: dict[str, str] = METHODS) -> dict[str, 
     }
 
 
-def mean_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and t interval; the bounds are NaN for fewer than two values."""
+def mean_interval(values: Iterable[float]) -> tuple[float, float, float]:
+    """Mean and 95 % t interval; the bounds are NaN for fewer than two values."""
     values = np.asarray(list(values), float)
     values = values[np.isfinite(values)]
     if len(values) < 2:
         mean = float(values.mean()) if len(values) else float("nan")
         return mean, float("nan"), float("nan")
-    reach = stats.t.isf((1 - level) / 2, len(values) - 1) * stats.sem(values)
+    reach = stats.t.isf(0.025, len(values) - 1) * stats.sem(values)
     return float(values.mean()), float(values.mean() - reach), float(values.mean() + reach)
 
 

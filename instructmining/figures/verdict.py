@@ -29,6 +29,7 @@ from .style import (
     draw_interval,
     grid,
     label_of,
+    losses_in,
     mean_interval,
     name_of,
     require,
@@ -37,18 +38,16 @@ from .style import (
     wrap,
 )
 
-_LOSSES = ("loss_eval_1", "loss_eval_2")
-
 
 @styled
-def selected_random(runs: pd.DataFrame, losses: Sequence[str] = _LOSSES) -> Figure:
+def plot_selected_random(runs: pd.DataFrame) -> Figure:
     """Loss of each method's runs by pool, with mean and 95 % interval; grey band: random's.
 
     runs : one row a run, columns pool, method, size (rows), seed and the losses (nats/token). A
     row of a panel is a method, and its size where the pool has several.
     """
-    losses = [c for c in losses if c in runs] or list(losses)
-    require(runs, ["pool", "method", "size", *losses], "selected_random")
+    losses = losses_in(runs)
+    require(runs, ["pool", "method", "size", *losses], "plot_selected_random")
     pools = list(dict.fromkeys(runs["pool"]))
     lines = {pool: _lines(runs[runs["pool"] == pool]) for pool in pools}
     heights = [0.55 + 0.26 * len(lines[p]) for p in pools]
@@ -98,14 +97,14 @@ def _method_rows(
 
 
 @styled
-def size_curve(runs: pd.DataFrame, losses: Sequence[str] = _LOSSES) -> Figure:
+def plot_size_curve(runs: pd.DataFrame) -> Figure:
     """Loss against set size, selected and random, each run and the mean with 95 % interval.
 
     runs : columns pool, method, size (rows), seed, and the losses (nats/token). Intervals as in
     `size_means`: the noise of a curve is pooled over its sizes.
     """
-    losses = [c for c in losses if c in runs] or list(losses)
-    require(runs, ["pool", "method", "size", *losses], "size_curve")
+    losses = losses_in(runs)
+    require(runs, ["pool", "method", "size", *losses], "plot_size_curve")
     pools = list(dict.fromkeys(runs["pool"]))
     figure, axes = plt.subplots(
         len(pools), len(losses), figsize=(WIDTH, 2.7 * len(pools) + 0.3), squeeze=False,
@@ -148,13 +147,13 @@ def size_axis(ax: Axes, which: str) -> None:
 
 
 @styled
-def search_trials(trials: pd.DataFrame) -> Figure:
+def plot_search_trials(trials: pd.DataFrame) -> Figure:
     """The search step by step: loss of each trial with the best so far, and the size tried.
 
-    trials : from `search.blendsearch`, columns trial, size (rows), loss, best_loss (nats/token),
+    trials : from `blendsearch`, columns trial, size (rows), loss, best_loss (nats/token),
     best_size. The paper's Fig. 2 (v3). Diverged trials have a size but no loss.
     """
-    require(trials, ["trial", "size", "loss", "best_loss", "best_size"], "search_trials")
+    require(trials, ["trial", "size", "loss", "best_loss", "best_size"], "plot_search_trials")
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.9))
     best = trials["best_loss"].replace(np.inf, np.nan)
     left.step(trials["trial"], best, where="post", color=TEAL, label="best so far")
@@ -174,29 +173,29 @@ def search_trials(trials: pd.DataFrame) -> Figure:
 
 
 @styled
-def dose_response(
-    runs: pd.DataFrame, loss: str = "loss_eval_1", *, harms: Sequence[str] = (),
-    seen: Sequence[str] = (),
+def plot_dose_response(
+    runs: pd.DataFrame, harms: Sequence[str] = (), seen: Sequence[str] = ()
 ) -> Figure:
     """Loss against the share of rows replaced by defective twins, a panel a kind of defect.
 
-    runs : columns kind, dose (share in [0, 1] or per cent), seed and `loss` (nats/token). Points
-    are runs, the line joins means, bars are 95 % intervals. harms : the kinds that raise the loss,
-    by `embedded.truth.dose_effects`: red; the others are the negative controls: grey. Runs of kind
-    "clean" or "" (dose 0) are shared by all panels. seen : kinds that the stand-in models were
-    trained on, marked so.
+    runs : columns kind, dose (share in [0, 1] or per cent), seed and loss_eval_1 (nats/token).
+    Points are runs, the line joins means, bars are 95 % intervals. harms : the kinds that raise
+    the loss, by `ground_truth.dose_effects`: red; the others are the negative controls: grey. Runs
+    of kind "clean" or "" (dose 0) are shared by all panels. seen : kinds that the stand-in models
+    were trained on, marked so.
     """
-    require(runs, ["kind", "dose", "seed", loss], "dose_response")
+    require(runs, ["kind", "dose", "seed", "loss_eval_1"], "plot_dose_response")
     of = runs["kind"].fillna("").astype(str).replace("clean", "")
     kinds = [kind for kind in dict.fromkeys(of) if kind]
     percent = 100 if runs["dose"].max() <= 1 else 1
     columns = 4 if len(kinds) > 6 else 3
     figure, axes = grid(len(kinds), columns, 2.1, sharex=True, sharey=True)
     for i, (ax, kind) in enumerate(zip(axes, kinds, strict=True)):
-        part = runs[of.isin([kind, ""])].dropna(subset=[loss])
+        part = runs[of.isin([kind, ""])].dropna(subset=["loss_eval_1"])
+        dose, loss = percent * part["dose"], part["loss_eval_1"]
         colour = RED if kind in set(harms) else GREY
-        ax.scatter(percent * part["dose"], part[loss], s=11, color=colour, alpha=0.45, lw=0)
-        rows = [(percent * d, *mean_interval(g)) for d, g in part.groupby("dose")[loss]]
+        ax.scatter(dose, loss, s=11, color=colour, alpha=0.45, lw=0)
+        rows = [(d, *mean_interval(g)) for d, g in loss.groupby(dose)]
         x, centre, low, high = np.array(rows, float).T
         ax.plot(x, centre, "o-", ms=4, color=colour)
         ax.vlines(x, low, high, color=colour, lw=1.6)
@@ -211,13 +210,13 @@ def dose_response(
 
 
 @styled
-def twin_auc(truth: pd.DataFrame) -> Figure:
+def plot_twin_auc(truth: pd.DataFrame) -> Figure:
     """How often each scorer puts the clean twin before the defective one, by kind of defect.
 
     truth : columns kind, scorer, auc, low, high (in [0, 1], 95 % over libraries) and, if there,
     seen (bool: the stand-in models were trained on this kind). The line at ½ is chance.
     """
-    require(truth, ["kind", "scorer", "auc", "low", "high"], "twin_auc")
+    require(truth, ["kind", "scorer", "auc", "low", "high"], "plot_twin_auc")
     seen = set(truth.loc[truth["seen"].astype(bool), "kind"]) if "seen" in truth else set()
     kinds = sorted(dict.fromkeys(truth["kind"]), key=lambda kind: kind in seen)
     scorers = list(dict.fromkeys(truth["scorer"]))
@@ -239,19 +238,19 @@ def twin_auc(truth: pd.DataFrame) -> Figure:
 
 
 @styled
-def judge_bars(judged: pd.DataFrame, *, ours: str = "selected", theirs: str = "random") -> Figure:
+def plot_judge_bars(judged: pd.DataFrame) -> Figure:
     """Wins, ties and losses of each pair of models, and the net win with its 95 % interval.
 
-    judged : from `judge_pairs`, columns pair, prompt_id, score, outcome, consistent. A bar speaks
-    of its two models only.
+    judged : from `judge_pairs` with the selected model first, columns pair, prompt_id, score,
+    outcome, consistent. A bar speaks of its two models only.
     """
-    require(judged, ["pair", "prompt_id", "score", "outcome", "consistent"], "judge_bars")
+    require(judged, ["pair", "prompt_id", "score", "outcome", "consistent"], "plot_judge_bars")
     table = win_tie_lose(judged)
     names = [f"pair {p}" if isinstance(p, (int, np.integer)) else str(p) for p in table.index]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(WIDTH, 1.25 + 0.38 * len(table)), width_ratios=(2, 1), sharey=True
     )
-    words = {"win": f"{ours} wins", "tie": "tie or inconsistent", "lose": f"{theirs} wins",
+    words = {"win": "selected wins", "tie": "tie or inconsistent", "lose": "random wins",
              "none": "no verdict"}
     start = np.zeros(len(table))
     for outcome, colour in OUTCOMES.items():

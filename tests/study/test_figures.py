@@ -18,6 +18,7 @@ from matplotlib.text import Text
 
 from instructmining import figures
 from instructmining.figures import rule, style
+from instructmining_core.config import InstructMiningError
 from instructmining_core.selection.judge import judge_pairs
 
 COLUMNS = [
@@ -129,25 +130,28 @@ def every_figure() -> dict[str, Figure]:
     curve = pd.DataFrame({"step": range(1, 25), "epoch": np.repeat([1, 2, 3], 8),
                           "loss": np.linspace(5, 4, 24), "lr": np.linspace(1e-3, 0, 24)})
     return {
-        "indicator_distributions": figures.indicator_distributions(data["scores"]),
-        "correlation_map": figures.correlation_map(data["scores"]),
-        "loss_by_source": figures.loss_by_source(data["runs"]),
-        "two_losses": figures.two_losses(data["runs"]),
-        "regression_panels": figures.regression_panels(data["runs"], COLUMNS, data["fit"]),
-        "coefficients": figures.coefficients(data["fit"], data["fit"].iloc[:4]),
-        "predicted_measured": figures.predicted_measured(
+        "plot_indicator_distributions": figures.plot_indicator_distributions(data["scores"]),
+        "plot_correlation_map": figures.plot_correlation_map(data["scores"]),
+        "plot_loss_by_source": figures.plot_loss_by_source(data["runs"]),
+        "plot_two_losses": figures.plot_two_losses(data["runs"]),
+        "plot_regression_panels": figures.plot_regression_panels(
+            data["runs"], COLUMNS, data["fit"]),
+        "plot_coefficients": figures.plot_coefficients(pd.concat([
+            data["fit"].assign(kind="ours"),
+            data["fit"].iloc[:4].assign(kind="the paper's procedure")])),
+        "plot_predicted_measured": figures.plot_predicted_measured(
             data["runs"].assign(predicted=data["runs"]["log_loss"] + 0.01)),
-        "residual_page": figures.residual_page(data["page"]),
-        "design_failure": figures.design_failure(null),
-        "procedure_diagram": figures.procedure_diagram(),
-        "design_half_widths": figures.design_half_widths(plan, have=129),
-        "training_curve": figures.training_curve(curve),
-        "selected_random": figures.selected_random(comparison()),
-        "size_curve": figures.size_curve(sizes()),
-        "search_trials": figures.search_trials(trials),
-        "dose_response": figures.dose_response(doses(), seen=KINDS[:1]),
-        "twin_auc": figures.twin_auc(truth),
-        "judge_bars": figures.judge_bars(judged()),
+        "plot_residual_page": figures.plot_residual_page(data["page"]),
+        "plot_design_failure": figures.plot_design_failure(null),
+        "plot_procedure": figures.plot_procedure(),
+        "plot_design_half_widths": figures.plot_design_half_widths(plan),
+        "plot_training_curve": figures.plot_training_curve(curve),
+        "plot_selected_random": figures.plot_selected_random(comparison()),
+        "plot_size_curve": figures.plot_size_curve(sizes()),
+        "plot_search_trials": figures.plot_search_trials(trials),
+        "plot_dose_response": figures.plot_dose_response(doses(), seen=KINDS[:1]),
+        "plot_twin_auc": figures.plot_twin_auc(truth),
+        "plot_judge_bars": figures.plot_judge_bars(judged()),
     }
 
 
@@ -183,7 +187,7 @@ def test_every_figure_is_clean_and_has_its_own_background():
     before = dict(plt.rcParams)
     all_figures = every_figure()
     assert dict(plt.rcParams) == before
-    assert set(all_figures) == set(figures.__all__) - {"FigureError"}
+    assert set(all_figures) == set(figures.__all__)
     for name, figure in all_figures.items():
         assert to_hex(figure.get_facecolor()) == style.PAPER, name
         assert figure.get_size_inches()[0] <= style.WIDTH, name
@@ -221,7 +225,7 @@ def test_one_method_has_one_colour_in_every_figure():
     assert len({methods[m] for m in ("selected", "random", "longest", "lowest_ppl", "reward",
                                      "compression", "full")}) == 7
     lines = {line.get_label(): to_hex(line.get_color())
-             for line in figures.size_curve(sizes()).axes[0].get_lines()}
+             for line in figures.plot_size_curve(sizes()).axes[0].get_lines()}
     assert lines["selected"] == methods["selected"] and lines["random"] == methods["random"]
     unknown = style.colours(["selected", "mine", "yours"])
     assert len(set(unknown.values())) == 3
@@ -229,7 +233,7 @@ def test_one_method_has_one_colour_in_every_figure():
 
 def test_selected_random_draws_means_and_the_random_band():
     runs = comparison()
-    figure = figures.selected_random(runs)
+    figure = figures.plot_selected_random(runs)
     ax = figure.axes[0]
     part = runs[(runs["pool"] == runs["pool"].iloc[0]) & (runs["method"] == "selected")]
     marks = {round(float(line.get_ydata()[0])): float(line.get_xdata()[0])
@@ -246,7 +250,7 @@ def test_mean_interval_by_hand():
 
 
 def test_dose_response_colours_what_harms_and_shares_the_clean_runs():
-    figure = figures.dose_response(doses(), harms=["repetitive"], seen=["cut_short"])
+    figure = figures.plot_dose_response(doses(), harms=["repetitive"], seen=["cut_short"])
     found = {ax.get_title(loc="left"): ax for ax in figure.axes}
     rising = to_hex(found["repetitive"].get_lines()[0].get_color())
     assert rising == style.RED
@@ -258,14 +262,15 @@ def test_dose_response_colours_what_harms_and_shares_the_clean_runs():
 def test_twin_auc_puts_unseen_kinds_first_and_draws_the_interval():
     truth = pd.DataFrame({"kind": ["cut_short", "repetitive"], "scorer": "rule", "seen": [1, 0],
                           "auc": [0.6, 0.7], "low": [0.5, 0.65], "high": [0.7, 0.75]})
-    axes = figures.twin_auc(truth).axes
+    axes = figures.plot_twin_auc(truth).axes
     assert [ax.get_title(loc="left") for ax in axes] == ["repetitive", "cut short (seen)"]
     _, interval, point = axes[0].get_lines()
     assert (*interval.get_xdata(), *point.get_xdata()) == (0.65, 0.75, 0.7)
 
 
 def test_judge_bars_have_the_counts():
-    bars = [[p.get_width() for p in c] for c in figures.judge_bars(judged()).axes[0].containers]
+    containers = figures.plot_judge_bars(judged()).axes[0].containers
+    bars = [[p.get_width() for p in c] for c in containers]
     assert bars == [[9, 9, 9], [4, 4, 4], [7, 7, 7]]
 
 
@@ -275,7 +280,7 @@ def test_correlation_map_has_within_sources_below_the_diagonal():
     noise = rng.normal(size=300)
     scores = pd.DataFrame({"source": np.repeat(["a", "b", "c"], 100),
                            "reward": level + noise, "mtld": level - noise})
-    mesh = figures.correlation_map(scores, ["reward", "mtld"]).axes[0].collections[0]
+    mesh = figures.plot_correlation_map(scores, ["reward", "mtld"]).axes[0].collections[0]
     values = np.asarray(mesh.get_array()).reshape(2, 2)
     assert values[0, 1] > 0.7 and values[1, 0] < -0.7
 
@@ -286,7 +291,7 @@ def test_regression_panels_draw_the_slope_within_sources():
     shares = [c for c in runs if c.startswith("share_")]
     design = np.column_stack([runs[shares], runs["len_out"]])
     slope = np.linalg.lstsq(design, runs["log_loss"], rcond=None)[0][-1]
-    line = figures.regression_panels(runs, ["len_out"]).axes[0].get_lines()[0]
+    line = figures.plot_regression_panels(runs, ["len_out"]).axes[0].get_lines()[0]
     drawn = np.polyfit(line.get_xdata(), line.get_ydata(), 1)[0]
     assert drawn == pytest.approx(slope)
 
@@ -298,10 +303,10 @@ def test_the_papers_procedure_is_orange_and_never_ours():
 
 
 def test_a_missing_column_is_named():
-    with pytest.raises(figures.FigureError, match="'size'"):
-        figures.size_curve(comparison().drop(columns="size"))
-    with pytest.raises(figures.FigureError, match="no rows"):
-        figures.loss_by_source(frames()["runs"].iloc[:0])
+    with pytest.raises(InstructMiningError, match="'size'"):
+        figures.plot_size_curve(comparison().drop(columns="size"))
+    with pytest.raises(InstructMiningError, match="no rows"):
+        figures.plot_loss_by_source(frames()["runs"].iloc[:0])
 
 
 @pytest.mark.parametrize(("text", "wrapped"), [
