@@ -96,7 +96,7 @@ def _apart(one: np.ndarray, other: np.ndarray, limit: float) -> float:
 
 def both_ways(size: str, rows: int, repeats: int, ending: str = "") -> list[dict]:
     """The rows of `ppl_vs_file_order` and `ppl_vs_row` (with `ending`) of one model."""
-    from instructmining_core.data.tokenization import TEMPLATE_VERSION
+    from instructmining_core.data.tokenization import PLAIN
 
     found = compared(size, rows, repeats)
     rate = {side: found["rows"] / seconds for side, seconds in found["seconds"].items()}
@@ -107,7 +107,7 @@ def both_ways(size: str, rows: int, repeats: int, ending: str = "") -> list[dict
             bench + ending, f"transformers `model(...)`, {way}, full logits, tokenised as it goes",
             rate["ours"], rate[bench], "rows/s", on=size, dtype=_name(found["lm"].dtype),
             data=f"{found['rows']} contiguous rows of {found['origin']}",
-            template=TEMPLATE_VERSION,
+            template=PLAIN,
             note=f"{told(found['lm'])}; medians of {found['repeats']} in turn; perplexities agree "
                  f"to {found['exact']:.1e} relative in float32, {found['apart'][bench]:.0e} timed",
         ))  # fmt: skip
@@ -126,7 +126,7 @@ def medium() -> list[dict]:
 
 def padding(rows: int = 2048) -> list[dict]:
     """`ppl_padding`: tokens that our batches put through the model, per real token."""
-    from instructmining_core.data.tokenization import TEMPLATE_VERSION
+    from instructmining_core.data.tokenization import PLAIN
     from instructmining_core.indicators.perplexity import encode_turns
     from instructmining_core.indicators.turns import each_turn, read
     from instructmining_core.models.batching import padded_share
@@ -142,7 +142,7 @@ def padding(rows: int = 2048) -> list[dict]:
         f"{padded_share(lengths, parts):.2f}",
         through / sum(lengths), LIMIT_PADDING, "padded tokens per real token", on="1m",
         dtype=_name(lm.dtype), data=f"{len(talks)} contiguous rows of {origin}",
-        template=TEMPLATE_VERSION, note="counted at the model's embedding layer",
+        template=PLAIN, note="counted at the model's embedding layer",
     )]  # fmt: skip
 
 

@@ -40,6 +40,11 @@ def asked_form(profile: str | None, form: str | None) -> str:
     return form or (load_profile(profile).models.reward_form if profile else "")
 
 
+def asked_template(profile: str | None) -> str:
+    """The template that perplexity reads rows in: the profile's, "auto" without one."""
+    return load_profile(profile).finetune.template if profile else "auto"
+
+
 def is_standin(ref: ModelRef) -> bool:
     """Whether a model is a stand-in: by its name, or by the mark in its folder."""
     return ref.id.startswith("standin:") or (Path(ref.id) / "STAND_IN.json").is_file()

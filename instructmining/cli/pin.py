@@ -75,7 +75,9 @@ def _pin_model(node: yaml.Node, edits: list[Edit], told: list[str]) -> None:
     name = fields.get("id", node)
     revision = fields.get("revision")
     wanted = revision.value if revision else "main"
-    local = name.value.startswith(LOCAL) or Path(name.value).is_dir()
+    local = (
+        name.value.startswith(LOCAL) or name.value.endswith(".gguf") or Path(name.value).is_dir()
+    )
     if local or COMMIT.match(wanted):
         return
     commit = _model_commit(name.value, wanted)

@@ -22,7 +22,7 @@ from instructmining_core.data.records import Problem, iter_records
 from instructmining_core.indicators.score_table import ScoreWriter
 from instructmining_core.indicators.scorer import ParsedTable, Scorer, job_bar, read_rows
 
-from .models import opened_study, standin_folder
+from .models import asked_template, opened_study, standin_folder
 
 REFERENCE_SEED = 0
 LONG_JOB = 60  # seconds above which the estimate is told before the start
@@ -123,7 +123,9 @@ def open_scorer(
     bank: Path | None, form: str, allow_standins: bool,
 ) -> Scorer:  # fmt: skip
     """The scorer of the chosen indicators, stand-ins built where they are needed and allowed."""
-    scorer = Scorer(roles, indicators=names, bank=bank, reward_form=form)
+    scorer = Scorer(
+        roles, indicators=names, bank=bank, reward_form=form, template=asked_template(profile)
+    )
     needed = {one.role for one in scorer.indicators}
     used = {role: ref for role, ref in roles.items() if role in needed}
     scorer.models.standins = standin_folder(profile, used, allow_standins)

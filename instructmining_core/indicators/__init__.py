@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..config import InstructMiningError
-from ..data.tokenization import TEMPLATE_VERSION
 
 ROLES = ("base", "ppl", "reward", "unieval", "encoder")
 
@@ -93,7 +92,7 @@ INDICATORS: dict[str, Indicator] = {
                where="surface:compute_script"),
         _entry("turns", "1", ("turns",), "Zhou et al. 2023 (LIMA), arXiv 2305.11206",
                where="surface:compute_turns"),
-        _entry("ppl", f"1+{TEMPLATE_VERSION}", ("ppl",), "InstructMining v3, Table 1", role="ppl",
+        _entry("ppl", "2", ("ppl",), "InstructMining v3, Table 1", role="ppl",
                where="perplexity:compute_perplexity", shared=True),
         _entry("reward", "1", ("reward",), "InstructMining v3, Table 1; Open-Assistant, "
                "arXiv 2304.07327", role="reward"),
@@ -102,7 +101,7 @@ INDICATORS: dict[str, Indicator] = {
         _entry("knn", "2", ("knn_6",), "InstructMining v3, Table 1; Reimers & Gurevych 2019, "
                "arXiv 1908.10084", role="encoder", pool_relative=True,
                where="neighbours:compute_neighbours", shared=True),
-        _entry("ifd", f"1+{TEMPLATE_VERSION}", ("ifd",), "Li et al. 2023, arXiv 2308.12032; "
+        _entry("ifd", "2", ("ifd",), "Li et al. 2023, arXiv 2308.12032; "
                "Superfiltering, arXiv 2402.00530", role="ppl", default=False,
                where="perplexity:compute_perplexity", shared=True),
         _entry("diversity", "2", ("diversity",), "Friedman & Dieng 2022 (Vendi score), "

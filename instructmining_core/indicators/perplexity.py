@@ -3,7 +3,7 @@
 Perplexity (InstructMining v3, Table 1: PPL) is exp of the mean negative log-likelihood of the
 response's tokens. The paper does not say whether the end-of-text token counts; ours leaves it out,
 because it measures the template, not the text, and weighs most in short responses. The prompt
-template is `tokenization.TEMPLATE_VERSION` (the paper's is unknown).
+template is that of the model (`LM.template`; the paper's is unknown).
 
 IFD, instruction-following difficulty: Li et al. 2023 (arXiv 2308.12032) divide the mean losses;
 Superfiltering (Li et al. 2024, arXiv 2402.00530) the perplexities, ppl(A|Q) / ppl(A), and so do we.
@@ -81,7 +81,7 @@ def encode_turns(turns: Sequence[Turn], model: LM) -> list[Encoded]:
     ends = [sum(m["role"] == "assistant" for m in turn.context) for turn in turns]
     return encode_many(
         model.tokenizer, conversations, max_tokens=token_limit(model.model, model.tokenizer),
-        turns=ends,
+        turns=ends, template=model.template,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..config import REFERENCE_ROWS, InstructMiningError
 from ..data.records import row_hash
-from ..data.tokenization import clean_text
+from ..data.tokenization import clean_text, template_version
 from ..files import file_sha256
 from ..models.loading import open_tokenizer
 from . import ROLES, Indicator, chosen_indicators
@@ -92,6 +92,7 @@ class Models:
     standins : folder of stand-in models, for "standin:" references
     device : "cpu", "cuda"; None takes a GPU where there is one
     reward_form : input form of the reward model (`reward.FORMS`), "" for its own
+    template : that the model of perplexity reads rows in, as in `tokenization.encode_many`
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Models:
         standins: str | Path | None = None,
         device: str | None = None,
         reward_form: str = "",
+        template: str = "auto",
     ) -> None:
         unknown = sorted(set(refs) - set(ROLES))
         if unknown:
@@ -110,6 +112,7 @@ class Models:
         self.standins = Path(standins) if standins is not None else None
         self.device = device
         self.reward_form = reward_form
+        self.template = template
         self.opened: dict[str, Any] = {}
         self._described: dict[str | None, dict[str, Any]] = {}
 
@@ -122,8 +125,9 @@ class Models:
     def describe(self, role: str | None) -> dict[str, Any]:
         """Model id, revision, dtype, stand_in and a note; empty for a role without a model.
 
-        `form` is there for a reward model whose input form is not its own. Nothing is loaded:
-        weights are only hashed (folders) or resolved to a commit (hub).
+        `form` is there for a reward model whose input form is not its own, `template` (its
+        version) for the model of perplexity. No weights are loaded, only hashed (folders) or
+        resolved to a commit (hub).
         """
         if role not in self._described:
             self._described[role] = self._describe(role)
@@ -132,7 +136,7 @@ class Models:
     def key(self, role: str | None) -> dict[str, Any]:
         """What of a model is part of a cache key."""
         about = self.describe(role)
-        parts = ("model", "revision", "dtype", "form") if role in self.refs else ()
+        parts = ("model", "revision", "dtype", "form", "template") if role in self.refs else ()
         return {name: about[name] for name in parts if name in about}
 
     def _load(self, role: str) -> Any:
@@ -142,7 +146,7 @@ class Models:
         if role == "ppl":
             from ..models.causal_lm import load_lm
 
-            return load_lm(ref, **options)
+            return load_lm(ref, **options, template=self.template)
         if role == "reward":
             from .reward import load_reward_model
 
@@ -168,6 +172,9 @@ class Models:
             "model": resolved.id, "revision": resolved.revision,
             "dtype": str(dtype).removeprefix("torch."), "stand_in": resolved.stand_in, "note": "",
         }  # fmt: skip
+        if role == "ppl":
+            tokenizer = open_tokenizer(ref, standins=self.standins).tokenizer
+            about["template"] = template_version(tokenizer, self.template)
         return about | self._about_form(resolved) if role == "reward" else about
 
     def _about_form(self, resolved: Resolved) -> dict[str, str]:
@@ -192,7 +199,7 @@ class Scorer:
         those of the paper whose model is there
     bank : folder of the score cache, None to keep nothing
     reference : for pool-relative indicators; None until `make_reference`
-    standins, device, reward_form : as in `Models`
+    standins, device, reward_form, template : as in `Models`
     """
 
     def __init__(
@@ -205,8 +212,9 @@ class Scorer:
         standins: str | Path | None = None,
         device: str | None = None,
         reward_form: str = "",
+        template: str = "auto",
     ) -> None:
-        self.models = Models(models or {}, standins, device, reward_form)
+        self.models = Models(models or {}, standins, device, reward_form, template)
         self.indicators = chosen_indicators(indicators, self.models.refs)
         self.bank = Path(bank) if bank is not None else None
         self.reference = reference
@@ -223,8 +231,8 @@ class Scorer:
         returns : id, source, file, file_sha256, row (part, where the table has it), row_hash, one
             column an indicator column, and `reasons`: JSON, column -> why it is NaN or what was
             cut to get it ("row" for a row that could not be read), "" where all is fine.
-            `.attrs["indicators"]` tells for each column version, model, revision, dtype, stand_in
-            and reference.
+            `.attrs["indicators"]` tells for each column version, model, revision, dtype, stand_in,
+            template and reference.
 
         Raises InstructMiningError for a pool-relative indicator without a reference.
         """
@@ -303,7 +311,7 @@ class Scorer:
         return seconds
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """For each column: indicator, version, model, revision, dtype, stand_in, reference."""
+        """For each column: indicator, version, model and what it depends on, reference."""
         return {
             column: {**self._key(i), **self.models.describe(i.role)}
             for i in self.indicators
