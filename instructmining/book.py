@@ -24,11 +24,21 @@ import time
 from functools import cache
 from pathlib import Path
 
+import instructmining_core
 from instructmining_core import files
 from instructmining_core.config import InstructMiningError
 
 from .profile import Profile, load_profile, profile_path
 
+NUMBERS = (
+    "scores.parquet", "roles.parquet", "sets.parquet", "rule.json", "verdict.csv",
+    "comparison.parquet", "doses.parquet", "truth.parquet", "sizes.parquet", "search.parquet",
+    "robustness.parquet", "transfer.parquet", "ablation.parquet",
+    "ablation_runs.parquet", "judge.parquet",
+)  # fmt: skip
+MAX_CODE_CELLS = 20
+PACKAGES = Path(__file__).resolve().parent.parent  # the folder that holds both packages
+TABLES = "instructmining*/*/*.json"  # what modules read: published rules, hashes of the corpus
 FRONT_FIGURE = "08_selection.ipynb"  # whose first figure is on the front page: selected, random
 BESIDE = ("06_finetune_sweep.ipynb", "08_selection.ipynb")  # whose first figures a summary shows
 
@@ -59,15 +69,7 @@ def build_book(folder: Path, profile: Profile) -> Path:
 
 def write_front_page(folder: Path, profile: Profile, book: Path) -> None:
     """The generated part of the front page, and its figure, into `book/_generated/`."""
-    import pandas as pd
-
-    from .reports import front_page
-
-    page = front_page(pd.read_csv(folder / "verdict.csv"), profile.name, profile.description)
-    generated = book / "_generated"
-    generated.mkdir(exist_ok=True)
-    (generated / "front.md").write_text(page, encoding="utf-8")
-    (generated / "front.png").write_bytes(_first_figure(folder / "notebooks" / FRONT_FIGURE))
+    _generate(folder, profile, book, "front", {"front.png": FRONT_FIGURE})
 
 
 def write_summary(folder: Path, profile: Profile, book: Path) -> None:
@@ -75,16 +77,22 @@ def write_summary(folder: Path, profile: Profile, book: Path) -> None:
 
     No text of the data is in it, so a run on others' data may be shown.
     """
+    figures = {f"{profile.name}_{notebook[:2]}.png": notebook for notebook in BESIDE}
+    _generate(folder, profile, book, profile.name, figures)
+
+
+def _generate(
+    folder: Path, profile: Profile, book: Path, name: str, figures: dict[str, str]
+) -> None:
     import pandas as pd
 
     from .reports import front_page
 
-    generated = book / "_generated"
     page = front_page(pd.read_csv(folder / "verdict.csv"), profile.name, profile.description)
-    (generated / f"{profile.name}.md").write_text(page, encoding="utf-8")
-    for name in BESIDE:
-        figure = generated / f"{profile.name}_{name[:2]}.png"
-        figure.write_bytes(_first_figure(folder / "notebooks" / name))
+    files.write_atomic(book / "_generated" / f"{name}.md", page)
+    for figure, notebook in figures.items():
+        image = _first_figure(folder / "notebooks" / notebook)
+        files.write_atomic(book / "_generated" / figure, image)
 
 
 def write_page(executed: Path, target: Path) -> None:
@@ -100,8 +108,7 @@ def write_page(executed: Path, target: Path) -> None:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _is_noise(output)]
     text = nbformat.writes(book).replace(str(files.root()), ".")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
+    files.write_atomic(target, text)
 
 
 def _first_figure(notebook: Path) -> bytes:
@@ -121,17 +128,6 @@ def _not_notebooks(folder: str, names: list[str]) -> list[str]:
     return [n for n in names if n == "notebooks"]
 
 
-NUMBERS = (
-    "scores.parquet", "roles.parquet", "sets.parquet", "rule.json", "verdict.csv",
-    "comparison.parquet", "doses.parquet", "truth.parquet", "sizes.parquet", "search.parquet",
-    "robustness.parquet", "transfer.parquet", "ablation.parquet",
-    "ablation_runs.parquet", "judge.parquet",
-)  # fmt: skip
-MAX_CODE_CELLS = 20
-PACKAGES = Path(__file__).resolve().parent.parent  # the folder that holds both packages
-TABLES = "instructmining*/*/*.json"  # what modules read: published rules, hashes of the corpus
-
-
 def notebooks() -> list[Path]:
     """The source notebooks `notebooks/NN_*.ipynb`, in order."""
     return sorted((files.root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -145,7 +141,7 @@ def stage_hash(notebook: Path, profile: Profile, before: str, *, figures: bool =
     """
     digest = hashlib.sha256()
     script = notebook.with_suffix(".py")
-    for source in (script, *sources_of(script, figures=figures), *PACKAGES.glob(TABLES)):
+    for source in (script, *sources_of(script, figures=figures), *sorted(PACKAGES.glob(TABLES))):
         digest.update(source.read_bytes())
     digest.update(profile.hash().encode())
     for data in _data_files(profile):
@@ -177,6 +173,8 @@ def _imported(script: Path) -> set[Path]:
     for level, whole, names in _import_lines(text):
         room = script.parents[level - 1].relative_to(PACKAGES).parts if level else ()
         base = ".".join((*room, *filter(None, [whole])))
+        if base == "instructmining_core":  # which fetches its public names when asked for one
+            names = [instructmining_core._WHERE.get(name, name) for name in names]
         found.update(*(_files_of(f"{base}.{name}".strip(".")) for name in names or [""]))
     if script.name == "__init__.py" and "import_module" in text:  # by a name made at run time
         found.update(script.parent.glob("*.py"))
