@@ -59,14 +59,20 @@ def test_every_column_and_condition_is_there(found):
     assert (found["rows"] == 14).all()
 
 
+# Spearman's correlation of 14 rows falls by 6 x 2 / (14 x 195) where two rows next to each other in
+# rank change places, as rows nearer than rounding may.
+SWAP = 6 * 2 / (14 * (14**2 - 1))
+
+
 def test_in_float32_nothing_moves(found):
     same = found[found["dtype"] == FLOAT32]
     assert (same["against"] == AGAINST_ALONE).all()
-    assert (same["largest_relative"] <= 1e-3).all(), same.sort_values("largest_relative").tail()
+    # 1e-4 of the largest value (`tiny_models.FLOAT32`); no column has less than a fiftieth of its
+    # largest value as spread.
+    limit = 50 * ROUNDING
+    assert (same["largest_relative"] <= limit).all(), same.sort_values("largest_relative").tail()
     varying = same.dropna(subset="rank_correlation")
-    # Two rows that are each other's neighbour have one distance: rounding ranks one of them first.
-    least = np.where(varying["column"].isin(["knn_6", "diversity"]), 0.99, 0.999)
-    assert (varying["rank_correlation"] >= least).all(), varying[varying["rank_correlation"] < 1]
+    assert (varying["rank_correlation"] >= 1 - 2 * SWAP).all(), varying
 
 
 def test_without_a_model_nothing_moves_at_all(found):
@@ -78,14 +84,17 @@ def test_bfloat16_keeps_the_ranking(found):
     half = found[found["against"] == f"{SORTED}, {FLOAT32}"].set_index("column")
     assert (half["dtype"] == BFLOAT16).all() and (half["condition"] == SORTED).all()
     assert (half["largest_difference"] > 0).all()  # it is another computation
-    assert (half["rank_correlation"] >= 0.9).all(), half  # random weights: worse than real ones
-    assert half.loc["knn_6", "rank_correlation"] >= 0.99
+    # A product is rounded to 2^-9 of its size, 0.01 of the largest value after a dozen: as much as
+    # the spread of `coherence` with random weights, so neighbours in rank do change places.
+    assert (half["rank_correlation"] >= 1 - 20 * SWAP).all(), half
+    # MiniLM's distances are off by at most 0.024 (36 products), a quarter of the column's spread.
+    assert half.loc["knn_6", "rank_correlation"] >= 1 - 4 * SWAP
 
 
 def test_bfloat16_is_held_against_itself(found):
     same = found[found["against"] == AGAINST_SORTED]
     assert set(same["condition"]) == {ALONE, SHUFFLED, PADDED} and set(same["dtype"]) == {BFLOAT16}
-    assert (same["rank_correlation"] >= 0.9).all(), same
+    assert (same["rank_correlation"] >= 1 - 20 * SWAP).all(), same
 
 
 def test_a_scorer_that_depends_on_its_neighbours_is_caught(rows, tiny_lm_folder, monkeypatch):
