@@ -46,7 +46,7 @@ class Design:
                             set_id=list(self.rows))
 
 
-def synthetic_world(n_sources: int, rows: int = 1000, seed: int = 0) -> pd.DataFrame:
+def synthetic_world(n_sources: int, rows: int, seed: int) -> pd.DataFrame:
     """Scores of an invented pool: row_hash, source, and indicators standardised over the pool.
 
     Inside a source the indicators are correlated by three common factors, with a spread of its
@@ -92,7 +92,7 @@ def two_designs(seed: int) -> tuple[Design, Design, np.ndarray]:
 
     70 % of the designed runs are within-source sets, the rest mixed, as in `laptop` (56 + 24).
     """
-    world = synthetic_world(N_SOURCES + 1, seed=seed)
+    world = synthetic_world(N_SOURCES + 1, 1000, seed)
     stranger = world["source"].eq(world["source"].iloc[-1])
     pool = world[~stranger]
     n_within = round(0.7 * N_RUNS / 2) * 2

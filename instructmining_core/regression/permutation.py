@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import chi2
 
+from ..config import InstructMiningError
 from .paper_rule import SubsetSearch
 from .rule import LEVEL, residualise
 from .run_table import DESIGNED, Standardizer, pick_arms, share_matrix, standardised
@@ -118,21 +119,21 @@ def permutation(runs: pd.DataFrame, columns: Sequence[str],
                 standardizer: Standardizer | None = None, *, null: str = "H0b",
                 size: int = 4, n_permutations: int = 999, seed: int = 0,
                 rows: Mapping[str, Sequence[str]] | None = None,
-                arms: Sequence[str] | None = DESIGNED, outcome: str = "log_loss") -> Permutation:
+                arms: Sequence[str] | None = DESIGNED) -> Permutation:
     """Is the best R² over all subsets of `size` indicators more than chance gives?
 
     null="H0b" (the verdict): R² beyond the source shares. "H0a": R² beyond a constant, losses
     permuted freely. One run a set; runs as in `fit_rule`.
     rows : set_id -> row hashes. Sets that share rows have like errors, and permuting those rejects
-        too often. With `rows` the runs are whitened first (`whitener`) at the estimated
-        share of the rows and at both its bounds; the answer is that of the largest p (Berger &
-        Boos 1994). Without them the errors are taken as unrelated.
+        too often. With `rows` the runs are whitened first (`whitener`) at the estimated share of
+        the rows and at both its bounds; the answer is that of the largest p (Berger & Boos 1994).
+        Without them the errors are taken as unrelated.
     """
     if null not in MEANING:
-        raise ValueError(f"null {null!r} is none of {list(MEANING)}")
+        raise InstructMiningError(f"null {null!r} is none of {list(MEANING)}")
     runs = pick_arms(runs, arms)
     X = standardised(runs, columns, standardizer)
-    y = runs[outcome].to_numpy(float)
+    y = runs["log_loss"].to_numpy(float)
     controls = share_matrix(runs)[0] if null == "H0b" else np.ones((len(X), 1))
     rng = np.random.default_rng(seed)
     shares, K = (None,), None

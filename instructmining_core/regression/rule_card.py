@@ -115,14 +115,14 @@ class ModelEntry(_Part):
     stand_in: bool
 
 
-class Reference(_Part):
+class ReferenceRows(_Part):
     """The rows that neighbours were looked for in."""
 
     hash: Word
     size: Annotated[int, Field(ge=1)]
 
 
-class Design(_Part):
+class FittedDesign(_Part):
     """Where the fitted set means lie, in sd of the pool's rows, and how far out they reach."""
 
     mean: list[float]
@@ -182,8 +182,8 @@ class RuleCard(_Part):
     held_out: list[HeldOut]
     permutation_p: Annotated[float, Field(ge=0, le=1)] | None
     models: list[ModelEntry]
-    knn_reference: Reference | None
-    design: Design | None = None
+    knn_reference: ReferenceRows | None
+    design: FittedDesign | None = None
     uncertainty: Uncertainty | None = None
     fitted_on: FittedOn
     not_for: str
@@ -410,7 +410,7 @@ def make_card(fit: RuleFit, scores: pd.DataFrame, *, not_for: str, profile: str 
         "held_out": _held_out(held_out),
         "permutation_p": permutation_p,
         "models": _models(fit.columns, known, base),
-        "knn_reference": ({k: references[0][k] for k in Reference.model_fields}
+        "knn_reference": ({k: references[0][k] for k in ReferenceRows.model_fields}
                           if references else None),
         "design": _design(fit),
         "uncertainty": _uncertainty(fit, new_sources),

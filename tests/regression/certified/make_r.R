@@ -1,5 +1,5 @@
 # Certified values for tests/test_regression.py, made by R with the packages sandwich and car.
-#   Rscript tests/certified/make_r.R > tests/certified/r_output.json
+#   Rscript tests/regression/certified/make_r.R > tests/regression/certified/r_output.json
 # The data are made by a formula, so that Python needs no file of others' data; three groups stand
 # for sources, and the first model has their dummies and no constant, as the study's main fit.
 suppressPackageStartupMessages({library(sandwich); library(car)})
