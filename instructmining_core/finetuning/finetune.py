@@ -24,6 +24,7 @@ import torch
 from ..config import FinetuneConfig, InstructMiningError
 from ..data.tokenization import Encoded
 from ..models.causal_lm import LM
+from ..models.trunk import on_trunk
 from .full import OnEpoch, release, train_by_trainer
 from .multi_lora import MultiLoRA
 from .packing import PackedModel
@@ -109,7 +110,10 @@ def _by_multi_lora(lm, job, config, on_epoch, progress) -> Finetuned:
     adapters.attach()
     meter = Meter(lm.device)
     try:
-        trained = train(adapters, PackedModel(lm), [job], on_epoch=after_epoch, progress=progress)
+        with on_trunk(lm, config.layers, job.rows):
+            trained = train(
+                adapters, PackedModel(lm), [job], on_epoch=after_epoch, progress=progress
+            )
     except BaseException:
         adapters.detach()
         raise

@@ -10,7 +10,8 @@ Hugging Face causal LM whose linear layers peft can target.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -99,6 +100,15 @@ class MultiLoRA:
         """Give the model its own layers back; the values stay here."""
         for name, layer in self.layers.items():
             self.model.set_submodule(name, layer.layer)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The adapters are on the model inside the block."""
+        self.attach()
+        try:
+            yield
+        finally:
+            self.detach()
 
     def send(self, owners: Sequence[int], slots: Sequence[int]) -> None:
         """Send each row of a batch to its adapter.

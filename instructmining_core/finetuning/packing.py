@@ -10,9 +10,9 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..data.tokenization import Encoded
-from ..models.attention import using
+from ..models import attention
 from ..models.batching import pad
 from ..models.causal_lm import LM, decoder, unwrapped
 from .cross_entropy import plain_nll, weighted_nll
@@ -42,6 +42,7 @@ class Batch:
     row_of : int64, shape (targets,), the row of each target
     groups : packed only: (rows, longest) of each attention call
     take, back : packed only: flat token of each padded slot; padded slot of each token
+    states : what enters the lowest trained layer, shape of ids plus (width,); None: from the ids
     """
 
     ids: torch.Tensor
@@ -54,6 +55,7 @@ class Batch:
     groups: tuple[tuple[int, int], ...] = ()
     take: torch.Tensor | None = None
     back: torch.Tensor | None = None
+    states: torch.Tensor | None = None
 
 
 class PackedModel:
@@ -66,8 +68,15 @@ class PackedModel:
         self.packed = _takes_packed_rows(self)
 
     def batch(self, rows: Sequence[Encoded]) -> Batch:
-        """Lay rows out for `loss`, in their order."""
-        return (pack if self.packed else pad_right)(rows, self.device)
+        """Lay rows out for `loss`, in their order; with the kept states of a trunk in use."""
+        made = (pack if self.packed else pad_right)(rows, self.device)
+        if self.lm.trunk is None:
+            return made
+        kept = [one.to(self.device) for one in self.lm.trunk.states(rows)]
+        if made.positions is None:
+            return replace(made, states=nn.utils.rnn.pad_sequence(kept, batch_first=True))
+        filling = made.ids.shape[1] - sum(map(len, rows))
+        return replace(made, states=F.pad(torch.cat(kept), (0, 0, 0, filling))[None])
 
     def loss(self, batch: Batch, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted sum of the targets' nll (scalar, with gradient), and each nll; `weighted_nll`.
@@ -89,79 +98,14 @@ class PackedModel:
         """Those of `states` at `batch.predict`, shape (targets, dim)."""
         return states.flatten(0, 1).index_select(0, batch.predict)
 
-    def lower(self, batch: Batch, layer: int) -> torch.Tensor:
-        """Hidden states that enter a decoder layer, numbered from 0; the layers from it on rest."""
-        with torch.no_grad(), _entering(decoder_layers(self.model)[layer]) as seen:
-            self.states(batch)
-        return seen[0]
-
-    def upper(self, states: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
-        """What `states` gives, from the hidden states that `lower` gives for this layer."""
-        layers = decoder_layers(self.model)
-        with _skipped(layers[:layer]), _replaced_input(layers[layer], states):
-            return self.states(batch)
-
     def _run(self, module: nn.Module, batch: Batch):
-        if batch.positions is None:
-            return module(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-        with using(self.model, ATTENTION, attend_packed):
-            return module(input_ids=batch.ids, position_ids=batch.positions, use_cache=False,
-                          packed_rows=batch)
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of any Hugging Face causal LM: its largest list of modules."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
-
-
-class _Reached(Exception):
-    """The layer at which a forward pass is to end."""
-
-
-@contextmanager
-def _entering(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """A list that gets the layer's input; the pass inside the block ends there."""
-    seen: list[torch.Tensor] = []
-
-    def look(_, arguments, options):
-        seen.append(arguments[0] if arguments else options["hidden_states"])
-        raise _Reached
-
-    hook = layer.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        with suppress(_Reached):
-            yield seen
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def _skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """These layers hand on what they get, inside the block."""
-    layers = list(layers)
-    for layer in layers:
-        layer.forward = lambda hidden_states, *_, **__: hidden_states
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-@contextmanager
-def _replaced_input(layer: nn.Module, states: torch.Tensor) -> Iterator[None]:
-    """The layer gets these hidden states, inside the block."""
-    def put(_, arguments, options):
-        if arguments:
-            return (states, *arguments[1:]), options
-        return (), options | {"hidden_states": states}
-
-    hook = layer.register_forward_pre_hook(put, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
+        whole = batch.states is None
+        with nullcontext() if whole else self.lm.trunk.from_states(batch.states):
+            if batch.positions is None:
+                return module(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+            with attention.using(self.model, ATTENTION, attend_packed):
+                return module(input_ids=batch.ids, position_ids=batch.positions, use_cache=False,
+                              packed_rows=batch)
 
 
 def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> Batch:
@@ -259,6 +203,39 @@ class _Collect(torch.autograd.Function):
         return spread.index_copy_(0, ctx.saved_tensors[0], gradient), None
 
 
+class _ShortAttention(torch.autograd.Function):
+    """Causal attention on a CPU by plain products, a few rows at a time (`models.attention`).
+
+    query, key, value, output : shape (rows, heads, longest, dim)
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, scale):
+        rows, heads, longest, _ = query.shape
+        parts = [slice(first // longest, first // longest + count)
+                 for first, count, _ in attention.chunks([(rows, longest)], heads)]
+        output, shares = torch.empty_like(query), []
+        for part in parts:
+            found, share = attention.forward(
+                *(x[part].flatten(0, 1) for x in (query, key, value)), scale)
+            output[part] = found.unflatten(0, (-1, heads))
+            shares.append(share)
+        ctx.save_for_backward(query, key, value, *shares)
+        ctx.parts, ctx.scale = parts, scale
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, *shares = ctx.saved_tensors
+        slopes = [torch.empty_like(x) for x in (query, key, value)]
+        for part, share in zip(ctx.parts, shares, strict=True):
+            inputs = (x[part].flatten(0, 1) for x in (query, key, value))
+            found = attention.backward(gradient[part].flatten(0, 1), share, *inputs, ctx.scale)
+            for slope, one in zip(slopes, found, strict=True):
+                slope[part] = one.unflatten(0, (-1, query.shape[1]))
+        return *slopes, None
+
+
 def attend_packed(
     module, query, key, value, attention_mask, scaling=None, packed_rows=None, **kwargs
 ):  # fmt: skip
@@ -280,9 +257,13 @@ def attend_packed(
         parts = (x[:, start:stop].unflatten(1, (rows, longest)).transpose(0, 1)
                  for x in (query, key, value))
         mask = _window(longest, kwargs.get("sliding_window"), query.device)
-        out = F.scaled_dot_product_attention(
-            *parts, attn_mask=mask, is_causal=mask is None, scale=scaling
-        )
+        if query.is_cuda or mask is not None or longest > attention.LONGEST:
+            out = F.scaled_dot_product_attention(
+                *parts, attn_mask=mask, is_causal=mask is None, scale=scaling
+            )
+        else:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            out = _ShortAttention.apply(*parts, scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
         start = stop
     together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..config import InstructMiningError
 from ..data.tokenization import Encoded
 from ..models.causal_lm import LM
 from ..models.loss import evaluate
+from ..models.trunk import on_trunk
 from .finetune import Meter, can_share_a_pass, check_rows, finetune
 from .multi_lora import MultiLoRA
 from .packing import PackedModel
@@ -107,8 +109,8 @@ def run_together(
         adapters.use(adapter)
         epochs[adapter].look(lm, epoch)
 
-    adapters.attach()
-    try:
+    needed = chain(*(job.rows for job in jobs), *evals.values())
+    with on_trunk(lm, specs[0].finetune.layers, needed), adapters.attached():
         trained = train(adapters, PackedModel(lm), jobs, on_epoch=after_epoch)
         seconds = meter.read()[0] - sum(one.seconds for one in epochs)
         begun = time.perf_counter()
@@ -118,8 +120,6 @@ def run_together(
             found.append(_losses(lm, {} if plan.diverged else evals))
         evaluated = (time.perf_counter() - begun) / len(specs)
         _, peak = meter.read()
-    finally:
-        adapters.detach()
     for k, spec in enumerate(specs):
         if keep is not None and not trained.schedules[k].diverged:
             _keep(Path(keep) / spec.run_id, lambda to, k=k: adapters.save(k, to, lm.resolved.id))

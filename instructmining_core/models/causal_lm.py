@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -123,12 +124,14 @@ class LM(LoadedModel):
 
     model : Hugging Face causal LM, or a PeftModel around one. dtype : of its weights.
     template : in which rows are scored and prompts answered, as in `tokenization.encode_many`.
+    trunk : `trunk.Trunk` in use: rows whose states it keeps are computed above its cut alone.
     """
 
     # On a CPU small ones, whose activations stay in its caches: twice as fast as 16,384.
     batch_tokens: ClassVar[dict[str, int]] = {"cpu": 2048, "cuda": 65536}
 
     template: str = "auto"
+    trunk: Any = field(default=None, repr=False)
     _found: tuple[nn.Module, Head] | None = field(default=None, repr=False)
 
     @property
@@ -236,7 +239,8 @@ def _batch_rows(lm: LM, rows: Sequence[Encoded], side: str, ends: frozenset[int]
     ids, mask = pad([row.ids for row in rows], lm.pad_id, side)
     wanted, _ = pad([row.targets for row in rows], 0, side)
     wanted[:, 0] = 0
-    nll = token_nll(lm, ids, mask, wanted.astype(bool)).double().cpu().numpy()
+    with nullcontext() if lm.trunk is None else lm.trunk.of_rows(rows, side):
+        nll = token_nll(lm, ids, mask, wanted.astype(bool)).double().cpu().numpy()
     cuts = np.cumsum(wanted.sum(1))[:-1]
     return [_summary(row, part, ends) for row, part in zip(rows, np.split(nll, cuts), strict=True)]
 

@@ -1,0 +1,201 @@
+"""The frozen layers below the adapters, computed once a row and kept.
+
+LoRA on the top layers leaves every layer below the same for all runs. So what enters the lowest
+adapted layer is computed once for each row, kept on disk, and every run trains and evaluates on the
+layers above alone. The numbers are those of the whole model, to rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import files
+from ..data.tokenization import Encoded
+from .attention import quickest
+from .batching import map_batches, pad
+from .causal_lm import LM, decoder, unwrapped
+from .state_store import StateStore
+
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of the largest
+
+
+class Trunk:
+    """What enters decoder layer `cut` (from 0) of a base, for each row; kept in the cache.
+
+    The key is the base's identity (weights, tokenizer, configuration), the cut, the dtype and a
+    row's token ids, so template and length count too.
+    """
+
+    def __init__(self, lm: LM, cut: int) -> None:
+        self.lm, self.cut = lm, cut
+        self.layers = decoder_layers(unwrapped(lm.model))
+        what = json.dumps([lm.resolved.id, lm.resolved.revision, cut, str(lm.dtype)])
+        folder = files.cache() / "trunk" / hashlib.sha256(what.encode()).hexdigest()[:16]
+        narrow = lm.dtype in (torch.bfloat16, torch.float16)
+        kind = np.int16 if narrow else np.float32
+        self.store = StateStore(folder, int(lm.config.hidden_size), kind)
+
+    def fill(self, rows: Iterable[Encoded], *, progress: bool = False) -> int:
+        """Compute and keep what is not there yet; returns how many rows that were."""
+        rows = {digest(row): row for row in rows}
+        lacking = [rows[one] for one in self.store.missing(rows)]
+        if not lacking:
+            return 0
+        self.lm.model.eval()
+
+        def batch(numbers: np.ndarray) -> list[Tensor]:
+            ids, _ = pad([lacking[i].ids for i in numbers], self.lm.pad_id)
+            with torch.no_grad(), entering(self.layers[self.cut]) as seen:
+                decoder(self.lm.model)(input_ids=torch.from_numpy(ids).to(self.lm.device),
+                                       use_cache=False)  # fmt: skip
+            return [seen[0][k, : len(lacking[i])] for k, i in enumerate(numbers)]
+
+        def keep(numbers: np.ndarray, states: Sequence[Tensor]) -> None:
+            made = zip(numbers, states, strict=True)
+            self.store.write({digest(lacking[i]): self._numbers(one) for i, one in made})
+
+        with quickest(unwrapped(self.lm.model), self.lm.device):
+            map_batches(
+                batch, [len(row) for row in lacking], self.lm.first_batch(None, self.lm.config),
+                progress, f"layers below {self.cut} of {len(lacking)} rows",
+                on_batch=keep, on_halved=self.lm.halved,
+            )  # fmt: skip
+        return len(lacking)
+
+    def states(self, rows: Sequence[Encoded]) -> list[Tensor]:
+        """The kept states of rows, each of shape (tokens, width), on the CPU. See `StateStore`."""
+        kept = self.store.read(list(map(digest, rows)))
+        found = [torch.from_numpy(np.array(one)) for one in kept]
+        return [one.view(self.lm.dtype) if one.dtype == torch.int16 else one for one in found]
+
+    @contextmanager
+    def from_states(self, states: Tensor) -> Iterator[None]:
+        """A forward pass of the decoder inside the block starts at the cut, with these states."""
+        with skipped(self.layers[: self.cut]), replaced_input(self.layers[self.cut], states):
+            yield
+
+    @contextmanager
+    def of_rows(self, rows: Sequence[Encoded], side: str) -> Iterator[None]:
+        """As `from_states`, for a batch of kept rows that is padded on a side."""
+        kept = nn.utils.rnn.pad_sequence(self.states(rows), batch_first=True, padding_side=side)
+        with self.from_states(kept.to(self.lm.device)):
+            yield
+
+    def _numbers(self, states: Tensor) -> np.ndarray:
+        states = states.detach().to("cpu", self.lm.dtype).contiguous()
+        return (states if states.dtype == torch.float32 else states.view(torch.int16)).numpy()
+
+
+def open_trunk(lm: LM, layers: int) -> Trunk | None:
+    """The trunk below the top `layers` of a base; None for all layers, or for a base that cannot be
+    cut, which is warned of: it is then computed whole.
+
+    Asked on one row: the pass from the kept states must give the whole model's hidden states.
+    """
+    depth = len(decoder_layers(unwrapped(lm.model)))
+    if not 0 < layers < depth:
+        return None
+    trunk = Trunk(lm, depth - layers)
+    vocabulary = unwrapped(lm.model).get_input_embeddings().weight.shape[0]
+    ids = torch.arange(3, 27, device=lm.device)[None] * 7 % vocabulary
+    lm.model.eval()
+    try:
+        with torch.no_grad():
+            whole = decoder(lm.model)(input_ids=ids, use_cache=False).last_hidden_state
+            with entering(trunk.layers[trunk.cut]) as seen:
+                decoder(lm.model)(input_ids=ids, use_cache=False)
+            with trunk.from_states(seen[0]):
+                above = decoder(lm.model)(input_ids=ids, use_cache=False).last_hidden_state
+        apart = (above - whole).abs().max() / whole.abs().max()
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        apart = str(error)
+    if isinstance(apart, str) or not apart <= _TOLERANCE[lm.dtype]:
+        warnings.warn(f"{lm.resolved.id} cannot be cut below its top {layers} layers "
+                      f"({apart}); every run computes the whole model.", stacklevel=2)
+        return None
+    return trunk
+
+
+@contextmanager
+def on_trunk(lm: LM, layers: int, rows: Iterable[Encoded]) -> Iterator[None]:
+    """Inside the block these rows are computed by the top `layers` alone, from kept states.
+
+    rows : all that will be trained on or evaluated; what is not kept yet is computed first
+    layers : 0 for all of them, which keeps nothing
+    """
+    trunk = open_trunk(lm, layers)
+    if trunk is not None:
+        trunk.fill(rows)
+    lm.trunk = trunk
+    try:
+        yield
+    finally:
+        lm.trunk = None
+
+
+def digest(row: Encoded) -> bytes:
+    """What a row's states are found by: a hash of its token ids, 16 bytes."""
+    return hashlib.sha256(np.asarray(row.ids, np.int64).tobytes()).digest()[:16]
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of any Hugging Face causal LM: its largest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+
+
+class _Reached(Exception):
+    """The layer at which a forward pass is to end."""
+
+
+@contextmanager
+def entering(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that gets the layer's input; the pass inside the block ends there."""
+    seen: list[Tensor] = []
+
+    def look(_, arguments, options):
+        seen.append(arguments[0] if arguments else options["hidden_states"])
+        raise _Reached
+
+    hook = layer.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with suppress(_Reached):
+            yield seen
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """These layers hand on what they get, inside the block."""
+    layers = list(layers)
+    for layer in layers:
+        layer.forward = lambda hidden_states, *_, **__: hidden_states
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@contextmanager
+def replaced_input(layer: nn.Module, states: Tensor) -> Iterator[None]:
+    """The layer gets these hidden states, inside the block."""
+    def put(_, arguments, options):
+        if arguments:
+            return (states, *arguments[1:]), options
+        return (), options | {"hidden_states": states}
+
+    hook = layer.register_forward_pre_hook(put, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
