@@ -210,6 +210,7 @@ def effective_dimensions(X: np.ndarray, controls: np.ndarray | None = None) -> p
     participation : (Σλ)²/Σλ² of the covariance's eigenvalues; for_99 : components that hold
     99 % of the variance; first_three : their share; condition : sqrt(largest/smallest λ).
     """
+    X = np.asarray(X, float)  # a frame would be matched by its index below
     left = residualise(X, np.ones((len(X), 1)) if controls is None else controls)
     values = np.linalg.svd(left, compute_uv=False) ** 2
     shares = np.cumsum(values) / values.sum()

@@ -207,6 +207,8 @@ def test_effective_dimensions_of_known_shapes():
     assert found["participation"] == pytest.approx(2) and found["for_99"] == 2
     line = np.outer([1.0, 2, 4], [1, 1])
     assert effective_dimensions(line)["participation"] == pytest.approx(1)
+    later = pd.DataFrame(circle, index=range(7, 7 + len(circle)))  # some rows of a larger table
+    pd.testing.assert_series_equal(effective_dimensions(later), found)
 
 
 def test_influence_table_is_statsmodels_influence(made, runs):
