@@ -17,7 +17,7 @@ from instructmining_core.finetuning import packing
 from instructmining_core.finetuning.cross_entropy import weighted_nll
 from instructmining_core.finetuning.finetune import finetune
 from instructmining_core.finetuning.full import in_order, release, train_by_trainer
-from instructmining_core.finetuning.packing import PackedModel, pack, pad_right
+from instructmining_core.finetuning.packing import pack, pad_right
 from instructmining_core.finetuning.trainer import (
     TrainingJob,
     learning_rates,
@@ -315,14 +315,3 @@ def test_micro_batches_keep_the_order_and_the_budget():
     found = micro_batches([4, 5, 2, 20, 1], 9, padded=False)
     assert [list(b) for b in found] == [[0, 1], [2], [3], [4]]
     assert [list(b) for b in micro_batches([4, 5, 2], 9, padded=True)] == [[0], [1], [2]]
-
-
-def test_a_pass_can_start_at_any_layer(lm):
-    model = PackedModel(lm)
-    for batch in (model.batch(rows_of(4)), pad_right(rows_of(4))):
-        whole = model.states(batch)
-        for layer in (0, 1):
-            states = model.lower(batch, layer)
-            assert torch.equal(model.upper(states, batch, layer), whole)
-            assert not torch.equal(model.upper(2 * states, batch, layer), whole)
-    assert not any("forward" in vars(layer) for layer in lm.model.modules())
