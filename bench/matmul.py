@@ -154,7 +154,7 @@ def _targets(rows: Sequence) -> int:
 
 
 def _processes() -> int:
-    """As many as `helpers_wanted` would have the sweep run."""
+    """As many as `worker_devices` would have the sweep run."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(cores or 1, 8))
 

@@ -1,7 +1,7 @@
 """The sweep in runs an hour against Hugging Face `Trainer` + peft (`trainer`), both ways of it.
 
 Ours is `run_sweep` with everything that belongs to it: ledger, records, per-example losses, and the
-start of its helper process. Both sides do the same steps from the same base and first adapter on
+start of its worker process. Both sides do the same steps from the same base and first adapter on
 the same token ids; `Trainer` shuffles by its own seed. Each side runs three times in turn, after a
 run of one step that is thrown away. The loss on the first evaluation set, by `response_nll`, must
 agree within 0.5 % in every pair, and training must have lowered it on both sides. On these small

@@ -45,7 +45,7 @@ def run_sweep(
     ledger: Ledger,
     *,
     together: int | None = None,
-    helpers: int | None = None,
+    workers: int | None = None,
     by_epoch: Collection[str] = (),
     keep: str | Path | None = None,
     progress: bool = False,
@@ -55,7 +55,7 @@ def run_sweep(
     specs : the runs; one that is named twice is done once
     rows : row hash -> encoded training row; evals : encoded evaluation rows
     together : adapters in one pass; None lets memory and the processor decide
-    helpers : processes beside this one; None takes the machine's further cores or GPUs when the
+    workers : processes beside this one; None takes the machine's further cores or GPUs when the
         sweep is long enough; no number of a run depends on it beyond float rounding
     by_epoch : run_ids that are also evaluated after each epoch
     keep : folder where `<run_id>/` gets each adapter as peft saves it; runs that the ledger holds
@@ -73,12 +73,12 @@ def run_sweep(
     todo = [unique[run_id] for run_id in watch.waiting]
     for spec in todo:
         check_run(spec, lm, rows, evals)
-    devices = worker_devices(lm, helpers) if len(todo) > 2 else []
+    devices = worker_devices(lm, workers) if len(todo) > 2 else []
     groups = groups_of(todo, lm, together, processes=1 + len(devices))
     options = {"by_epoch": by_epoch, "keep": keep, "tried": watch.tried}
     job = sweep_job(groups, lm, rows, evals, ledger, **options) if devices else {}
     crew = Workers(devices, job)
-    if helpers or (devices and guessed_seconds(groups, lm, rows, evals) > WORTH):
+    if workers or (devices and guessed_seconds(groups, lm, rows, evals) > WORTH):
         crew.start()
     do = partial(do_group, lm=lm, rows=rows, evals=evals, ledger=ledger, **options)
     try:

@@ -185,10 +185,10 @@ def test_the_bar_tells_runs_and_losses(lm, tmp_path, capsys):
     assert "2/2" in text and "best=" in text and "worst=" in text
 
 
-def test_helpers_share_the_sweep(lm, tmp_path):
-    """A slow parent, so that the helper surely gets some runs; the numbers are the same."""
+def test_workers_share_the_sweep(lm, tmp_path):
+    """A slow parent, so that the worker surely gets some runs; the numbers are the same."""
     specs = specs_of(lm, 8)
-    expected = sweep(lm, specs, tmp_path / "one", helpers=0)
+    expected = sweep(lm, specs, tmp_path / "one", workers=0)
     real, here = workers.run_one, []
 
     def slow(run, *arguments, **options):
@@ -198,7 +198,7 @@ def test_helpers_share_the_sweep(lm, tmp_path):
 
     workers.run_one = slow
     try:
-        frame = sweep(lm, specs, tmp_path / "two", helpers=1)
+        frame = sweep(lm, specs, tmp_path / "two", workers=1)
     finally:
         workers.run_one = real
     assert 0 < len(here) < 8
@@ -285,7 +285,7 @@ def test_a_dead_worker_is_told_once_with_its_last_words(lm, tmp_path, monkeypatc
 
     monkeypatch.setattr(workers, "run_one", slow)
     with pytest.warns(RuntimeWarning) as told:
-        frame = sweep(lm, specs_of(lm, 4), tmp_path, helpers=1)
+        frame = sweep(lm, specs_of(lm, 4), tmp_path, workers=1)
     assert [str(w.message) for w in told if "worker" in str(w.message)] == [
         "A worker of the sweep ended with code 1, the others go on: no model in base"]
     assert (frame["status"] == "done").all()
@@ -307,7 +307,7 @@ def test_a_worker_killed_at_work_costs_its_run_alone(lm, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", HELD_UP))
     monkeypatch.setattr(workers, "run_one", once_the_worker_is_killed)
     with pytest.warns(RuntimeWarning, match="ended with code -9"):
-        frame = sweep(lm, specs, tmp_path, helpers=1)
+        frame = sweep(lm, specs, tmp_path, workers=1)
     assert frame["status"].tolist() == ["done"] * 6
     assert frame["attempt"].tolist() == [1, 1, 1, 1, 1, 2]
     assert not list(tmp_path.glob("*.lease"))
@@ -322,7 +322,7 @@ workers._begin(sys.argv[1], int(sys.argv[2]))
 
 
 def test_a_failed_run_is_left_alone_until_the_next_sweep(lm, tmp_path, monkeypatch):
-    """A helper that comes late to a run that the parent saw fail."""
+    """A worker that comes late to a run that the parent saw fail."""
     ledger, specs, calls = Ledger(tmp_path), specs_of(lm, 1), []
 
     def broken(run, *arguments, **options):
@@ -372,9 +372,9 @@ def test_a_sweep_waits_for_another_host_and_says_so(lm, tmp_path, monkeypatch, c
 def test_two_sweeps_on_one_ledger_share_the_runs(lm, tmp_path):
     """As on two machines that see one folder: each run once, both see all of them."""
     specs, folder = specs_of(lm, 8), tmp_path / "both"
-    expected = sweep(lm, specs, tmp_path / "one", helpers=0)
-    other = forked(lambda: sweep(lm, specs, folder, helpers=0).to_json(tmp_path / "other.json"))
-    frame = sweep(lm, specs, folder, helpers=0)
+    expected = sweep(lm, specs, tmp_path / "one", workers=0)
+    other = forked(lambda: sweep(lm, specs, folder, workers=0).to_json(tmp_path / "other.json"))
+    frame = sweep(lm, specs, folder, workers=0)
     os.waitpid(other, 0)
     assert frame["attempt"].tolist() == [1] * 8
     pd.testing.assert_frame_equal(frame.drop(columns=TIMES), expected.drop(columns=TIMES),
@@ -436,7 +436,7 @@ def kill_often(model: str, home: str) -> None:
     """
     lm, moment = load_lm(ModelRef(model, dtype="float32"), "cpu"), random.Random(0)
     begun = time.monotonic()
-    os.waitpid(forked(lambda: sweep(lm, specs_of(lm, RUNS), f"{home}/quiet", helpers=0)), 0)
+    os.waitpid(forked(lambda: sweep(lm, specs_of(lm, RUNS), f"{home}/quiet", workers=0)), 0)
     whole, folder, kept, killed = time.monotonic() - begun, Path(home, "killed0"), {}, 0
     while killed < KILLS:
         child = forked(lambda helped=killed % 5 == 1, to=folder: hurried(lm, to, helped))
@@ -451,14 +451,14 @@ def kill_often(model: str, home: str) -> None:
 
 
 def hurried(lm, folder: Path, helped: bool) -> None:
-    """A sweep, at times with a helper beside it that outlives it by a run."""
+    """A sweep, at times with a worker beside it that outlives it by a run."""
     me, specs = os.getpid(), specs_of(lm, RUNS)
     if helped:
         job = job_of(lm, [[spec] for spec in specs], folder)
-        helper = forked(lambda: workers.work_on(job, lm, me))
-        with open(folder.parent / "helpers", "a") as stream:
-            stream.write(f"{helper}\n")
-    sweep(lm, specs, folder, helpers=0)
+        worker = forked(lambda: workers.work_on(job, lm, me))
+        with open(folder.parent / "workers", "a") as stream:
+            stream.write(f"{worker}\n")
+    sweep(lm, specs, folder, workers=0)
 
 
 def forked(work) -> int:
@@ -487,15 +487,15 @@ def test_kill_9_at_random_moments_loses_and_doubles_nothing(lm, tmp_path, tiny_l
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True,
                           text=True, timeout=300)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    helped = [int(pid) for pid in (tmp_path / "helpers").read_text().split()]
+    helped = [int(pid) for pid in (tmp_path / "workers").read_text().split()]
     patience = time.monotonic() + 20
     while not all(map(ended, helped)) and time.monotonic() < patience:
         time.sleep(0.05)
     assert helped and all(map(ended, helped))
-    expected = sweep(lm, specs_of(lm, RUNS), tmp_path / "quiet", helpers=0)
+    expected = sweep(lm, specs_of(lm, RUNS), tmp_path / "quiet", workers=0)
     deaths = 0
     for folder in tmp_path.glob("killed*"):
-        frame = sweep(lm, specs_of(lm, RUNS), folder, helpers=0)
+        frame = sweep(lm, specs_of(lm, RUNS), folder, workers=0)
         pd.testing.assert_frame_equal(frame.drop(columns=TIMES), expected.drop(columns=TIMES),
                                       rtol=1e-6)
         left = [p.name for p in folder.iterdir() if p.suffix in (".tmp", ".lease")]
