@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 LONGEST = 512  # beyond it the scores, kept for the backward pass, cost too much memory
 _SCORES = 1 << 20  # numbers in one product's scores
-_NAME = "instructmining_short"  # of `attend`, in transformers
+_NAME = "instructmining_short"  # of `attend_short_rows`, in transformers
 
 
 def chunks(groups: Sequence[tuple[int, int]], heads: int) -> list[tuple[int, int, int]]:
@@ -75,7 +75,7 @@ def _future(scores: torch.Tensor) -> torch.Tensor:
     return scores.new_full((tokens, tokens), float("-inf")).triu_(1)
 
 
-def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def attend_short_rows(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """The attention function given to transformers; arguments and result as in its own `sdpa`."""
     rows, heads, tokens, dim = query.shape
     plain = attention_mask is None and key.shape == query.shape == value.shape
@@ -119,11 +119,11 @@ def using(model: nn.Module, name: str, function) -> Iterator[None]:
 
 @contextmanager
 def quickest(model: nn.Module, device: str) -> Iterator[None]:
-    """Attend by `attend` inside the block where that pays: on a CPU, in place of plain sdpa."""
+    """Attend to short rows by plain products inside the block where sdpa is used on a CPU."""
     implementation = getattr(model.config, "_attn_implementation", None)
     if torch.device(device).type != "cpu" or implementation != "sdpa":
         yield
         return
     AttentionMaskInterface.register(_NAME, sdpa_mask)
-    with using(model, _NAME, attend):
+    with using(model, _NAME, attend_short_rows):
         yield

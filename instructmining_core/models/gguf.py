@@ -12,8 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 from .. import files
-from .hub import UNPACKED, HubError
+from ..config import InstructMiningError
 
+UNPACKED = "GGUF.json"  # what a folder was unpacked from
 _LAYOUT = 1  # of the folders made here; raise it to have them made anew
 
 
@@ -22,7 +23,8 @@ def unpacked(file: Path, revision: str) -> Path:
 
     revision : "sha256:<16 hex>" of the file, under which the cache keeps the folder. It is made
         beside its place and renamed, under a lock: there whole or not at all.
-    Raises HubError for a file that is broken or cut, or of a kind that transformers does not read.
+    Raises InstructMiningError for a file that is broken or cut, or of a kind that transformers
+    does not read.
     """
     from filelock import FileLock
 
@@ -46,7 +48,7 @@ def _unpack(file: Path, folder: Path) -> None:
         model, tokenizer = _read(file)
     except Exception as error:  # each reader has its own for bytes that are not what they should be
         why = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise HubError(
+        raise InstructMiningError(
             f"{file} is broken, cut, or not a GGUF file that transformers can read: {why}"
         ) from error
     model.save_pretrained(folder)

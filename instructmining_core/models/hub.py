@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 from ..config import InstructMiningError, ModelRef
 from ..files import file_sha256
+from .gguf import UNPACKED, unpacked
 
 if TYPE_CHECKING:
     import torch
 
 MARKER = "STAND_IN.json"  # a folder with this file holds a stand-in, and every output says so
-UNPACKED = "GGUF.json"  # what a folder was unpacked from
 ADAPTER = "adapter_config.json"  # a folder with this file holds an adapter of peft
 _MODULES = "modules.json"  # sentence-transformers: which subfolders the model is made of
 _SETTINGS = (".json", ".txt", ".model", ".jinja")  # configuration, tokenizer, chat template
@@ -93,8 +93,6 @@ def fetch(resolved: Resolved) -> Resolved:
     """The same model with its files in a folder of this disk: downloaded, or unpacked from GGUF."""
     folder = resolved.folder or _download(resolved.id, resolved.revision)
     if folder.is_file():
-        from .gguf import unpacked
-
         folder = unpacked(folder, resolved.revision)
     note = folder / UNPACKED
     if note.is_file():
@@ -220,7 +218,7 @@ def _standin_folder(model_id: str, standins: Path | None) -> Path:
     if standins is None or not (Path(standins) / part).is_dir():
         raise HubError(
             f"{model_id}: no stand-in there (looked in {standins}). Build the stand-ins first "
-            "(instructmining.embedded.standins.build) and give their folder."
+            "(instructmining.embedded.standins.build_standins) and give their folder."
         )
     return Path(standins) / part
 

@@ -11,10 +11,11 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 from instructmining_core import files
-from instructmining_core.config import ModelRef
+from instructmining_core.config import InstructMiningError, ModelRef
 from instructmining_core.models import hub
 from instructmining_core.models.causal_lm import load_lm
-from instructmining_core.models.hub import HubError, fetch, resolve
+from instructmining_core.models.gguf import UNPACKED
+from instructmining_core.models.hub import fetch, resolve
 
 Q8 = GGMLQuantizationType.Q8_0
 CHAT = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -87,15 +88,15 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_a_file_becomes_a_folder_once(tiny_gguf, tiny_lm_folder):
     found = resolve(ModelRef(str(tiny_gguf)))
-    assert found.revision == f"sha256:{hub.file_sha256(tiny_gguf)[:16]}"
+    assert found.revision == f"sha256:{files.file_sha256(tiny_gguf)[:16]}"
     lm = load_lm(ModelRef(str(tiny_gguf), dtype="float32"), "cpu")
     folder = lm.resolved.folder
     assert lm.resolved.quantisation == "Q8_0" and lm.resolved.revision == found.revision
     assert folder.parent == files.cache() / "gguf" and (folder / "model.safetensors").is_file()
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert lm.tokenizer.chat_template == CHAT and lm.tokenizer.eos_token == "</s>"
-    stamp = (folder / hub.UNPACKED).stat().st_mtime_ns
-    assert fetch(found) == lm.resolved and (folder / hub.UNPACKED).stat().st_mtime_ns == stamp
+    stamp = (folder / UNPACKED).stat().st_mtime_ns
+    assert fetch(found) == lm.resolved and (folder / UNPACKED).stat().st_mtime_ns == stamp
     own = load_lm(ModelRef(str(tiny_lm_folder), dtype="float32"), "cpu")
     text = "Return the sorted list of items"
     assert lm.tokenizer(text)["input_ids"] == own.tokenizer(text)["input_ids"]
@@ -125,7 +126,7 @@ def test_a_broken_or_cut_file_is_one_sentence_and_leaves_nothing(tiny_gguf, tmp_
     whole = tiny_gguf.read_bytes()
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(whole[: int(len(whole) * kept)] if kept < 1 else b"GGML" + whole[4:])
-    with pytest.raises(HubError, match="broken, cut, or not a GGUF file") as caught:
+    with pytest.raises(InstructMiningError, match="broken, cut, or not a GGUF file") as caught:
         load_lm(ModelRef(str(bad)), "cpu")
     assert "\n" not in str(caught.value)
     assert [p.suffix for p in (files.cache() / "gguf").iterdir()] == [".lock"]

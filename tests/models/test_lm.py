@@ -182,6 +182,8 @@ def test_columns_of_a_long_row_and_of_turns():
     assert frame["nll_first64"][0] == pytest.approx(each[:64].sum())
     assert frame["tokens_first64"].tolist() == [64, 5]
     assert np.isnan(frame["nll_eos"][0]) and frame["tokens_eos"].tolist() == [0, 2]
+    assert frame["nll_first"][0] == pytest.approx(each[0])
+    assert frame["tokens_first"].tolist() == [1, 2], "one of each response"
     # Of the last two ids, both eos, only the closing one ends a response; the other is its text.
     assert frame["nll_first64"][1] == frame["nll"][1]
 
