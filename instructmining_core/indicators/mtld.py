@@ -19,9 +19,7 @@ _DELETED = dict.fromkeys(map(ord, string.digits + "-\N{EN DASH}\N{EM DASH}"))
 _TABLE = {**dict.fromkeys(map(ord, string.punctuation), " "), **_DELETED}
 
 
-def compute_mtld(
-    conversations: Sequence[CheckedConversation], model=None, *, progress: bool = False
-) -> dict[str, Column]:
+def compute_mtld(conversations: Sequence[CheckedConversation], model=None) -> dict[str, Column]:
     """MTLD of each response, in words; mean over the assistant's turns."""
     values = [mtld(mtld_words(turn.response)) for turn in each_turn(conversations)]
     reasons = ["no word in the response" if value != value else "" for value in values]

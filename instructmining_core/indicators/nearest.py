@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 CHUNK_BYTES = 1 << 27  # of one block of products: with it and the arrays 1,000,000 x 384 rows fit
 _COLUMNS = 1 << 15  # reference rows of one block of products
@@ -19,12 +18,7 @@ _DIFFERENCES = 1 << 14  # reference rows subtracted at a time where a whole clus
 
 
 def nearest(
-    queries: np.ndarray,
-    reference: np.ndarray,
-    k: int,
-    own: np.ndarray | None = None,
-    *,
-    progress: bool = False,
+    queries: np.ndarray, reference: np.ndarray, k: int, own: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Exact k nearest neighbours, equal distances ordered by position.
 
@@ -51,21 +45,20 @@ def nearest(
     # One buffer for all blocks: fresh pages would cost a fifth of the time.
     buffer = np.empty(rows * columns, dtype=np.float32)
     own = np.full(n, -1, dtype=np.int64) if own is None else np.asarray(own, dtype=np.int64)
-    with tqdm(total=n, desc="neighbours", unit="row", disable=not progress) as bar:
-        for start in range(0, n, rows):
-            here = slice(start, min(start + rows, n))
-            part, mine = queries[here], own[here]
-            best, found = _candidates(part, reference, half, mine, k + _SPARE, columns, buffer)
-            distances[here], positions[here] = _refine(part, reference, found, k)
-            least, unsure = _unsure(best, k, 2 * error[here])
-            for some in _groups(unsure, max(1, buffer.size // m)):
-                scores = _products(part[some], reference, half, mine[some])
-                for row, score in zip(some, scores, strict=True):
-                    near = np.flatnonzero(score >= least[row])
-                    distances[start + row], positions[start + row] = _first(
-                        part[row], reference, near, k
-                    )
-            bar.update(len(part))
+    for start in range(0, n, rows):
+        here = slice(start, min(start + rows, n))
+        part, mine = queries[here], own[here]
+        best, found = _candidates(part, reference, half, mine, k + _SPARE, columns, buffer)
+        distances[here], positions[here] = _refine(part, reference, found, k)
+        least, unsure = _unsure(best, k, 2 * error[here])
+        together = max(1, buffer.size // m)
+        for some in np.split(unsure, range(together, len(unsure), together)):
+            scores = _products(part[some], reference, half, mine[some])
+            for row, score in zip(some, scores, strict=True):
+                near = np.flatnonzero(score >= least[row])
+                distances[start + row], positions[start + row] = _first(
+                    part[row], reference, near, k
+                )
     return distances, positions
 
 
@@ -170,10 +163,6 @@ def _unsure(best: np.ndarray, k: int, error: np.ndarray) -> tuple[np.ndarray, np
         return np.empty(0), np.empty(0, dtype=np.int64)
     least = best[:, k - 1] - error
     return least, np.flatnonzero((best[:, -1] > -np.inf) & ~(best[:, -1] < least))
-
-
-def _groups(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _first(

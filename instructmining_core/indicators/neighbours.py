@@ -131,7 +131,6 @@ def compute_neighbours(
     reference: Reference,
     row_hashes: Sequence[str],
     columns: Collection[str] = ("knn_6",),
-    progress: bool = False,
     batch_tokens: int | None = None,
 ) -> dict[str, Column]:
     """Distance of each row to its 6th nearest neighbour in the reference, to the nearest, or both.
@@ -145,11 +144,11 @@ def compute_neighbours(
     check_encoder(reference, model)
     readable = np.array([not c.problem for c in conversations], dtype=bool)
     texts, cut = embedding.encoder_texts(model, [c for c in conversations if not c.problem])
-    vectors = embedding.embed(model, texts, batch_tokens=batch_tokens, progress=progress)
+    vectors = embedding.embed(model, texts, batch_tokens=batch_tokens)
     where = {name: i for i, name in enumerate(reference.row_hashes)}
     own = np.array([where.get(name, -1) for name in row_hashes], dtype=np.int64)[readable]
     most = max(NEIGHBOURS[name] for name in columns)
-    distances, _ = nearest(vectors, reference.embeddings, most, own, progress=progress)
+    distances, _ = nearest(vectors, reference.embeddings, most, own)
     lost = np.isnan(vectors).any(axis=1)
     distances[lost] = np.nan
     found = {}

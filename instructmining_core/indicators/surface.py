@@ -28,7 +28,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from .turns import EMPTY, CheckedConversation, Column, each_turn, mean_over_turns
 
@@ -38,9 +37,7 @@ _TWO_WORDS = ("OLD", "LINEAR", "MEETEI", "PHAISTOS", "SYLOTI", "TAI", "NEW")  # 
 _CHUNK = 4096  # texts handed to the tokenizer at once
 
 
-def compute_length(
-    conversations: Sequence[CheckedConversation], model=None, *, progress: bool = False
-) -> dict[str, Column]:
+def compute_length(conversations: Sequence[CheckedConversation], model=None) -> dict[str, Column]:
     """Lengths in tokens (or words and marks), mean over the assistant's turns.
 
     model : a Hugging Face tokenizer or an opened model with `.tokenizer`; None counts words.
@@ -49,8 +46,7 @@ def compute_length(
     """
     texts, pieces_in = _texts(conversations)
     tokenizer = getattr(model, "tokenizer", model)
-    count = count_words if tokenizer is None else lambda t: count_tokens(t, tokenizer, progress)
-    lengths = count(texts)
+    lengths = count_words(texts) if tokenizer is None else count_tokens(texts, tokenizer)
     len_in, len_out, position = [], [], 0
     for pieces in pieces_in:
         len_in.append(sum(lengths[position : position + pieces]))
@@ -72,18 +68,15 @@ def count_words(texts: Sequence[str]) -> list[int]:
     return [len(find(text)) for text in texts]
 
 
-def count_tokens(texts: Sequence[str], tokenizer, progress: bool = False) -> list[int]:
+def count_tokens(texts: Sequence[str], tokenizer) -> list[int]:
     """Tokens of each text, no special tokens added, and "</s>" in a text counted as text."""
     lengths: list[int] = []
-    bar = tqdm(total=len(texts), desc="length", unit="text", disable=not progress)
-    with bar:
-        for start in range(0, len(texts), _CHUNK):
-            ids = tokenizer(
-                list(texts[start : start + _CHUNK]), add_special_tokens=False,
-                split_special_tokens=True, return_attention_mask=False, verbose=False,
-            )["input_ids"]  # fmt: skip
-            lengths.extend(map(len, ids))
-            bar.update(len(ids))
+    for start in range(0, len(texts), _CHUNK):
+        ids = tokenizer(
+            list(texts[start : start + _CHUNK]), add_special_tokens=False,
+            split_special_tokens=True, return_attention_mask=False, verbose=False,
+        )["input_ids"]  # fmt: skip
+        lengths.extend(map(len, ids))
     return lengths
 
 
@@ -101,7 +94,7 @@ def _texts(conversations: Sequence[CheckedConversation]) -> tuple[list[str], lis
 
 
 def compute_compression(
-    conversations: Sequence[CheckedConversation], model=None, *, progress: bool = False
+    conversations: Sequence[CheckedConversation], model=None
 ) -> dict[str, Column]:
     """UTF-8 bytes per zlib byte (level 6) of each response; mean over the assistant's turns."""
     values = [ratio(turn.response) for turn in each_turn(conversations)]
@@ -118,9 +111,7 @@ def ratio(text: str) -> float:
     return len(raw) / len(zlib.compress(raw, 6)) if raw else float("nan")
 
 
-def compute_script(
-    conversations: Sequence[CheckedConversation], model=None, *, progress: bool = False
-) -> dict[str, Column]:
+def compute_script(conversations: Sequence[CheckedConversation], model=None) -> dict[str, Column]:
     """Share of Latin letters, 0 to 1, of each response; mean over the assistant's turns."""
     values = [latin_share(turn.response) for turn in each_turn(conversations)]
     reasons = ["no letter in the response" if value != value else "" for value in values]
@@ -154,9 +145,7 @@ def _script(letter: str) -> str:
     return " ".join(parts[:2]) if parts[0] in _TWO_WORDS else parts[0]
 
 
-def compute_turns(
-    conversations: Sequence[CheckedConversation], model=None, *, progress: bool = False
-) -> dict[str, Column]:
+def compute_turns(conversations: Sequence[CheckedConversation], model=None) -> dict[str, Column]:
     """Assistant turns of each row; a row without one is NaN, with its reason."""
     counts = np.array([len(c.ends) or np.nan for c in conversations], dtype=np.float64)
     return {"turns": Column(counts, [c.problem for c in conversations])}

@@ -49,7 +49,8 @@ def found(tmp_path_factory, tiny_lm_folder, rows) -> pd.DataFrame:
 def test_every_column_and_condition_is_there(found):
     columns = {name for entry in INDICATORS.values() for name in entry.columns}
     assert set(found["column"]) == columns
-    padded = {"ppl", "ifd", "reward", "naturalness", "coherence", "understandability"}
+    padded = {name for entry in INDICATORS.values() for name in entry.columns
+              if entry.role in ("ppl", "reward", "unieval")}
     with_model = padded | {"knn_6", "diversity"}
     for run, against in COMPARED:
         here = found[(found["dtype"] == run[0]) & (found["condition"] == run[1])
