@@ -51,7 +51,7 @@ def ppl_share(size: str, rows: int, device: str, repeats: int = 3) -> dict:
     from instructmining_core.data.tokenization import PLAIN
     from instructmining_core.indicators import perplexity
     from instructmining_core.indicators.turns import each_turn, read
-    from instructmining_core.models.causal_lm import BATCH_TOKENS
+    from instructmining_core.models.causal_lm import LM
 
     found, origin = data.conversations(rows)
     talks = [read(messages) for messages in found]
@@ -64,7 +64,7 @@ def ppl_share(size: str, rows: int, device: str, repeats: int = 3) -> dict:
         perplexity.compute_perplexity(talks, lm)  # its values are on the CPU, so the GPU is done
         taken.append(time.perf_counter() - start)
     achieved = forward_flop(lm, encoded) / statistics.median(taken)
-    tokens = min(BATCH_TOKENS[device.partition(":")[0]], sum(map(len, encoded)))
+    tokens = min(LM.batch_tokens[device.partition(":")[0]], sum(map(len, encoded)))
     rate = forward_rate(lm, tokens)
     a_second = sum(map(len, encoded)) / statistics.median(taken)
     return {
