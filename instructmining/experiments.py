@@ -112,19 +112,27 @@ def per_example(
     """Losses by prompt of comparison runs: (pool, method, size) -> ndarray (runs, prompts).
 
     runs : from `Study.run`, columns run_id, pool, method, size, seed. Runs stand in the order of
-    their seeds, diverged ones left out; nats per target token; prompts without any target token
-    are in no column. The mean of a row is that run's `loss_<evaluation>`.
+    their seeds, diverged ones left out; nats per token of the answers' body; prompts without
+    any are in no column. The mean of a row is that run's `loss_<evaluation>`.
     """
     ledger = Ledger(study.find("ledger"))
     finished = runs.dropna(subset=[f"loss_{evaluation}"]).sort_values("seed", kind="stable")
     found = {}
     for key, part in finished.groupby(["pool", "method", "size"], sort=False):
         examples = [ledger.read(one)["examples"][evaluation] for one in part["run_id"]]
-        nll = np.array([one["nll"] for one in examples], float)
-        tokens = np.array([one["tokens"] for one in examples], float)
+        nll, tokens = (np.array([_body(one, name) for one in examples]) for name in
+                       ("nll", "tokens"))  # fmt: skip
         asked = tokens[0] > 0
         found[key] = nll[:, asked] / tokens[:, asked]
     return found
+
+
+def _body(example: Mapping[str, list], name: str) -> np.ndarray:
+    """nll or tokens of the answers' body by prompt; of whole answers in records without parts."""
+    parts = (f"{name}_first", f"{name}_eos") if f"{name}_first" in example else ()
+    return np.array(example[name], float) - sum(
+        np.nan_to_num(np.array(example[part], float)) for part in parts
+    )
 
 
 def repeated(

@@ -19,7 +19,7 @@ import pandas as pd
 
 from instructmining_core import files
 from instructmining_core.config import FinetuneConfig, InstructMiningError, ModelRef
-from instructmining_core.finetuning.ledger import Ledger
+from instructmining_core.finetuning.ledger import RELEVANCE, Ledger
 from instructmining_core.finetuning.run_spec import EvalSets, RunSpec
 from instructmining_core.finetuning.sets import (
     TrainingSet,
@@ -32,7 +32,7 @@ from instructmining_core.regression.run_table import run_table
 
 from .design import designed_arm
 from .profile import Profile, load_profile
-from .study_data import StudyData, read_study_data
+from .study_data import StudyData, read_study_data, under_other_prompts
 
 
 class MissingInput(InstructMiningError):
@@ -138,12 +138,9 @@ class Study:
 
         None where `refs` names real models only.
         """
-        parts = [r.id.removeprefix("standin:") for r in refs if r.id.startswith("standin:")]
-        if not parts:
-            return None
-        from .embedded.world import build_standins
+        from .embedded.standins import build_standins
 
-        return build_standins(self.profile, parts)
+        return build_standins(refs)
 
     def load(self, ref: ModelRef):
         """A base model, opened by the same code whether it is real or a stand-in."""
@@ -304,17 +301,20 @@ class Study:
         return dict(zip(rows["row_hash"], encoded, strict=True))
 
     def encoded_evals(self, lm, config: FinetuneConfig) -> EvalSets:
-        """The two evaluation sets, tokenised once for each tokeniser, length and template."""
+        """The evaluation sets, tokenised once for each tokeniser, length and template: eval_1,
+        eval_2, and eval_1's answers under other prompts (the relevance contrast)."""
         from instructmining_core.data.tokenization import encode_many
 
         longest = self.profile.data.eval_tokens or config.max_tokens
         key = (lm.resolved.id, lm.resolved.revision, longest, config.template)
         if key not in self._evals:
+            tables = {"eval_1": self.data.eval_1["messages"].tolist(),
+                      "eval_2": self.data.eval_2["messages"].tolist()}  # fmt: skip
+            tables[RELEVANCE] = under_other_prompts(tables["eval_1"])
             self._evals[key] = EvalSets({
-                name: encode_many(lm.tokenizer, table["messages"].tolist(), max_tokens=longest,
-                                  template=config.template)
-                for name, table in (("eval_1", self.data.eval_1), ("eval_2", self.data.eval_2))
-            })  # fmt: skip
+                name: encode_many(lm.tokenizer, table, max_tokens=longest, template=config.template)
+                for name, table in tables.items()
+            })
         return self._evals[key]
 
     def runs(self, purpose: str) -> pd.DataFrame:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from instructmining_core.config import ProfileError
@@ -158,3 +160,17 @@ def _prompt_words(messages: list[dict]) -> int:
 
 def _answered(messages: list[dict]) -> bool:
     return any(m["role"] == "assistant" and m["content"].strip() for m in messages)
+
+
+def under_other_prompts(conversations: Sequence[list[dict]]) -> list[list[dict]]:
+    """Each last answer after what was said before another one's: a fixed derangement.
+
+    What answers cost more here than under their own prompts is what a model sees of relevance.
+    """
+    order = np.random.default_rng(0).permutation(len(conversations))
+    prompts = [conversations[i][:-1] for i in order]
+    moved = [*prompts[1:], *prompts[:1]]
+    found = list(conversations)
+    for i, prompt in zip(order, moved, strict=True):
+        found[i] = [*prompt, conversations[i][-1]]
+    return found

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 
 COLUMNS = (
-    "len_in", "len_out", "reward", "ppl", "mtld", "knn_6",
+    "len_in", "len_out", "reward", "log_ppl", "mtld", "knn_6",
     "naturalness", "coherence", "understandability",
 )  # fmt: skip
 

@@ -192,11 +192,14 @@ def tidy(records: Sequence[Record]) -> pd.DataFrame:
     """One row a record.
 
     Columns: run_id, purpose, status, every label key under its own name (`shares` stays a dict),
-    finetune_method, base, init_seed, order_seed, then for each evaluation set `loss_<e>` (mean over
-    prompts, nats per token), `loss_<e>_token`, `loss_<e>_first64`, `loss_<e>_without_eos`,
-    `effective_n_<e>`, and where a run was evaluated by epoch `loss_<e>_epoch1` and so on (mean over
-    prompts); then tokens_trained, rows, steps, final_train_loss, seconds, peak_memory_bytes,
-    attempt, error.
+    finetune_method, base, init_seed, order_seed, then for each evaluation set, in nats per token,
+    `loss_<e>` (mean over prompts) and `loss_<e>_token` (over tokens), both over the answers' body
+    (over whole answers in records without it), `loss_<e>_whole`, `loss_<e>_first64`,
+    `loss_<e>_without_eos`, `first_token_<e>`, `end_of_text_<e>`, `effective_n_<e>`; `base_<e>` and
+    `base_<e>_token` are the base's own, and where a run was evaluated by epoch `loss_<e>_epoch1`
+    and so on (mean over prompts). `relevance` (and `base_relevance`) is what eval_1's answers cost
+    more under another prompt than under their own. Then tokens_trained, rows, steps,
+    final_train_loss, seconds, peak_memory_bytes, attempt, error.
     """
     if not records:
         return pd.DataFrame(columns=["run_id", "purpose", "status", *_PLAIN_COLUMNS])
@@ -204,9 +207,11 @@ def tidy(records: Sequence[Record]) -> pd.DataFrame:
 
 
 _LOSS_COLUMNS = {
-    "prompt_mean": "loss_{}", "token_mean": "loss_{}_token", "first64": "loss_{}_first64",
-    "without_eos": "loss_{}_without_eos", "effective_n": "effective_n_{}",
+    "prompt_mean": "loss_{}_whole", "first64": "loss_{}_first64",
+    "without_eos": "loss_{}_without_eos", "first_token": "first_token_{}",
+    "end_of_text": "end_of_text_{}", "effective_n": "effective_n_{}",
 }
+RELEVANCE = "relevance"  # name of the set with eval_1's answers under other prompts
 _PLAIN_COLUMNS = ("tokens_trained", "rows", "steps", "final_train_loss", "seconds",
                   "peak_memory_bytes", "attempt", "error")
 
@@ -219,10 +224,27 @@ def _row(record: Record) -> Record:
     row |= {"init_seed": spec["init_seed"], "order_seed": spec["order_seed"]}
     for name in spec["evals"]:
         losses = record.get("losses", {}).get(name, {})
-        for key, column in _LOSS_COLUMNS.items():
-            value = losses.get(key)
-            row[column.format(name)] = np.nan if value is None else value
+        before = record.get("base_losses", {}).get(name, {})
+        row |= {f"loss_{name}": over_prompts(losses), f"loss_{name}_token": _over_tokens(losses),
+                f"base_{name}": over_prompts(before), f"base_{name}_token": _over_tokens(before)}
+        row |= {column.format(name): _number(losses.get(key))
+                for key, column in _LOSS_COLUMNS.items()}
         for epoch, part in enumerate(record.get("epochs") or [], start=1):
-            value = part[name]["prompt_mean"]
-            row[f"loss_{name}_epoch{epoch}"] = np.nan if value is None else value
+            row[f"loss_{name}_epoch{epoch}"] = over_prompts(part[name])
+    if RELEVANCE in spec["evals"]:
+        row["relevance"] = row[f"loss_{RELEVANCE}"] - row["loss_eval_1"]
+        row["base_relevance"] = row[f"base_{RELEVANCE}"] - row["base_eval_1"]
     return row | {name: record.get(name) for name in _PLAIN_COLUMNS}
+
+
+def over_prompts(losses: Mapping[str, float | None]) -> float:
+    """The study's first loss of a record: mean over prompts, over the body where it is known."""
+    return _number(losses.get("body_prompt_mean", losses.get("prompt_mean")))
+
+
+def _over_tokens(losses: Mapping[str, float | None]) -> float:
+    return _number(losses.get("body_token_mean", losses.get("token_mean")))
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value

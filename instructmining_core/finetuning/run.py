@@ -73,7 +73,7 @@ def run_one(
         return run_together([spec], lm, rows, evals, by_epoch=by_epoch, keep=keep)[0]
     check_run(spec, lm, rows, evals)
     started, epochs = now(), _Epochs(spec, evals, by_epoch)
-    data = [rows[h] for h in spec.row_hashes]
+    data, base = [rows[h] for h in spec.row_hashes], _base_losses(lm, evals)
     tuned = finetune(lm, data, spec.finetune, init_seed=spec.init_seed,
                      order_seed=spec.order_seed, on_epoch=epochs.look)
     try:
@@ -86,7 +86,7 @@ def run_one(
         tuned.close()
     seconds = {"train": tuned.seconds - epochs.seconds, "evaluate": evaluated + epochs.seconds}
     return _record(spec, lm, tuned.curve, losses, examples, epochs.with_last(losses), started,
-                   seconds, tuned.peak_memory_bytes, tuned.diverged, 1)
+                   seconds, tuned.peak_memory_bytes, tuned.diverged, 1, base)
 
 
 def run_together(
@@ -100,7 +100,7 @@ def run_together(
     """
     for spec in specs:
         check_run(spec, lm, rows, evals)
-    started, meter = now(), Meter(lm.device)
+    started = now()
     jobs = [TrainingJob([rows[h] for h in s.row_hashes], s.init_seed, s.order_seed) for s in specs]
     adapters = MultiLoRA(lm.model, specs[0].finetune, [spec.init_seed for spec in specs])
     epochs = [_Epochs(spec, evals, by_epoch) for spec in specs]
@@ -110,14 +110,16 @@ def run_together(
         epochs[adapter].look(lm, epoch)
 
     needed = chain(*(job.rows for job in jobs), *evals.values())
-    with on_trunk(lm, specs[0].finetune.layers, needed), adapters.attached():
-        trained = train(adapters, PackedModel(lm), jobs, on_epoch=after_epoch)
-        seconds = meter.read()[0] - sum(one.seconds for one in epochs)
-        begun = time.perf_counter()
-        found = []
-        for adapter, plan in enumerate(trained.schedules):
-            adapters.use(adapter)
-            found.append(_losses(lm, {} if plan.diverged else evals))
+    with on_trunk(lm, specs[0].finetune.layers, needed):
+        base, meter = _base_losses(lm, evals), Meter(lm.device)
+        with adapters.attached():
+            trained = train(adapters, PackedModel(lm), jobs, on_epoch=after_epoch)
+            seconds = meter.read()[0] - sum(one.seconds for one in epochs)
+            begun = time.perf_counter()
+            found = []
+            for adapter, plan in enumerate(trained.schedules):
+                adapters.use(adapter)
+                found.append(_losses(lm, {} if plan.diverged else evals))
         evaluated = (time.perf_counter() - begun) / len(specs)
         _, peak = meter.read()
     for k, spec in enumerate(specs):
@@ -128,7 +130,7 @@ def run_together(
         _record(spec, lm, trained.curve(k), *found[k], epochs[k].with_last(found[k][0]), started,
                 {"train": seconds * tokens[k] / sum(tokens),
                  "evaluate": evaluated + epochs[k].seconds},
-                peak, trained.schedules[k].diverged, len(specs))
+                peak, trained.schedules[k].diverged, len(specs), base)
         for k, spec in enumerate(specs)
     ]  # fmt: skip
 
@@ -164,11 +166,20 @@ def _losses(lm: LM, evals: Mapping[str, Sequence[Encoded]]) -> tuple[dict, dict]
     """Losses and example lists by evaluation set."""
     losses, examples = {}, {}
     tokens = EVAL_TOKENS["cuda" if str(lm.device).startswith("cuda") else "cpu"]
-    columns = ("nll", "tokens", "nll_first64", "tokens_first64", "nll_eos")
+    columns = ("nll", "tokens", "nll_first64", "tokens_first64", "nll_eos", "tokens_eos",
+               "nll_first", "tokens_first")
     for name, part in evals.items():
         losses[name], frame = evaluate(lm, part, batch_tokens=tokens)
         examples[name] = {one: np.round(frame[one].to_numpy(), 6).tolist() for one in columns}
     return losses, examples
+
+
+def _base_losses(lm: LM, evals: EvalSets) -> dict[str, dict]:
+    """Losses of the base before any finetuning, by evaluation set; computed once a process."""
+    key = (lm.resolved.revision, str(lm.dtype))
+    if key not in evals.of_base:
+        evals.of_base[key] = _losses(lm, evals)[0]
+    return evals.of_base[key]
 
 
 def _keep(folder: Path, save: Callable[[Path], None]) -> None:
@@ -188,11 +199,11 @@ def _head(spec: RunSpec, lm: LM, started: str) -> Record:
 
 
 def _record(spec, lm, curve, losses, examples, epochs, started, seconds, peak, diverged,
-            together) -> Record:  # fmt: skip
+            together, base) -> Record:  # fmt: skip
     finite = all(np.isfinite(part["prompt_mean"]) for part in losses.values())
     return _head(spec, lm, started) | {
         "status": "diverged" if diverged or not finite else "done",
-        "losses": losses, "examples": examples, "epochs": epochs,
+        "losses": losses, "base_losses": base, "examples": examples, "epochs": epochs,
         "curve": curve.to_dict("list"), "steps": len(curve),
         "tokens_trained": int(curve["tokens"].sum()),
         "final_train_loss": float(curve["loss"].iloc[-1]),

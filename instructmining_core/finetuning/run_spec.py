@@ -35,6 +35,11 @@ class EvalSets(dict[str, Sequence[Encoded]]):
     """Evaluation sets by name, encoded; not changed any more, so hashed once, whoever asks."""
 
     @functools.cached_property
+    def of_base(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """(A base's revision, dtype) -> its losses before any finetuning, filled by `run`."""
+        return {}
+
+    @functools.cached_property
     def hashes(self) -> dict[str, str]:
         """One hash for the rows of each set in their order: ids and targets, 64 hex digits."""
         return {

@@ -15,12 +15,13 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from ..models.causal_lm import LM
 from .finetune import can_share_a_pass
-from .ledger import Ledger, settled, tidy
+from .ledger import Ledger, over_prompts, settled, tidy
 from .run import Rows, check_run
 from .run_spec import EvalSets, Record, RunSpec
 from .trainer import adapters_per_pass
@@ -178,5 +179,5 @@ class Watch:
 
 def _first_loss(record: Record) -> list[float]:
     """The first evaluation set's loss, in a list; empty where there is none."""
-    losses = [part["prompt_mean"] for part in record.get("losses", {}).values()]
-    return [loss for loss in losses[:1] if loss is not None]
+    losses = [over_prompts(part) for part in record.get("losses", {}).values()]
+    return [loss for loss in losses[:1] if np.isfinite(loss)]

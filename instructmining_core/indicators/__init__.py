@@ -7,7 +7,7 @@ before it is used. To add one, write a module with one function and add one entr
     \"\"\"Question marks in the response. (Name the paper here.)\"\"\"
     from instructmining_core.indicators.turns import each_turn, mean_over_turns
 
-    def compute_questions(conversations, model=None, *, progress=False):
+    def compute_questions(conversations, model=None):
         values = [turn.response.count("?") for turn in each_turn(conversations)]
         return {"questions": mean_over_turns(conversations, values)}
 
@@ -92,7 +92,7 @@ INDICATORS: dict[str, Indicator] = {
                where="surface:compute_script"),
         _entry("turns", "1", ("turns",), "Zhou et al. 2023 (LIMA), arXiv 2305.11206",
                where="surface:compute_turns"),
-        _entry("ppl", "2", ("ppl",), "InstructMining v3, Table 1", role="ppl",
+        _entry("ppl", "3", ("ppl", "log_ppl"), "InstructMining v3, Table 1", role="ppl",
                where="perplexity:compute_perplexity", shared=True),
         _entry("reward", "1", ("reward",), "InstructMining v3, Table 1; Open-Assistant, "
                "arXiv 2304.07327", role="reward"),

@@ -36,22 +36,23 @@ def compute_perplexity(
     conversations: Sequence[CheckedConversation],
     model: LM,
     *,
-    columns: Collection[str] = ("ppl",),
-    progress: bool = False,
+    columns: Collection[str] = ("ppl", "log_ppl"),
     batch_tokens: int | None = None,
     padding_side: str = "right",
 ) -> dict[str, Column]:
     """Perplexity of each response, its IFD, or both; means over the assistant's turns.
 
     model : a causal LM (`causal_lm.load_lm`)
-    columns : of "ppl" and "ifd"; both together read the response after its context only once
+    columns : of "ppl" with "log_ppl" (its logarithm turn by turn, which a rule takes: a few rows of
+        broken text have perplexities a thousand times those of others), and "ifd"; both together
+        read the response after its context only once
     batch_tokens, padding_side : see `causal_lm.response_nll`, whose own batch size is the fast
         one; they do not change the values
     An empty response is NaN. Over-long conversations lose whole messages from the left, then the
     response's end, and the reasons of `ppl` say so. Alone, the response's same tokens follow only
     the model's start token (bos, or eos where it has none).
     """
-    options = {"batch_tokens": batch_tokens, "progress": progress, "padding_side": padding_side}
+    options = {"batch_tokens": batch_tokens, "padding_side": padding_side}
     turns = list(each_turn(conversations))
     rows = encode_turns(turns, model)
     given = response_nll(model, rows, **options)
@@ -59,7 +60,9 @@ def compute_perplexity(
     found = {}
     if "ppl" in columns:
         notes = map(_reason, turns, rows, given["reason"])
-        found["ppl"] = mean_over_turns(conversations, np.exp(mean), list(notes))
+        notes = list(notes)
+        found["ppl"] = mean_over_turns(conversations, np.exp(mean), notes)
+        found["log_ppl"] = mean_over_turns(conversations, mean, notes)
     if "ifd" in columns:
         start = model.tokenizer.bos_token_id
         start = model.tokenizer.eos_token_id if start is None else start

@@ -389,7 +389,7 @@ def test_losses_by_epoch(lm, tmp_path):
     tuned = finetune(lm, [ROWS[h] for h in specs[0].row_hashes], config, init_seed=0, order_seed=0,
                      on_epoch=lambda _, epoch: epoch == 2)
     for name in EVALS:
-        after_two = evaluate(tuned.lm, EVALS[name])[0]["prompt_mean"]
+        after_two = evaluate(tuned.lm, EVALS[name])[0]["body_prompt_mean"]
         found = frame[[f"loss_{name}_epoch{k}" for k in (1, 2, 3)]]
         assert found.loc[0].nunique() == 3 and found.loc[1].isna().all()
         assert found.iloc[0, 1] == pytest.approx(after_two, rel=1e-5)
@@ -405,10 +405,10 @@ def test_kept_adapters_are_peft_s(lm, tmp_path, method):
     frame = sweep(lm, [run], tmp_path / "ledger", keep=tmp_path / "keep")
     model = PeftModel.from_pretrained(lm.model, tmp_path / "keep" / run.run_id).eval()
     loaded = LM(model, lm.tokenizer, lm.resolved, "cpu", lm.dtype)
-    found = evaluate(loaded, EVALS["eval_1"])[0]["prompt_mean"]
+    found = evaluate(loaded, EVALS["eval_1"])[0]["body_prompt_mean"]
     model.unload()
     assert found == pytest.approx(frame["loss_eval_1"][0], rel=1e-5)
-    assert found != pytest.approx(evaluate(lm, EVALS["eval_1"])[0]["prompt_mean"], rel=1e-4)
+    assert found != pytest.approx(evaluate(lm, EVALS["eval_1"])[0]["body_prompt_mean"], rel=1e-4)
     assert [p.name for p in (tmp_path / "keep").iterdir()] == [run.run_id]
 
 
