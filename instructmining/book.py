@@ -31,12 +31,13 @@ from instructmining_core.config import InstructMiningError
 from .profile import Profile, load_profile, profile_path
 
 NUMBERS = (
-    "scores.parquet", "roles.parquet", "sets.parquet", "rule.json", "verdict.csv",
-    "comparison.parquet", "doses.parquet", "truth.parquet", "sizes.parquet", "search.parquet",
+    "scores.parquet", "roles.parquet", "sets.parquet", "plan.parquet", "rule.json", "verdict.csv",
+    "null.parquet", "screens.parquet", "variants.parquet", "comparison.parquet",
+    "contrasts.parquet", "doses.parquet", "truth.parquet", "sizes.parquet", "search.parquet",
     "robustness.parquet", "transfer.parquet", "ablation.parquet",
     "ablation_runs.parquet", "judge.parquet",
 )  # fmt: skip
-MAX_CODE_CELLS = 20
+MAX_CODE_CELLS = 14
 PACKAGES = Path(__file__).resolve().parent.parent  # the folder that holds both packages
 TABLES = "instructmining*/*/*.json"  # what modules read: published rules, hashes of the corpus
 FRONT_FIGURE = "08_selection.ipynb"  # whose first figure is on the front page: selected, random
@@ -266,8 +267,8 @@ def publish(name_or_yaml: str, beside: bool = False) -> None:
 def check_notebooks() -> None:
     """The manners of the source notebooks; raises InstructMiningError with every breach.
 
-    Paired percent script, no outputs, a `parameters` cell, at most 20 code cells, and badge and
-    Colab cell that follow the repository constant of `_config.yml`.
+    Paired percent script, no outputs, a `parameters` cell, at most `MAX_CODE_CELLS` code cells, and
+    badge and Colab cell that follow the repository constant of `_config.yml`.
     """
     breaches = [line for notebook in notebooks() for line in _breaches(notebook)]
     if len(notebooks()) != 12:

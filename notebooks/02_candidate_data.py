@@ -24,140 +24,151 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/instructmining/instructmining/blob/main/notebooks/02_candidate_data.ipynb)
 #
 # A rule can only be judged on data whose quality is known in some way.
-# This notebook builds the candidates, the pools to select from and two evaluation sets, and shows that none of them leaks into another.
+# This notebook builds the candidates, the pools to select from and the evaluation sets, and asks:
+#
+# - what a row is, whatever form it was published in;
+# - where the rows come from, and which serve as what;
+# - whether there is a truth that the rule is not told;
+# - whether an evaluation row leaks into the training rows;
+# - which models the study uses.
 
 # %% tags=["parameters"]
 profile = "laptop"  # type: str  # a preset's name or a YAML file
 
 # %% tags=["hide-input"]
-import sys
-
-if "google.colab" in sys.modules:  # on Colab the package is not there yet
-    home = "/content/instructmining"  # with the committed evidence, for a notebook opened first
-    get_ipython().system(
-        f"git clone -q --depth 1 https://github.com/instructmining/instructmining {home}"
-    )  # noqa: F821
-    get_ipython().run_line_magic("pip", f"install -q {home}[study]")  # noqa: F821
-    sys.path.insert(0, home)
+# !test -n "$COLAB_RELEASE_TAG" && git clone -q --depth 1 https://github.com/instructmining/instructmining im && cp -r im/. . && pip install -q ".[study]"
 
 # %% [markdown]
-# ## Where the rows come from
+# ## What is a row?
 #
-# On the embedded profiles every row is a question about a function and an answer taken from its documentation, read from the source files of packages that are already on the disk.
-# Each package is one *source*.
+# Instruction data are JSON lines that anybody can open with pandas; only, every set has its own columns.
+# The core reads all of these forms into one: a list of messages, with a hash that names the row wherever it turns up.
+
+# %%
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import Markdown
+
+from instructmining.paper import quote
+from instructmining.study import Study
+from instructmining_core import read_records
+from instructmining_core.data.duplicates import count_shared
+from instructmining_core.models.hub import resolve
+
+alpaca = {"instruction": "Name a prime.", "input": "", "output": "Seven."}
+sharegpt = {"conversations": [{"from": "human", "value": "Name a prime."}, {"from": "gpt", "value": "Seven."}]}
+published = Path(tempfile.mkdtemp()) / "both.jsonl"
+published.write_text("\n".join(json.dumps(record) for record in (alpaca, sharegpt)))
+
+print(list(pd.read_json(published, lines=True).columns))
+records, problems = read_records(published)
+display(records[["id", "messages", "row_hash"]])
+Markdown(f"""
+For pandas these two lines have nothing in common; read as records they are {records['row_hash'].nunique()} conversation, said twice.
+""")
+
+# %% [markdown]
+# ## Where do the rows come from?
+#
+# On the embedded profiles every row is a question about a function and an answer taken from its documentation, read from the source files of packages that are already on the disk; each package is one *source*.
 # On other profiles the rows are read from files or from the hub.
 
 # %%
-from instructmining.study import Study
-
 study = Study.open(profile)
 data = study.data
-data.facts
+display(data.facts)
+Markdown(f"""
+{len(data.candidates):,} candidates from {data.candidates['source'].nunique()} sources make the training sets of the sweep.
+""")
 
 # %% [markdown]
-# Candidates make the training sets of the sweep.
 # Pools are selected from later; a pool is either an unseen source or unseen rows of a source that the rule was fitted on, and its name says which.
 
 # %%
-import pandas as pd
-
-tables = {
-    "candidates": data.candidates,
-    **data.pools,
-    "eval_1": data.eval_1,
-    "eval_2": data.eval_2,
-}
+exams = {name: table for name, table in vars(data).items() if name.startswith(("eval_", "relevance")) and isinstance(table, pd.DataFrame)}
+tables = {"candidates": data.candidates, **data.pools, **exams}
 pd.DataFrame(
-    {
-        name: {"rows": len(t), "sources": t["source"].nunique()}
-        for name, t in tables.items()
-    }
+    {name: {"rows": len(t), "sources": t["source"].nunique()} for name, t in tables.items()}
 ).T
 
 # %% [markdown]
-# ## What a row looks like
+# ## Is there a truth that the rule is not told?
 #
-# A row is a list of messages; a single question with its answer is a list of two.
-# Where the profile plants defects, one defective row of each kind stands here below the clean row that it was made from.
+# In the embedded corpus some rows of *every* source get a planted defect, each beside its clean twin.
+# No defect is a source, so a rule that has merely learnt the sources can't find them.
+# One defective row of each kind stands here below the clean row that it was made from.
 
 # %%
-from instructmining.paper import quote
-
 rows = data.candidates.set_index("id")
 if "twin" in rows:
     made = rows[rows["twin"].isin(rows.index)]
-    shown = made.groupby("kind").sample(1, random_state=0)
     origins = data.facts.set_index("source")[["version", "licence"]]
-    for row in shown.itertuples():
+    for row in made.groupby("kind").sample(1, random_state=0).itertuples():
         clean = rows.loc[row.twin]
         print(f"{row.source} {', '.join(origins.loc[row.source])}")
         print("  asked:   ", quote(clean["messages"][0]["content"]))
         print("  clean:   ", quote(clean["messages"][-1]["content"]))
         print(f"  {row.kind}:", quote(row.messages[-1]["content"]))
+    shares = (rows["kind"] != "").groupby(rows["source"]).mean()
+    words = f"Between {shares.min():.0%} and {shares.max():.0%} of a source's rows are defective, of {rows.loc[rows['kind'] != '', 'kind'].nunique()} kinds."
 else:
     for name, part in rows.groupby("source"):
         print(f"{name}: {len(part)} rows of {part['messages'].map(len).max()} messages at most")
-
-# %% [markdown]
-# ## Planted defects: a truth that the rule is not told
-#
-# In the embedded corpus some rows of *every* source get a defect, each beside its clean twin.
-# No defect is a source, so a rule that has merely learnt the sources can't find them.
-# The share of defective rows in each source:
-
-# %%
-if "twin" in data.candidates:
-    shares = data.candidates.groupby("source")["kind"].agg(
-        defective=lambda k: (k != "").mean(),
-        kinds_of_defect=lambda k: k[k != ""].nunique(),
-    )
-    display(shares.round(2))
-else:
-    print("This profile holds real data; no defects are planted.")
+    words = "This profile holds real data: no defects are planted, and there is no truth to ask for."
+Markdown(words)
 
 # %% [markdown]
 # ## Does anything leak?
 #
 # Two rows are *near copies* if they share a run of eight words after folding case and punctuation.
+# That is a line of Python with sets, and slow for more than a few thousand rows; the core does the same with sorted hashes.
 # No evaluation row may be a near copy of a row that a model is trained on.
 
 # %%
-from instructmining_core.data.duplicates import count_shared
+def eight_words(messages):
+    """Every run of eight words of a conversation."""
+    words = re.findall(r"\w+", " ".join(m["content"] for m in messages).casefold())
+    return {tuple(words[i : i + 8]) for i in range(len(words) - 7)}
 
-exam = pd.concat([data.eval_1, data.eval_2])
-leaks = {
-    name: count_shared(exam, t)
-    for name, t in tables.items()
-    if not name.startswith("eval")
-}
+
+exam = pd.concat(exams.values(), ignore_index=True)
+trained = set().union(*data.candidates["messages"].map(eight_words))
+by_hand = sum(not trained.isdisjoint(eight_words(messages)) for messages in exam["messages"])
+
+leaks = {name: count_shared(exam, t) for name, t in tables.items() if name not in exams}
 assert not any(leaks.values()), leaks
-pd.Series(leaks, name="evaluation rows with a near copy").to_frame()
+display(pd.Series(leaks, name="evaluation rows with a near copy").to_frame())
+Markdown(f"""
+By hand {by_hand} of {len(exam)} evaluation rows share eight words with a candidate, by the core {leaks['candidates']}; in the pools it is {sum(leaks.values()) - leaks['candidates']}.
+""")
 
 # %% [markdown]
-# ## The models
+# ## Which models does the study use?
 #
-# Stand-in models are small models trained on the spot from text that no evaluation row shares; they are of the same architectures as the paper's and go through the same loading code.
-# They say how the method behaves, not how LLaMA behaves.
+# A model that the profile calls `standin:` is trained on the spot, from text that no evaluation row shares, and goes through the same loading code as a real one.
+# It says how the method behaves, and nothing about a real model.
 
 # %%
-from instructmining_core.models.hub import resolve
-
 roles, ladder = study.profile.models.roles(), study.profile.models.ladder
 study.standins(*roles.values(), *ladder)  # those that are missing are built, side by side
-found = {
-    role: resolve(ref, standins=study.standins(ref))
-    for role, ref in roles.items()
-}
-pd.DataFrame(
-    [
-        {"role": role, "model": r.id, "revision": r.revision, "stand-in": r.stand_in}
-        for role, r in found.items()
-    ]
-)
+found = {role: resolve(ref, standins=study.standins(ref)) for role, ref in roles.items()}
+display(pd.DataFrame(
+    [{"role": role, "model": r.id, "revision": r.revision, "stand-in": r.stand_in} for role, r in found.items()]
+))
+made = [role for role, r in found.items() if r.stand_in]
+Markdown(f"""
+{len(found) - len(made)} of {len(found)} roles have a real model; trained on the spot: {', '.join(made) or 'none'}.
+""")
 
 # %% [markdown]
 # ## In this notebook we have seen
 #
-# - the sources, the pools and the two evaluation sets;
-# - defects planted inside every source, each beside its clean twin;
-# - that no evaluation row has a near copy among the training rows.
+# - that a row is a list of messages with a hash, whatever form it was published in;
+# - the sources, the pools and the evaluation sets;
+# - where there is a known truth: defects inside every source, each beside its clean twin;
+# - that no evaluation row has a near copy among the training rows;
+# - the model behind every role.

@@ -24,53 +24,71 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/instructmining/instructmining/blob/main/notebooks/08_selection.ipynb)
 #
 # A rule is worth something if the rows it selects train a better model than random rows do.
-# The paper compares one selected set with one random set.
-# Here every contrast has repeats, an interval, the difference that it could have detected, and rivals that cost nothing.
+# The paper compares one selected set with one random set; here every contrast has repeats.
+# We ask:
+#
+# - which rows each method takes, and whether the rule reaches them;
+# - whether the published rules would take the same rows;
+# - how the loss after finetuning on selected rows compares with that on random rows;
+# - whether the rule beats every rival, length above all;
+# - whether the answer survives the rule's own uncertainty.
 
 # %% tags=["parameters"]
 profile = "laptop"  # type: str  # a preset's name or a YAML file
 
 # %% tags=["hide-input"]
-import sys
-
-if "google.colab" in sys.modules:  # on Colab the package is not there yet
-    home = "/content/instructmining"  # with the committed evidence, for a notebook opened first
-    get_ipython().system(
-        f"git clone -q --depth 1 https://github.com/instructmining/instructmining {home}"
-    )  # noqa: F821
-    get_ipython().run_line_magic("pip", f"install -q {home}[study]")  # noqa: F821
-    sys.path.insert(0, home)
+# !test -n "$COLAB_RELEASE_TAG" && git clone -q --depth 1 https://github.com/instructmining/instructmining im && cp -r im/. . && pip install -q ".[study]"
 
 # %% [markdown]
 # ## Select from every pool
 #
-# From each pool we take the rows with the lowest predicted log loss, and beside them random draws, the longest, the shortest, the least perplexing, the best rewarded and the least compressible rows.
+# To select is to predict, sort and keep: `pool.assign(loss=rule.predict(pool)).nsmallest(k, "loss")`.
+# Beside these rows we take random draws, the longest, the shortest, the least perplexing, the best rewarded and the least compressible rows.
 # A method that likes long answers trains on more tokens at the same number of rows.
 # So every rival runs twice: with as many *rows* as the selection, and, under a name that ends in `_tokens`, with as many *target tokens*.
 
 # %%
+import numpy as np
 import pandas as pd
+from IPython.display import Markdown
+from scipy.stats import ttest_ind
 
 from instructmining import claims, experiments, figures, reports
 from instructmining.study import Study
-from instructmining_core.regression.rule_card import load_rule
+from instructmining_core import load_rule
 from instructmining_core.selection import beat_random
-from instructmining_core.selection.beat_random import answers_table, both_ends
 from instructmining_core.selection.select import compare_rules
 from instructmining_core.selection.support import support
 
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
 plans = experiments.gate_plans(study, rule)
-experiments.count_plans(plans).round(1)
+own = {p.label["pool"]: p.row_hashes for p in plans if p.label["method"] == "selected"}
+same = 0
+for pool, chosen in own.items():
+    scores = study.pool_scores(pool)
+    best = scores.assign(loss=rule.predict(scores)).nsmallest(len(chosen), "loss")
+    same += len(set(best["row_hash"]) & set(chosen))
+
+at_equal_rows = [p for p in plans if not p.label["method"].endswith("_tokens")]
+alike = experiments.method_overlap(at_equal_rows)["selected"].drop("selected")
+nearest = alike.drop(["random", "full"]).idxmax()
+display(experiments.count_plans(plans).round(1))
+Markdown(f"""
+Of the {sum(map(len, own.values()))} selected rows of all pools the plain line takes {same} as well; the core counts a row that stands twice in a pool once.
+At equal rows the selection is most like that of “{nearest}”: the rows in both are {alike[nearest]:.0%} of those in either; with a random draw it is {alike['random']:.0%}.
+""")
 
 # %% [markdown]
-# How much do the methods choose alike, at equal rows?
-# The Jaccard index of two selections is the number of rows in both over the number in either.
+# ## How do the chosen rows look?
 
 # %%
-at_equal_rows = [p for p in plans if not p.label["method"].endswith("_tokens")]
-experiments.method_overlap(at_equal_rows).round(2)
+looks = experiments.selected_means(study, at_equal_rows)
+display(looks.round(2))
+ahead = (looks.loc["selected"] - looks.loc["full"]) / study.scores[looks.columns].std()
+Markdown(f"""
+Against the whole pools, the selected rows differ most in {ahead.abs().idxmax()}, by {ahead[ahead.abs().idxmax()]:+.1f} standard deviations of a row.
+""")
 
 # %% [markdown]
 # ## Does the rule reach these rows, and has it seen them?
@@ -83,13 +101,17 @@ kinds = {
     pool: reports.pool_kind(study.pool_scores(pool), rule, study.candidate_scores)
     for pool in study.data.pools
 }
-reach = {
-    pool: support(rule, study.pool_scores(pool)).loc["all"] for pool in study.data.pools
-}
-pd.DataFrame(reach).T.assign(pool={pool: kind.name for pool, kind in kinds.items()})
+reach = pd.DataFrame(
+    {pool: support(rule, study.pool_scores(pool)).loc["all"] for pool in study.data.pools}
+).T.assign(pool={pool: kind.name for pool, kind in kinds.items()})
+display(reach)
+far = list(reach.index[reach["verdict"] != "inside"])
+Markdown(f"""
+{len(reach) - len(far)} of {len(reach)} pools lie inside what the rule was fitted on; {'outside: ' + ', '.join(far) if far else 'none lies outside'}.
+""")
 
 # %% [markdown]
-# ## The published rules on the same rows
+# ## Would the published rules take the same rows?
 #
 # The coefficients of v1 and v3 belong to the paper's models.
 # Where ours are others, they run in *published form*, and only the likeness of the rankings may be read.
@@ -97,59 +119,74 @@ pd.DataFrame(reach).T.assign(pool={pool: kind.name for pool, kind in kinds.items
 
 # %%
 rules = {"fitted": rule, "v1": load_rule("v1"), "v3": load_rule("v3")}
-rows = experiments.all_pool_rows(study)
-pairs, apart = compare_rules(rules, rows, top=study.profile.selection.size)
-for name, one in rules.items():
-    differing = one.check(rows.attrs, allow_mismatch=True)
-    print(f"{name}: {'; '.join(differing) or 'scored by the models it was fitted with'}")
-pairs[["rule_1", "rule_2", "spearman", "jaccard"]].round(2)
-
-# %% [markdown]
-# The rows on which the rules part most: each rule's rank (0 is best, 1 worst), and the indicators that decide it.
-
-# %%
-apart.join(rows[list(study.profile.indicators)]).head(8).round(2)
+pairs, _ = compare_rules(rules, experiments.all_pool_rows(study), top=study.profile.selection.size)
+display(pairs[["rule_1", "rule_2", "spearman", "jaccard"]].round(2))
+ours, theirs = pairs.query("rule_1 == 'fitted'"), pairs.query("rule_1 != 'fitted'").iloc[0]
+Markdown(f"""
+The fitted rule ranks the rows like v1 with a correlation of {ours['spearman'].iloc[0]:+.2f} and like v3 with {ours['spearman'].iloc[1]:+.2f}; the two published rules agree with each other to {theirs['spearman']:+.2f}.
+""")
 
 # %% [markdown]
 # ## Finetune on each
+#
+# The table has the shape of the paper's Table 3, with repeats; `_half` is the half-width of the 95 % interval of the mean.
+# `tokens_trained` counts the target tokens of all epochs, `rows` and `steps` are means over the finetunes.
 
 # %%
 runs = study.run("gate", plans)
 study.save(runs[experiments.GATE_COLUMNS], "comparison.parquet")
+display(figures.plot_selected_random(beat_random.by_budget(runs)["equal rows"]))
 table = beat_random.selection_table(runs)
-table.round(4)
+display(table.round(4))
+lowest = table.loc[table.groupby("pool")["loss_eval_2"].idxmin()]
+Markdown("\n".join(
+    f"In {one.pool} the lowest mean loss on the second evaluation set is that of “{one.method}”, {one.loss_eval_2:.4f} nats."
+    for one in lowest.itertuples()
+))
 
 # %% [markdown]
-# The losses above have the shape of the paper's Table 3, with repeats; `_half` is the half-width of the 95 % interval of the mean.
-# `tokens_trained` counts the target tokens of all epochs, `rows` and `steps` are means over the finetunes.
+# ## Two columns of losses
+#
+# The question of this notebook is a comparison of two columns: the losses of the finetunes on selected rows, and those on random rows, on the evaluation set that was *not* used to fit the rule.
+# Whoever has compared two groups knows what to do: Welch's test, which does not take their variances as equal.
 
 # %%
-figures.plot_selected_random(beat_random.by_budget(runs)["equal rows"])
+first = next(iter(own))
+part = runs[(runs["pool"] == first) & runs["method"].isin(["selected", "random"])]
+losses = part.pivot(index="seed", columns="method", values="loss_eval_2")
+selected, random = (np.log(losses[name].dropna()) for name in ("selected", "random"))
+welch = ttest_ind(selected, random, equal_var=False)
+display(losses.round(4))
+Markdown(f"""
+In {first} the mean log losses differ by {100 * np.expm1(selected.mean() - random.mean()):+.2f} %, with t = {welch.statistic:.2f} and p = {welch.pvalue:.2g}.
+""")
+
 # %% [markdown]
 # ## The primary contrast, at equal rows and at equal tokens
 #
-# One contrast for each pool was fixed beforehand: selected against random, one size, on the evaluation set that was *not* used to fit the rule.
-# Difference is the relative change of the loss, negative when the selection is better; `p_holm` is adjusted for the number of pools.
+# The core runs this test in every pool, and adds what a test alone does not say.
+# One contrast for each pool was fixed beforehand: selected against random, one size; `p_holm` is adjusted for the number of pools.
+# Difference is the relative change of the loss, negative when the selection is better.
 # The interval from `low` to `high` speaks of these prompts, that from `low_prompts` to `high_prompts` takes the prompts too as drawn at random.
 # `detectable` is the difference that this many runs would have found with 80 % power.
-# `p_margin` asks another question: below 0.05, the difference is smaller than 1 %, whatever its sign, and the verdict says so.
+# `p_margin` asks another question: below 0.05, the difference is smaller than 1 %, whatever its sign.
+# At equal tokens the random sets have another number of rows and of optimisation steps.
 
 # %%
 prompts = experiments.per_example(study, runs)
 contrasts = beat_random.compare_budgets(runs, prompts, loss="loss_eval_2")
+study.save(contrasts, "contrasts.parquet")
 numbers = ["difference", "low", "high", "low_prompts", "high_prompts", "detectable"]
-shown = ["budget", "pool", *numbers, "p_holm", "p_margin", "verdict"]
 primary = contrasts.query("role == 'primary'")
-primary[shown].round(4)
-
-# %% [markdown]
-# In how many pools is the selection better, at equal rows and at equal tokens?
-# Where only equal rows show an advantage, it may be one of how many tokens are trained on, and not of which; where both do, it is not one of the number of tokens.
-# At equal tokens the random sets have another number of rows and of optimisation steps.
-
-# %%
-better = primary["verdict"].str.startswith("better")
-better.groupby(primary["budget"], sort=False).agg(better="sum", pools="size")
+display(primary[["budget", "pool", *numbers, "p", "p_holm", "p_margin", "verdict"]].round(4))
+same = primary.query("budget == 'equal rows' and pool == @first").iloc[0]
+np.testing.assert_allclose(same["p"], welch.pvalue, rtol=1e-6)
+Markdown("\n".join([
+    f"The test by hand and the table give the same p in {first}.",
+    *(f"At {budget} the selection is better than random rows in {part['verdict'].str.startswith('better').sum()} of {len(part)} pools; the differences go from {100 * part['difference'].min():+.2f} to {100 * part['difference'].max():+.2f} %, and {100 * part['detectable'].max():.1f} % could have been seen in every pool."
+      for budget, part in primary.groupby("budget", sort=False)),
+    "Where only equal rows show an advantage, it may be one of how many tokens are trained on, and not of which.",
+]))
 
 # %% [markdown]
 # ## Selected against every rival
@@ -158,15 +195,16 @@ better.groupby(primary["budget"], sort=False).agg(better="sum", pools="size")
 
 # %%
 secondary = contrasts.query("role != 'primary'")
-against_rivals = secondary.query("method == 'selected'")
-against_rivals[["budget", "pool", "versus", *numbers, "verdict"]].round(4)
-
-# %% [markdown]
-# And every rival against random:
-
-# %%
-rivals = secondary.query("versus == 'random'")
-rivals[["budget", "pool", "method", *numbers, "verdict"]].round(4)
+against_rivals = secondary.query("method == 'selected' and versus != 'random'")
+display(against_rivals[["budget", "pool", "versus", *numbers, "verdict"]].round(4))
+won = against_rivals["verdict"].str.startswith("better").groupby(against_rivals["versus"])
+rivals = secondary.query("versus == 'random' and method != 'selected'")
+as_good = rivals["verdict"].str.startswith("better").groupby(rivals["method"]).agg(["sum", "size"])
+Markdown("\n".join([
+    *(f"Against “{name}” the selection is better in {yes.sum()} of {len(yes)} contrasts." for name, yes in won),
+    f"Of the rivals themselves, “{as_good['sum'].idxmax()}” beats random rows most often, in {as_good['sum'].max()} of {as_good['size'].max()} contrasts." if as_good["sum"].any() else "None of the rivals is seen to beat random rows.",
+    "All contrasts are in `contrasts.parquet`.",
+]))
 
 # %% [markdown]
 # ## Does the rule beat length alone?
@@ -175,29 +213,33 @@ rivals[["budget", "pool", "method", *numbers, "verdict"]].round(4)
 # The pools of one seed share the adapter's first values, the order and the prompts, so they are averaged within a seed, and the seeds are counted.
 
 # %%
-against = both_ends(runs, prompts)
-answers_table(against)[["answer", *numbers, "p_margin", "seeds"]].round(4)
+against = beat_random.both_ends(runs, prompts)
+display(beat_random.answers_table(against)[["answer", *numbers, "p_margin", "seeds"]].round(4))
+Markdown("\n".join(
+    f"At {budget} the harder end to beat is that of the {end} rows: the rule's loss differs by {100 * one.difference:+.2f} %{f' [{100 * one.low:+.2f}, {100 * one.high:+.2f}]' if one.seeds > 1 else ', with one seed and so no interval'}. Does the rule beat length alone? **{one.answer}**."
+    for budget, ends in against.items()
+    for end, one in [max(ends.items(), key=lambda item: item[1].difference)]
+))
 
 # %% [markdown]
 # ## With the rule's own uncertainty
 #
 # The contrasts above are of *one* rule, which came out of one sweep.
 # Here the sweep's sets are drawn again within their sources, a rule is refitted each time, and each refit selects its own rows and is finetuned once.
-# First, how many of the rule's rows the refits choose too; then the refits against the random draws.
 
 # %%
 cards = experiments.refit_cards(study, study.profile.selection.refits)
 refit_plans = experiments.refit_plans(study, cards)
-refitted = study.run("refit", refit_plans)
-own = {p.label["pool"]: p.row_hashes for p in plans if p.label["method"] == "selected"}
-experiments.refit_agreement(refit_plans, own).round(2)
-
-# %%
-wider = pd.concat([refitted, runs[runs["method"] == "random"]])
+wider = pd.concat([study.run("refit", refit_plans), runs[runs["method"] == "random"]])
 with_refits = beat_random.compare_with_random(
     wider, per_example=experiments.per_example(study, wider), selected="refit"
 )
-with_refits[["pool", *numbers, "p_holm", "p_margin", "verdict"]].round(4)
+display(with_refits[["pool", *numbers, "p_holm", "p_margin", "verdict"]].round(4))
+shared = experiments.refit_agreement(refit_plans, own)
+Markdown(f"""
+Over the pools, the {len(cards)} refits choose {shared['shared_mean'].min():.0%} to {shared['shared_mean'].max():.0%} of the rule's own rows, the least like it {shared['shared_least'].min():.0%}.
+With their uncertainty counted the selection is better than random rows in {with_refits['verdict'].str.startswith('better').sum()} of {len(with_refits)} pools.
+""")
 
 # %% [markdown]
 # ## The verdict
@@ -205,20 +247,15 @@ with_refits[["pool", *numbers, "p_holm", "p_margin", "verdict"]].round(4)
 # The page that `instructmining select --verify` writes for a reader's own data, here for the primary contrasts of these pools.
 
 # %% tags=["hide-input"]
-from IPython.display import Markdown
-
-Markdown(reports.verdict_markdown(primary, kinds, rule))
-
-# %%
 study.record_claim("selected_beats_random", **claims.contrasts_claim(contrasts, with_refits))
 study.record_claim("beats_length", **claims.length_claim(*against.values()))
-experiments.selected_means(study, at_equal_rows).round(2)
+Markdown(reports.verdict_markdown(primary, kinds, rule))
 
 # %% [markdown]
-# The last table shows how the rows look that each method takes: means of the indicators over all pools.
-#
 # ## In this notebook we have seen
 #
-# - selections and rivals on every pool, with repeats, at equal rows and at equal tokens;
-# - the verdict on selected against random, with the difference that it could have detected, with the prompts taken as drawn, and with the rule refitted;
-# - whether the rule earns its cost beside length alone, and beside the whole pool.
+# - which rows the rule and its rivals take, and that it was fitted near enough to them or not;
+# - how far the published rules would have taken others;
+# - selected against random rows by a plain Welch test, and the same contrast with its intervals, at equal rows and at equal tokens;
+# - the rule against every rival, and against both ends of length;
+# - the same contrast with the rule refitted.

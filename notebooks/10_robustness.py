@@ -25,83 +25,54 @@
 #
 # A rule that works only for the setting it was fitted in is a description of that setting.
 # The paper changes the base and the method of finetuning, one run each; here each has repeats.
+# We ask:
+#
+# - whether the rule's score predicts the loss on other prompts and of other bases;
+# - which of its coefficients hold there;
+# - whether selected rows beat random rows under other settings;
+# - which indicator carries the rule.
 
 # %% tags=["parameters"]
 profile = "laptop"  # type: str  # a preset's name or a YAML file
 
 # %% tags=["hide-input"]
-import sys
-
-if "google.colab" in sys.modules:  # on Colab the package is not there yet
-    home = "/content/instructmining"  # with the committed evidence, for a notebook opened first
-    get_ipython().system(
-        f"git clone -q --depth 1 https://github.com/instructmining/instructmining {home}"
-    )  # noqa: F821
-    get_ipython().run_line_magic("pip", f"install -q {home}[study]")  # noqa: F821
-    sys.path.insert(0, home)
+# !test -n "$COLAB_RELEASE_TAG" && git clone -q --depth 1 https://github.com/instructmining/instructmining im && cp -r im/. . && pip install -q ".[study]"
 
 # %% [markdown]
-# ## Other methods and other bases
+# ## Does the score carry over?
 #
-# The same pool, the same rule, the same sizes; only the finetune changes.
+# Whoever has a score and a loss draws a line through them: `np.polyfit` of the log loss of the sets on what the rule predicts for them, once on the evaluation set that the rule was fitted on and once on the other.
+# But a line through all sets also rises with the sources.
+# The core's slope stands beside the shares of the sources: 1 where the rule carries over whole, 0 where nothing does; the first row's is 1 by construction.
+# Further bases are finetuned on the same sets where the profile asks for it (`robustness.transfer`).
 
 # %%
+import numpy as np
 import pandas as pd
+from IPython.display import Markdown
 
 from instructmining import claims, experiments, figures, paper, tables
 from instructmining.study import Study
+from instructmining_core import load_rule
 from instructmining_core.regression.intervals import significant
-from instructmining_core.regression.rule_card import load_rule
 from instructmining_core.regression.run_table import Standardizer
-from instructmining_core.selection import beat_random
+from instructmining_core.selection.beat_random import compare_with_random
 
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
-runs = pd.concat(
-    [
-        study.run("robustness", plans, **setting)
-        for setting, plans in experiments.robustness_plans(study, rule)
-    ]
-)
-study.save(runs[experiments.GATE_COLUMNS], "robustness.parquet")
-contrasts = beat_random.compare_with_random(runs, loss="loss_eval_2")
-contrasts[
-    [
-        "pool",
-        "n",
-        "mean",
-        "mean_versus",
-        "difference",
-        "low",
-        "high",
-        "detectable",
-        "verdict",
-    ]
-].round(4)
+sweep = study.sweep()
+plain = {name: np.polyfit(rule.predict(sweep), sweep[name], 1)[0] for name in ("log_loss", "log_loss_eval_2")}
 
-# %%
-figures.plot_selected_random(runs)
-# %% [markdown]
-# The paper's Table 6, for comparison: one run a cell.
-
-# %%
-paper.table_6()
-
-# %% [markdown]
-# ## Does the rule carry over to other prompts, and to another base?
-#
-# The score of a set by the rule, beside the shares of its sources, should predict the log loss of another setting with slope one.
-# The second evaluation set costs nothing, its losses are in the ledger; further bases are finetuned on the same sets where the profile asks for it.
-# The first row is the setting that the rule was fitted in, where the slope is one by construction.
-
-# %%
 settings = tables.transfer_settings(study)
 slopes = tables.transfer_table(settings, rule)
 study.save(slopes, "transfer.parquet")
-print(slopes.attrs["note"])
-if not study.profile.robustness.transfer:
-    print("This profile asks for no further base (`robustness.transfer`).")
-significant(slopes)
+display(significant(slopes))
+others = slopes.iloc[1:]
+Markdown(f"""
+The plain lines have slopes of {plain['log_loss']:.2f} and {plain['log_loss_eval_2']:.2f}, sources mixed in.
+Beside the shares the rule carries over whole in {(others['carries'] == 'whole').sum()} of {len(others)} other settings, and in part in {(others['carries'] == 'in part').sum()}; the smallest slope is {others['slope'].min():.2f}.
+{slopes.attrs['note']}
+""")
 
 # %% [markdown]
 # ## Which coefficients hold?
@@ -114,49 +85,86 @@ significant(slopes)
 columns = study.profile.rule_columns()
 constants = Standardizer.fit(study.candidate_scores, columns)
 coefficients = tables.coefficient_map(tables.fit_settings(settings, columns, constants))
-coefficients.pivot(index="name", columns="setting", values="holds").loc[
-    columns, list(dict.fromkeys(coefficients["setting"]))
-]
+order = list(dict.fromkeys(coefficients["setting"]))
+display(coefficients.pivot(index="name", columns="setting", values="holds").loc[columns, order])
+elsewhere = coefficients[coefficients["setting"] != order[0]]
+counts = elsewhere["holds"].value_counts()
+Markdown(f"""
+The first setting claims {(coefficients['holds'] == 'claimed').sum()} of {len(columns)} slopes.
+{f"Of what it claims, {counts.get('holds', 0)} hold elsewhere, {counts.get('not seen', 0)} are not seen and {counts.get('reversed', 0)} are reversed, counted over {len(order) - 1} other settings." if (coefficients['holds'] == 'claimed').any() else 'So there is nothing that could hold or fail elsewhere.'}
+""")
 
 # %%
 figures.plot_coefficients(coefficients.rename(columns={"setting": "kind"}))
 
 # %% [markdown]
+# ## Other methods and other bases
+#
+# The same pool, the same rule, the same sizes; only the finetune changes.
+
+# %%
+runs = pd.concat([
+    study.run("robustness", plans, **setting)
+    for setting, plans in experiments.robustness_plans(study, rule)
+])
+study.save(runs[experiments.GATE_COLUMNS], "robustness.parquet")
+display(figures.plot_selected_random(runs))
+contrasts = compare_with_random(runs, loss="loss_eval_2")
+study.record_claim("robust", **claims.contrasts_claim(contrasts))
+shown = ["pool", "n", "mean", "mean_versus", "difference", "low", "high", "detectable", "verdict"]
+display(contrasts[shown].round(4))
+Markdown(f"""
+Selected rows are better than random ones in {contrasts['verdict'].str.startswith('better').sum()} of {len(contrasts)} settings, and worse in {contrasts['verdict'].str.startswith('worse').sum()}; {100 * contrasts['detectable'].max():.1f} % of the loss could have been seen in each.
+""")
+
+# %% [markdown]
+# The paper's Table 6, for comparison: one run a cell.
+
+# %%
+published = paper.table_6()
+gap = published["self_instruct_selected"] / published["self_instruct_random"] - 1
+display(published)
+Markdown(f"""
+Its differences on Self-Instruct go from {100 * gap.min():+.2f} % ({published['model'][gap.idxmin()]}) to {100 * gap.max():+.2f} % ({published['model'][gap.idxmax()]}), without an interval.
+""")
+
+# %% [markdown]
 # ## Which indicator carries the rule?
 #
 # Drop one indicator, refit on the same runs, select anew by the same code, and see how much of the selection stays the same.
-# Where it does not (a Jaccard index under 0.8), the profile may ask to finetune on the smaller rule's rows, on several seeds; where the selections are nearly the same, so is the loss.
 
 # %%
 overlaps, dropped = experiments.ablation(study, rule)
 study.save(overlaps, "ablation.parquet")
-significant(overlaps)
+display(significant(overlaps))
+needed = overlaps.sort_values("jaccard")["without"].tolist() if len(overlaps) else []
+Markdown(f"""
+{f"Leaving out {needed[0]} changes the selection most: {overlaps['jaccard'].min():.0%} of the rows in either selection are in both." if needed else "The rule has one indicator only, so there is none to leave out."}
+Selections that agree in {experiments.SAME:.0%} of their rows count as the same, and {int(overlaps['finetuned'].sum()) if needed else 0} of {len(overlaps)} differ by more.
+""")
 
 # %% [markdown]
+# Where the selections differ, the profile may ask to finetune on the smaller rule's rows, on several seeds (`robustness.ablation`).
 # The losses on the second evaluation set: the full rule against random rows first, then each smaller rule against random rows, and the full rule's rows against those of the smaller rule.
 # Only the first is free of multiplicity; a negative difference is a lower loss.
 
 # %%
+words = "Nothing was finetuned: not asked for, or no rule without one indicator selects rows that differ enough."
 if len(dropped):
     study.save(dropped, "ablation_runs.parquet")
-    shown = ["method", "versus", "n", "n_versus", "difference", "low", "high"]
-    display(significant(dropped[[*shown, "detectable", "verdict"]]))
-else:
-    print("Nothing was finetuned: not asked for (`robustness.ablation`), or no rule")
-    print("without one indicator selects rows that differ enough.")
-
-# %% [markdown]
-# The paper's Table 5, for comparison: one run a cell.
-
-# %%
-paper.table_5()
-
-# %%
-study.record_claim("robust", **claims.contrasts_claim(contrasts))
+    display(significant(dropped[["method", "versus", "n", "n_versus", "difference", "low", "high", "detectable", "verdict"]]))
+    smaller = dropped.query("versus == 'random' and method != 'selected'")
+    words = f"{smaller['verdict'].str.startswith('better').sum()} of {len(smaller)} smaller rules still select rows that are better than random ones."
+table_5 = paper.table_5().set_index("rule")["self_instruct"]
+Markdown(f"""
+{words}
+In the paper's Table 5, one run a cell, the loss goes from {table_5['all four']} with all four indicators to {table_5.drop(['all four', 'random']).max()} without the most useful one, against {table_5['random']} for random rows.
+""")
 
 # %% [markdown]
 # ## In this notebook we have seen
 #
+# - whether the score carries over to other prompts and, where the profile has them, to other bases;
+# - which coefficients hold there;
 # - selected against random under other settings, with intervals;
-# - whether the score carries over to other prompts and, where the profile has them, to other bases, and which coefficients hold;
 # - how much each indicator matters to what is selected and, where asked for, to the loss.

@@ -23,137 +23,178 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/instructmining/instructmining/blob/main/notebooks/12_verdict.ipynb)
 #
-# This notebook asks the embedded corpus for the truth, where there is one, and then goes through the claims one by one.
+# This notebook asks the embedded corpus for the truth, where there is one, and then goes through the claims one by one:
+#
+# - whether the loss measures quality;
+# - whether the rule finds the defective one of two twins, better than its rivals do;
+# - whether a win over random rows comes from the defects;
+# - whether the procedure stays silent where the indicators mean nothing;
+# - what can be said of every claim.
 
 # %% tags=["parameters"]
 profile = "laptop"  # type: str  # a preset's name or a YAML file
 
 # %% tags=["hide-input"]
-import sys
-
-if "google.colab" in sys.modules:  # on Colab the package is not there yet
-    home = "/content/instructmining"  # with the committed evidence, for a notebook opened first
-    get_ipython().system(
-        f"git clone -q --depth 1 https://github.com/instructmining/instructmining {home}"
-    )  # noqa: F821
-    get_ipython().run_line_magic("pip", f"install -q {home}[study]")  # noqa: F821
-    sys.path.insert(0, home)
+# !test -n "$COLAB_RELEASE_TAG" && git clone -q --depth 1 https://github.com/instructmining/instructmining im && cp -r im/. . && pip install -q ".[study]"
 
 # %% [markdown]
 # ## Does the loss measure quality?
 #
 # Rows are replaced by their defective twins, a growing share of them, and nothing else changes.
-# If a defect harms, the loss rises with the dose.
+# If a defect harms, the loss rises with the dose, and a `groupby` shows it.
+# The core fits all runs together, with a level of its own for every dose and one for every seed, and gives the change of the log loss at the full dose (`slope`) with its interval; a kind *harms* where that interval lies above zero.
+# A kind that was not seen to harm the loss is a negative control: one that the rule should *not* find.
 
 # %%
+import numpy as np
 import pandas as pd
+from IPython.display import Markdown
 
 from instructmining import claims, figures, planted_defects, tables
 from instructmining.embedded import ground_truth
 from instructmining.embedded.defects import SEEN_KINDS
 from instructmining.study import Study
+from instructmining_core import load_rule
 from instructmining_core.regression.intervals import significant
-from instructmining_core.regression.rule_card import load_rule
 
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
 planted = planted_defects.planted(study)
+words = "Real data: no defects are planted, so there is no truth to ask for."
 if planted:
     doses = planted_defects.dose_runs(study)
     study.save(doses[planted_defects.DOSE_COLUMNS], "doses.parquet")
+    plain = doses.assign(log=np.log(doses["loss_eval_1"])).groupby(["kind", "dose"])["log"].mean()
+    by_hand = plain.groupby("kind").last().drop("clean") - plain["clean"].iloc[0]
+
     effects = ground_truth.dose_effects(doses)
     harmful = effects.index[effects["harms"]]
     display(significant(effects))
     display(figures.plot_dose_response(doses, harms=harmful, seen=SEEN_KINDS))
-else:
-    print("Real data: no defects are planted, so there is no truth to ask for.")
+    worst = effects["slope"].idxmax()
+    apart = (by_hand - effects["slope"]).abs().max()
+    words = f"""
+At a full dose {worst} costs most: {100 * np.expm1(by_hand[worst]):+.2f} % of the loss by pandas, and the same by the fit (over all kinds the two differ by {apart:.1g} at most){f", with an interval of {100 * np.expm1(effects.loc[worst, 'low']):+.2f} to {100 * np.expm1(effects.loc[worst, 'high']):+.2f} %" if np.isfinite(effects.loc[worst, 'low']) else ", without an interval, since no run is repeated"}.
+{len(harmful)} of {len(effects)} kinds are seen to harm the loss ({', '.join(harmful) or 'none'}); the others this loss does not see, or these runs are too few."""
+Markdown(words)
 
 # %% [markdown]
-# One fit over all runs, with a level of its own for every dose, gives the change of the log loss at the full dose (`slope`), and table and figure both take from it which kinds *harm*: those whose interval lies above zero.
-# A kind that was not seen to harm the loss is a negative control: one that the rule should *not* find.
-#
 # ## Does the rule find the defective twin?
 #
-# Each defective row has a clean twin.
-# The AUC within twins is how often the rule ranks the clean one better: 0.5 is chance, 1 is perfect.
-# The reward and evaluator models have seen some of the kinds during their own training and never the others, and the rule was fitted to sets of the candidates but not to the pools: all four groups stand apart.
-# The figure takes fitted and unseen rows together, kind by kind; the table below it sets them apart.
-# The loss oracle knows what each kind costs and nothing of kinds that cost nothing; the oracle knows the label.
+# Each defective row has a clean twin, and the question can be put to any number: how often is the clean one the better of the two?
+# That share is the AUC within twins, a tie counting half: 0.5 is chance, 1 is perfect.
+# Taking the longer answer is one comparison of two columns; the core asks the rule and all its rivals, library by library, so that there is an interval over libraries.
 
 # %%
+words = "No twins here."
 if planted:
+    told = study.data.everything.drop_duplicates("id").set_index("id")[["kind", "twin"]]
+    length = study.scores.drop_duplicates("id").set_index("id")["len_out"]
+    pairs = told[(told["kind"] != "") & told["twin"].isin(length.index) & told.index.isin(length.index)]
+    clean, bad = length[pairs["twin"]].to_numpy(), length[pairs.index].to_numpy()
+    longer = np.mean((clean > bad) + 0.5 * (clean == bad))
+
     auc = planted_defects.auc_of_study(study, rule, effects)
     study.save(auc, "truth.parquet")
     display(figures.plot_twin_auc(ground_truth.over_libraries(auc)))
-
-# %%
-planted_defects.auc_table(auc) if planted else "-"
+    display(planted_defects.auc_table(auc))
+    own = ground_truth.over_libraries(auc, by=("scorer",)).set_index("scorer")
+    one = auc.query("scorer == 'longest'")
+    pooled = np.average(one["auc"], weights=one["pairs"])
+    words = f"""
+By hand the longer of two twins is the clean one in {longer:.1%} of {len(pairs)} pairs, by the core in {pooled:.1%} of {one['pairs'].sum()}.
+The rule ranks the clean twin better in {own.loc['rule', 'auc']:.0%} [{own.loc['rule', 'low']:.0%}, {own.loc['rule', 'high']:.0%}] of the pairs (every library counts once); the best of its rivals without the label is “{own.drop(['rule', 'oracle', 'loss_oracle'], errors='ignore')['auc'].idxmax()}” with {own.drop(['rule', 'oracle', 'loss_oracle'], errors='ignore')['auc'].max():.0%}."""
+Markdown(words)
 
 # %% [markdown]
-# Does the rule find the kinds that harm, and keep off those that don't?
-# A negative control whose AUC lies above 0.5 with its whole interval is found all the same.
+# The reward and evaluator models have seen some of the kinds during their own training and never the others, and the rule was fitted to sets of the candidates but not to the pools: all four groups stand apart in the table.
+# The loss oracle knows what each kind costs and nothing of kinds that cost nothing; the oracle knows the label.
+#
+# ## Does it find the kinds that harm, and keep off those that don't?
 
 # %%
+words = "No kinds here."
 if planted:
-    display(significant(planted_defects.by_kind(auc, effects)))
+    kinds = planted_defects.by_kind(auc, effects)
+    display(significant(kinds))
+    rule_on = ground_truth.over_libraries(auc.query("scorer == 'rule'"), by=("kind",)).set_index("kind")
+    controls = rule_on.loc[[kind for kind in rule_on.index if kind not in harmful]]
+    caught = controls.index[controls["low"] > 0.5]
+    words = f"""
+Of {len(controls)} negative controls the rule finds {len(caught)} all the same ({', '.join(caught) or 'none'}): its whole interval lies above one half there."""
+Markdown(words)
 
 # %% [markdown]
-# Is the rule better than each rival, library by library, on kinds that no stand-in has seen?
-# The difference of AUC, with its interval over libraries.
+# ## Is the rule better than each rival?
+#
+# On kinds that no model has seen, library by library: the difference of AUC, with its interval over libraries.
 
 # %%
+words = "No rivals here."
 if planted:
     found = planted_defects.defects_found(auc, effects)
     study.record_claim("finds_defects", **claims.defects_claim(found))
-    print(f"The harder end of length to beat is the {found['rival']} row.")
-    print(f"Furthest ahead in {found['kind']}: {found['kind_rival']:.0%} of the pairs,")
-    print(f"the rule {found['kind_rule']:.0%}.")
+    study.record_claim("loss_is_quality", **claims.dose_claim(effects))
     display(significant(planted_defects.rule_against(auc)))
+    words = f"""
+The harder end of length to beat is the {found['rival']} row: the rule's AUC differs from its AUC by {found['difference']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}].
+It falls furthest behind, or is least ahead, in {found['kind']}, where length finds {found['kind_rival']:.0%} of the pairs and the rule {found['kind_rule']:.0%}."""
+Markdown(words)
 
 # %% [markdown]
 # ## Does a win come from the defects?
 #
 # The gate of notebook 08, pool by pool: how many of the pool's rows are defective, how many of those that the rule selects and that a random draw takes, and the relative difference of the loss.
-# In the pool without defects there is nothing to avoid, and no win is expected; a win there says that the rule gains by something else than the planted defects, and so may its wins in the other pools.
+# In a pool without defects there is nothing to avoid, and no win is expected.
 
 # %%
+words = "No pools with planted defects here."
 if planted:
     pools = planted_defects.defect_pools(study, rule)
+    free = pools[pools["defects"] == 0]
     study.record_claim("no_win_without_defects", **claims.clean_pool_claim(pools))
     display(significant(pools))
+    avoided = pools[pools["defects"] > 0]
+    words = f"""
+Where there are defects, the selection takes {avoided['in_selected'].mean():.0%} defective rows and a random draw {avoided['in_random'].mean():.0%}.
+{f"In the pool without any, the verdict is “{free['verdict'].iloc[0]}”: {'the rule gains by something else than the planted defects, and so may its wins in the other pools' if free['verdict'].iloc[0].startswith('better') else 'no win where none is expected'}." if len(free) else 'No pool is free of them.'}"""
+Markdown(words)
 
 # %% [markdown]
 # ## The negative control
 #
 # The indicators of the rows are shuffled within each source, so that they mean nothing, and the whole procedure runs again, many times.
 # About one shuffle in twenty should be "significant" at 5 %.
-# Sets drawn from one source share rows, so their losses and even their shuffled means are alike, and runs can't be exchanged freely.
-# Both tests of notebook 07 are tried, the one that counts shared rows and the one that does not; and the study's own $R^2$ is held against the shuffles as well, which share rows in just the same way.
-# A test keeps its level where the interval of its share of significant shuffles holds 0.05; where it lies above, its p is not to be believed.
+# Both tests of notebook 07 are tried, the one that counts shared rows and the one that does not; the study's own $R^2$ is held against the shuffles as well, which share rows in just the same way.
 # The control stops at the test: nothing is selected or finetuned by a shuffled rule.
 
 # %%
 control = tables.negative_control(study)
-significant(control).T
+display(significant(control).T)
+Markdown("\n".join(
+    f"With {name}, {one['significant at 5 %']:.0f} of {one['shuffles']:.0f} shuffles are significant, a share between {one['low']:.2f} and {one['high']:.2f}: {'its p is not to be believed' if one['low'] > 0.05 else 'no sign that the test breaks its level'}."
+    for name, one in control.iterrows()
+))
 
 # %% [markdown]
 # ## Claim by claim
 
 # %%
-if planted:
-    study.record_claim("loss_is_quality", **claims.dose_claim(effects))
 verdict = claims.verdicts(study)
 study.save(verdict, "verdict.csv")
 with pd.option_context("display.max_colwidth", None):
     display(verdict.drop(columns="claim"))
+whole = verdict["verdict"].str.split(r"[;:,]").str[0].value_counts()
+Markdown(f"""
+Of {len(verdict)} claims, {whole.get('holds', 0)} hold, {whole.get('does not hold', 0)} do not, and {whole.get('undecided', 0)} stay undecided; the others have an answer of their own kind.
+Every verdict stands beside the smallest effect that this run could have detected: "undecided" means that the run was too small to tell, not that there is nothing.
+""")
 
 # %% [markdown]
-# Every verdict stands beside the smallest effect that this run could have detected.
-# "Undecided" means that the run was too small to tell, not that there is nothing.
-#
 # ## In this notebook we have seen
 #
 # - which defects harm the loss, and by how much;
 # - how well the rule finds them, beside length, perplexity and the rest, and whether it keeps off those that do no harm;
 # - whether the selected rows win where there is no defect to avoid;
-# - a verdict on every claim of the paper, for this run's models and data.
+# - how often the procedure finds something in shuffled indicators;
+# - a verdict on every claim, for this run's models and data.

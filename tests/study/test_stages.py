@@ -118,3 +118,12 @@ def test_pages_carry_no_machine_path_and_no_progress_bars(house):
 
 def test_the_projects_own_notebooks_keep_their_manners():
     book.check_notebooks()
+
+
+def test_a_notebook_with_too_many_code_cells_is_named(house):
+    (house / "_config.yml").write_text("repository: {url: https://github.com/a/b}\n")
+    write(house, "02_second", more="\n# %%\n1" * (book.MAX_CODE_CELLS - 1))
+    with pytest.raises(InstructMiningError) as told:
+        book.check_notebooks()
+    assert f"02_second.ipynb: more than {book.MAX_CODE_CELLS} code cells" in str(told.value)
+    assert "01_first.ipynb: more than" not in str(told.value)
