@@ -87,9 +87,12 @@ Markdown(f"""
 
 # %% [markdown]
 # Pools are selected from later; a pool is either an unseen source or unseen rows of a source that the rule was fitted on, and its name says which.
+# The rule is fitted on the loss over the first evaluation set, and judged on the second.
+# A third is made of the first: its answers, each after another row's question.
+# What they cost more there than under their own question says how much a model makes of what it was asked.
 
 # %%
-exams = {name: table for name, table in vars(data).items() if name.startswith(("eval_", "relevance")) and isinstance(table, pd.DataFrame)}
+exams = {"eval_1": data.eval_1, "eval_2": data.eval_2}
 tables = {"candidates": data.candidates, **data.pools, **exams}
 pd.DataFrame(
     {name: {"rows": len(t), "sources": t["source"].nunique()} for name, t in tables.items()}
@@ -154,7 +157,7 @@ By hand {by_hand} of {len(exam)} evaluation rows share eight words with a candid
 
 # %%
 roles, ladder = study.profile.models.roles(), study.profile.models.ladder
-study.standins(*roles.values(), *ladder)  # those that are missing are built, side by side
+study.standins(*roles.values(), *ladder)  # those that are missing are built
 found = {role: resolve(ref, standins=study.standins(ref)) for role, ref in roles.items()}
 display(pd.DataFrame(
     [{"role": role, "model": r.id, "revision": r.revision, "stand-in": r.stand_in} for role, r in found.items()]

@@ -61,6 +61,8 @@ lost = (runs["status"] != "done").sum()
 words = ""
 if "base_eval_1" in sweep:
     words = f"The base itself stands at {sweep['base_eval_1'].iloc[0]:.4f}, and {(sweep['loss_eval_1'] < sweep['base_eval_1']).mean():.0%} of the runs end below it."
+if "relevance" in sweep:
+    words += f" Under another row's question the same answers cost {sweep['relevance'].median():+.4f} nats more after a typical run, {sweep['base_relevance'].iloc[0]:+.4f} before any: that much of the question reaches the answer."
 Markdown(f"""
 {len(sweep)} runs trained on {sweep['tokens_trained'].sum():,} tokens in {sweep['seconds'].sum() / 60:.1f} minutes of training and evaluation; {lost or 'none'} diverged.
 The loss on the first evaluation set goes from {sweep['loss_eval_1'].min():.4f} to {sweep['loss_eval_1'].max():.4f} nats a token: the worst set costs {100 * (sweep['loss_eval_1'].max() / sweep['loss_eval_1'].min() - 1):.1f} % more than the best.
