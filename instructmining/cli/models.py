@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from instructmining_core.config import ModelRef
 from instructmining_core.indicators import ROLES
+from instructmining_core.models.hub import MARKER
 
+from ..embedded.standins import PREFIX, build_standins
 from ..profile import load_profile
 
 if TYPE_CHECKING:
     from ..study import Study
-
-DEFAULT_STANDINS = "laptop"  # the profile whose stand-ins `--models role=standin:...` means
 
 
 class ModelsError(ValueError):
@@ -47,12 +47,10 @@ def asked_template(profile: str | None) -> str:
 
 def is_standin(ref: ModelRef) -> bool:
     """Whether a model is a stand-in: by its name, or by the mark in its folder."""
-    return ref.id.startswith("standin:") or (Path(ref.id) / "STAND_IN.json").is_file()
+    return ref.id.startswith(PREFIX) or (Path(ref.id) / MARKER).is_file()
 
 
-def standin_folder(
-    profile: str | None, roles: Mapping[str, ModelRef], allowed: bool
-) -> Path | None:
+def standin_folder(roles: Mapping[str, ModelRef], allowed: bool) -> Path | None:
     """The folder of the stand-ins among `roles`, built if need be; None where there are none.
 
     Raises ModelsError where stand-ins are asked for and not allowed.
@@ -60,12 +58,11 @@ def standin_folder(
     found = [role for role, ref in roles.items() if is_standin(ref)]
     if found and not allowed:
         raise ModelsError(
-            f"the model of {', '.join(found)} is a stand-in: a small model built on the spot, for "
+            f"the model of {', '.join(found)} is a stand-in: a tiny model built on the spot, for "
             "trying the code; its scores say nothing of the paper's. Pass --allow-standins to use "
             "it all the same, or name real models with --models or another --profile"
         )
-    named = [ref for ref in roles.values() if ref.id.startswith("standin:")]
-    return opened_study(profile or DEFAULT_STANDINS).standins(*named) if named else None
+    return build_standins(roles.values())
 
 
 @lru_cache(maxsize=1)

@@ -128,7 +128,7 @@ def open_scorer(
     )
     needed = {one.role for one in scorer.indicators}
     used = {role: ref for role, ref in roles.items() if role in needed}
-    scorer.models.standins = standin_folder(profile, used, allow_standins)
+    scorer.models.standins = standin_folder(used, allow_standins)
     if bank is None and any(one.role and not one.role_optional for one in scorer.indicators):
         scorer.bank = files.cache() / "bank"
     return scorer

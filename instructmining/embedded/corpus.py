@@ -128,7 +128,18 @@ def _distributions() -> dict[str, list[str]]:
 
 def source_files(library: Library) -> dict[str, Path]:
     """The library's source files by path relative to its root, without tests and vendored code."""
-    return {path.relative_to(library.root).as_posix(): path for path in _files(library)}
+    roots = [library.root]
+    if library.name == STDLIB:
+        modules = [library.root / name for name in STDLIB_MODULES]
+        roots = [p.with_suffix(".py") if p.with_suffix(".py").is_file() else p for p in modules]
+    skipped = [_SKIPPED, *([_SKIPPED_OF[library.name]] if library.name in _SKIPPED_OF else [])]
+    found = {}
+    for root in roots:
+        for path in [root] if root.is_file() else sorted(root.rglob("*.py")):
+            inside = path.relative_to(root).as_posix()  # "." for a module of one file
+            if not any(pattern.search(inside) for pattern in skipped):
+                found[path.relative_to(library.root).as_posix()] = path
+    return found
 
 
 def parse(path: Path) -> ast.Module:
@@ -142,23 +153,6 @@ def parse(path: Path) -> ast.Module:
     finally:
         if collecting:
             gc.enable()
-
-
-def _files(library: Library) -> Iterator[Path]:
-    if library.name == STDLIB:
-        for module in STDLIB_MODULES:
-            place = library.root / module
-            yield from [place.with_suffix(".py")] if place.with_suffix(".py").is_file() else (
-                _python_files(place, None) if place.is_dir() else [])
-        return
-    yield from _python_files(library.root, _SKIPPED_OF.get(library.name))
-
-
-def _python_files(folder: Path, skipped: re.Pattern | None) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*.py")):
-        relative = path.relative_to(folder).as_posix()
-        if not _SKIPPED.search(relative) and not (skipped and skipped.search(relative)):
-            yield path
 
 
 SEED = 20230711
@@ -221,13 +215,11 @@ class Corpus:
         as the committed hash of that version, "different" from it, or "unknown version": recorded,
         not a failure)
     key : hash of versions, sizes and the code that reads: the cache's key
-    left_out : rows not used, by reason
     """
 
     table: pd.DataFrame
     versions: pd.DataFrame
     key: str
-    left_out: dict[str, int]
 
     def split(self, name: str) -> pd.DataFrame:
         """Rows of one split: base_text, standin, candidates, pool, eval_1 or eval_2."""
@@ -243,9 +235,7 @@ def build_corpus(size: str) -> Corpus:
     Raises InstructMiningError if fewer than 12 of the candidate libraries are installed.
     """
     if size not in SIZES:
-        raise InstructMiningError(
-            f"Corpus size {size!r} is unknown; known: {', '.join(SIZES)}."
-        )
+        raise InstructMiningError(f"Corpus size {size!r} is unknown; known: {', '.join(SIZES)}.")
     found = [f for name in ROLES if (f := find_library(name))]
     candidates = [f.name for f in found if ROLES[f.name] == "candidate"]
     if len(candidates) < MIN_CANDIDATE_LIBRARIES:
@@ -357,7 +347,7 @@ def _read_and_split(found: Sequence[Library], size: str) -> tuple:
 
 def _write(folder: Path, key: str, table: pd.DataFrame, versions: pd.DataFrame) -> None:
     """Versions first: a table in the cache always has its versions beside it."""
-    about = {"versions": versions.to_dict("records"), "left_out": table.attrs["left_out"]}
+    about = {"versions": versions.to_dict("records")}
     files.write_atomic(folder / f"{key}.json", json.dumps(about, indent=1))
     with files.being_written(folder / f"{key}.parquet") as part:
         table.to_parquet(part)
@@ -368,8 +358,7 @@ def _load(folder: Path, key: str) -> Corpus:
     about = json.loads((folder / f"{key}.json").read_text())
     table = with_row_hash(table.assign(messages=messages(table["prompt"], table["response"])))
     table["kind"], table["twin"] = "", ""
-    table.attrs = {}
-    return Corpus(table, pd.DataFrame(about["versions"]), key, about["left_out"])
+    return Corpus(table, pd.DataFrame(about["versions"]), key)
 
 
 def messages(prompts: Sequence[str], responses: Sequence[str]) -> list[list[dict[str, str]]]:
@@ -387,9 +376,9 @@ def split_rows(
 
     rows : columns source, symbol, prompt, response
     roles : library -> "candidate", "unseen", "standin" or "base"
-    returns : the rows kept, with columns `split` and `group` (int); the numbers left out are in
-        `.attrs["left_out"]`: boilerplate, crossing (near copies in another split), unused
-        (a second row of a function in an evaluation set, or past a split's size)
+    returns : the rows kept, with columns `split` and `group` (int). Left out are boilerplate, near
+        copies of another split's rows, a second row of a function in an evaluation set, and rows
+        past a split's size.
     """
     texts = (rows["prompt"] + "\n" + rows["response"]).tolist()
     runs = word_runs(texts)
@@ -401,17 +390,9 @@ def split_rows(
         _split_library(part, roles[source], sizes, lonely, seed)
         for source, part in table.groupby("source", sort=False)
     ]
-    chosen = pd.concat(parts).reindex(table.index)
-    table = table.assign(split=chosen)
-    named = table[table["split"] != ""]
-    kept = _one_split_per_group(named)
-    kept = kept.assign(group=pd.factorize(kept["group"])[0])
-    kept.attrs["left_out"] = {
-        "boilerplate": len(common),
-        "unused": len(table) - len(named),
-        "crossing": len(named) - len(kept),
-    }
-    return kept.reset_index(drop=True)
+    table = table.assign(split=pd.concat(parts))
+    kept = _one_split_per_group(table[table["split"] != ""])
+    return kept.assign(group=pd.factorize(kept["group"])[0]).reset_index(drop=True)
 
 
 def _order(key: str, seed: int) -> bytes:

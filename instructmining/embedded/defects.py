@@ -21,15 +21,6 @@ from .corpus import messages
 SEEN_KINDS = ("other_answer", "scrambled", "cut_short")  # the stand-in models learn from these
 UNSEEN_KINDS = ("repetitive", "fluent_wrong", "wrong_identifier")
 KINDS = SEEN_KINDS + UNSEEN_KINDS
-KIND_LABELS = {
-    "other_answer": "answer of another function",
-    "scrambled": "scrambled words",
-    "cut_short": "cut short",
-    "repetitive": "repetitive",
-    "fluent_wrong": "fluent but wrong",
-    "wrong_identifier": "wrong identifier",
-}
-
 LEAST_DONORS = 5  # functions; fewer that were asked the same way lend to nobody
 
 _OPPOSITES = (
@@ -176,13 +167,11 @@ def twins(
     return with_row_hash(made.assign(messages=messages(made["prompt"], made["response"])))
 
 
-def plant(
-    table: pd.DataFrame, share: float, kinds: Sequence[str] = KINDS, seed: int = 0
-) -> pd.DataFrame:
+def plant(table: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
     """The clean rows and, beside some of them, their defective twins.
 
-    share : defective rows among all rows of the result, the same in every source, 0 to 0.5
-    kinds : planted in equal numbers inside every source
+    share : defective rows among all rows of the result, the same in every source, 0 to 0.5; every
+        kind in equal numbers inside every source
     returns : clean rows in their order, then the defective ones; columns `kind` ("" for a clean
         row) and `twin` (the clean row's id, "" for a clean row). A row has at most one twin.
     """
@@ -195,8 +184,8 @@ def plant(
     for source, rows in clean.groupby("source", sort=True) if share else ():
         wanted = round(share / (1 - share) * len(rows))
         order = np.random.default_rng([seed, _number(source)]).permutation(len(rows))[:wanted]
-        for position, kind in enumerate(kinds):
-            chosen = rows.iloc[np.sort(order[position :: len(kinds)])]
+        for position, kind in enumerate(KINDS):
+            chosen = rows.iloc[np.sort(order[position :: len(KINDS)])]
             made.append(twins(chosen, kind, seed, donors_from=rows))
     return pd.concat([clean, *made], ignore_index=True)
 

@@ -93,36 +93,26 @@ def dose_effects(runs: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(harms=frame["low"] > 0, seen=frame.index.isin(SEEN_KINDS))
 
 
-def rivals(
-    scores: pd.DataFrame,
-    *,
-    effects: pd.DataFrame | None = None,
-    untrained: pd.Series | None = None,
-    seed: int = 0,
-) -> dict[str, pd.Series]:
+def rivals(scores: pd.DataFrame, effects: pd.DataFrame) -> dict[str, pd.Series]:
     """What stands beside a rule: each a Series on the index of `scores`, lower is better.
 
     scores : columns `kind`, and those of len_out, ppl, compression and reward that are there
     effects : as `dose_effects` gives it, for the loss oracle
-    untrained : reward of a model that has not been trained, larger is better
-    returns : "random", "longest", "shortest", "lowest_ppl", "compression", "reward",
-        "untrained_reward", "oracle" (the true label) and "loss_oracle" (the kind's measured
-        slope where that kind `harms`; 0 for clean rows and for kinds that were not seen to harm,
-        so that it knows the loss and not the label)
+    returns : "random", "longest", "shortest", "lowest_ppl", "compression", "reward", "oracle" (the
+        true label) and "loss_oracle" (the kind's measured slope where that kind `harms`; 0 for
+        clean rows and for kinds that were not seen to harm, so that it knows the loss and not the
+        label)
     """
     signs = {"longest": ("len_out", -1), "shortest": ("len_out", 1), "lowest_ppl": ("ppl", 1),
              "compression": ("compression", 1), "reward": ("reward", -1)}  # fmt: skip
-    draws = np.random.default_rng(seed).random(len(scores))
+    draws = np.random.default_rng(0).random(len(scores))
     found = {"random": pd.Series(draws, index=scores.index)}
     for name, (column, sign) in signs.items():
         if column in scores:
             found[name] = sign * scores[column]
-    if untrained is not None:
-        found["untrained_reward"] = -untrained
     found["oracle"] = (scores["kind"] != "").astype(float)
-    if effects is not None:
-        harm = effects["slope"].where(effects["harms"].astype(bool), 0.0)
-        found["loss_oracle"] = scores["kind"].map(harm).fillna(0.0)
+    harm = effects["slope"].where(effects["harms"].astype(bool), 0.0)
+    found["loss_oracle"] = scores["kind"].map(harm).fillna(0.0)
     return found
 
 

@@ -187,7 +187,6 @@ def test_built_twice_is_the_same_and_cached(tmp_path, monkeypatch):
     again = build_corpus("smoke")
     pd.testing.assert_frame_equal(one.table, again.table)
     pd.testing.assert_frame_equal(one.versions, again.versions)
-    assert again.left_out == one.left_out
 
 
 def test_nothing_is_imported():
@@ -229,4 +228,3 @@ def test_crossing_groups_keep_one_split():
     })  # fmt: skip
     kept = split_rows(rows, {"lib": "base", "aid": "standin"}, SplitSizes(), seed=0)
     assert kept["id"].tolist() == [1, 2, 3, 4, 5]  # two copies in standin outweigh one in base_text
-    assert kept.attrs["left_out"] == {"boilerplate": 0, "unused": 0, "crossing": 1}

@@ -121,15 +121,14 @@ def test_rivals_and_their_order():
     effects = pd.DataFrame({"slope": {"cut_short": 0.3, "repetitive": 0.1},
                             "harms": {"cut_short": True, "repetitive": False}})
     scores = SCORES.assign(ppl=1.0, reward=[3, 3, 3, 1, 1, 1, 1.0], compression=1.0)
-    untrained = pd.Series(1.0, index=scores.index)
-    rules = ground_truth.rivals(scores, effects=effects, untrained=untrained)
+    rules = ground_truth.rivals(scores, effects)
     assert list(rules) == ["random", "longest", "shortest", "lowest_ppl", "compression", "reward",
-                           "untrained_reward", "oracle", "loss_oracle"]
+                           "oracle", "loss_oracle"]
     auc = ground_truth.twin_auc(scores, rules).groupby(["scorer", "kind"])["auc"].mean().unstack()
     assert auc.loc["oracle"].tolist() == [1, 1] and auc.loc["reward"].tolist() == [1, 1]
     # the loss oracle does not flee from a kind that was not seen to harm, whatever its slope
     assert auc.loc["loss_oracle"].tolist() == [1, 0.5]
-    assert auc.loc["untrained_reward"].tolist() == [0.5, 0.5]
+    assert auc.loc["lowest_ppl"].tolist() == [0.5, 0.5]
 
 
 def test_over_libraries_is_a_t_interval():

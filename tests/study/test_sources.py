@@ -81,22 +81,6 @@ def test_the_second_evaluation_set_has_no_near_copy_of_the_first(data, tmp_path)
     assert facts.loc["eval_2", "near copies of evaluation rows"] == 1
 
 
-def test_text_of_the_base_model_holds_no_evaluation_row(data, tmp_path, monkeypatch):
-    import dataclasses
-
-    from instructmining.embedded.world import base_texts
-    from instructmining.profile import ModelsConfig, Profile
-
-    monkeypatch.setenv("INSTRUCTMINING_HOME", str(tmp_path))
-    pieces = ["A text on other things.", f"As a teacher said: {EXAM}, and they did."]
-    lines = [json.dumps({"text": piece}) for piece in pieces]
-    (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    profile = Profile("p", data=data, models=ModelsConfig(standin_text=("text.jsonl",)))
-    assert base_texts(profile) == base_texts(profile) == pieces[:1]
-    shorter = dataclasses.replace(data, eval_1=data.eval_2)
-    assert base_texts(dataclasses.replace(profile, data=shorter)) == pieces
-
-
 def test_a_missing_file_says_how_to_get_it(data, tmp_path):
     import dataclasses
 
