@@ -179,7 +179,6 @@ _WORDINGS = {
     "notes": ("What should one know about {name}?", "{name}: any notes?"),
 }  # fmt: skip
 
-
 SPLITS = ("base_text", "standin", "candidates", "pool", "eval_1", "eval_2")
 EVALS = ("eval_1", "eval_2")
 
@@ -338,11 +337,12 @@ def _read_and_split(found: Sequence[Library], size: str) -> tuple:
         digest = source_hash(rows)
         known = held.get(library.name, {}).get(library.version)
         state = "unknown version" if known is None else "same" if known == digest else "different"
-        versions.append((library.name, library.version, library.licence, len(rows), digest, state))
-    versions = pd.DataFrame(
-        versions, columns=["source", "version", "licence", "rows", "hash", "held"])
+        versions.append({
+            "source": library.name, "version": library.version, "licence": library.licence,
+            "rows": len(rows), "hash": digest, "held": state,
+        })  # fmt: skip
     table = split_rows(pd.concat(frames, ignore_index=True), ROLES, sizes, SEED)
-    return table, versions
+    return table, pd.DataFrame(versions)
 
 
 def _write(folder: Path, key: str, table: pd.DataFrame, versions: pd.DataFrame) -> None:

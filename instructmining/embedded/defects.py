@@ -176,9 +176,7 @@ def plant(table: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
         row) and `twin` (the clean row's id, "" for a clean row). A row has at most one twin.
     """
     if not 0 <= share <= 0.5:
-        raise InstructMiningError(
-            f"share is {share}; with every twin beside its row it is 0 to 0.5."
-        )
+        raise InstructMiningError(f"share is {share}; with a twin beside its row it is 0 to 0.5.")
     clean = table.assign(kind="", twin="")
     made = []
     for source, rows in clean.groupby("source", sort=True) if share else ():
@@ -208,9 +206,7 @@ class _Lenders:
     def of(self, row) -> Donors:
         everyone = self.by_source[row.source]
         if all(symbol == row.symbol for symbol in everyone.symbols):
-            raise InstructMiningError(
-                f"Source {row.source!r} has one function only: no donors in it."
-            )
+            raise InstructMiningError(f"Source {row.source!r} has one function only: no donors.")
         return self.by_question.get((row.source, row.question), everyone)
 
 

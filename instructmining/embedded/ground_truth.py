@@ -23,11 +23,7 @@ CLEAN = "clean"  # the kind of a dose of 0, which all kinds share
 
 
 def dose_sets(
-    table: pd.DataFrame,
-    size: int,
-    *,
-    doses: Sequence[float],
-    seeds: Sequence[int],
+    table: pd.DataFrame, size: int, *, doses: Sequence[float], seeds: Sequence[int]
 ) -> pd.DataFrame:
     """Training sets that differ in the share of defective twins and in nothing else.
 
@@ -154,10 +150,9 @@ def over_libraries(
 ) -> pd.DataFrame:
     """Mean AUC over libraries with a 95 % t interval ("new sources").
 
-    auc : as `twin_auc` gives it; by : what stays apart, for instance ("scorer", "seen")
-    returns : columns of `by`, auc, low, high, sources, pairs. Every library counts once: what is
-        not in `by` is averaged inside a library first. One library has no interval (NaN). Limits
-        are those of t, so they may leave 0 to 1.
+    auc : as `twin_auc` gives it; by : what stays apart
+    returns : columns of `by`, auc, low, high (of t, so they may leave 0 to 1; NaN for one library),
+        sources, pairs. Every library counts once: what is not in `by` is averaged inside it first.
     """
     by = list(by)
     inside = auc.dropna(subset="auc").groupby([*by, "source"], sort=False)
