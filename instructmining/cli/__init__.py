@@ -48,8 +48,9 @@ examples:
   instructmining score databricks/databricks-dolly-15k:train -o scores.parquet
 
 Files may be Alpaca, Dolly, ShareGPT, messages, OASST trees, self-instruct,
-MT-Bench, LIMA, hh-rlhf or prompt/completion, as JSON, JSONL, CSV, TSV or
-Parquet, also compressed.
+MT-Bench, LIMA, hh-rlhf or prompt/completion, or one text with a chat's marks,
+as JSON, JSONL, CSV, TSV, Parquet or Arrow, also packed (.gz .zst .xz .bz2 .zip).
+Other names of columns: --columns question=input,answer=target
 """)
 
 SELECT = _examples("""
@@ -153,6 +154,10 @@ def _score(
     paths: Annotated[
         Literal["best", "all"], Option(help="OASST trees: the best-ranked path, or every path")
     ] = "best",
+    columns: Annotated[
+        str | None, Option(metavar="OURS=YOURS,...", help="which columns hold what, where they "
+                           "have other names: question=input,answer=target or messages=talk")
+    ] = None,
     revision: Annotated[str, Option(help="of hub sets; the commit is recorded")] = "main",
     reference: Annotated[
         Path | None, Option(metavar="FILE.npz", help="reference of knn_6 that an earlier run saved")
@@ -168,7 +173,7 @@ def _score(
     from .score import Inputs, open_scorer, reference_of, score_files
 
     names = indicators.split(",") if indicators else None
-    with Inputs(files, out, paths, revision, on_error, chunk_rows) as inputs:
+    with Inputs(files, out, paths, revision, on_error, chunk_rows, columns) as inputs:
         scorer = open_scorer(
             asked_models(profile, models), names, profile=profile, bank=bank,
             form=asked_form(profile, reward_form), allow_standins=allow_standins,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +19,7 @@ import pandas as pd
 
 from instructmining_core import files
 from instructmining_core.config import REFERENCE_ROWS, InstructMiningError, ModelRef
+from instructmining_core.data.fields import NAMES
 from instructmining_core.data.readers import count_records
 from instructmining_core.data.records import Problem, iter_records
 from instructmining_core.indicators.score_table import ScoreWriter
@@ -26,7 +29,15 @@ from .models import asked_template, opened_study, standin_folder
 
 REFERENCE_SEED = 0
 LONG_JOB = 60  # seconds above which the estimate is told before the start
-SHOWN = 20  # problems printed; the file beside the table lists all
+SHOWN = 20  # kinds of problems printed; the file beside the table lists all
+MARKUP = {  # note -> what is looked for in answers
+    "hold HTML, whose tags count as words and tokens":
+        re.compile(r"</?(?:p|div|br|a|span|table|t[dr]|[uo]l|li|h[1-6]|img)\b[^>]*>"),
+    "spell marks of models (<|endoftext|>, </s>, [PAD]), which stay text here but may end or part "
+    "texts for reward models, UniEval and encoders":
+        re.compile(r"<\|\w+\|>|</?s>|\[/?(?:INST|PAD|SEP|CLS|MASK)\]"
+                   r"|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>"),
+}  # fmt: skip
 
 
 class Inputs:
@@ -36,11 +47,12 @@ class Inputs:
     out : the score table to be written
     paths : of OASST trees, "best" or "all"; revision : of hub sets
     on_error : "collect" keeps malformed records as rows without values, "raise" stops at the first
+    columns : "question=A,answer=B": which of the records' columns hold what
     """
 
     def __init__(
         self, names: Sequence[str], out: str, paths: str, revision: str, on_error: str,
-        chunk_rows: int,
+        chunk_rows: int, columns: str | None,
     ) -> None:  # fmt: skip
         if len(set(names)) < len(names):
             raise InstructMiningError("a file is named twice; each row is scored once")
@@ -59,17 +71,20 @@ class Inputs:
                 )
         self.names, self.out, self.paths, self.revision = names, out, paths, revision
         self.on_error, self.chunk_rows = on_error, chunk_rows
+        self.columns = asked_columns(columns)
         self.problems: list[Problem] = []
-        self.piped_sha256 = ""
+        self.notes: Counter[str] = Counter()  # what was not read, and in how many records
+        self.piped_sha256: dict[str, str] = {}
+        self._piped: dict[str, Path] = {}
         self._open = ExitStack()
 
     def __enter__(self) -> Inputs:
-        if "-" in self.names:
-            folder = self._open.enter_context(tempfile.TemporaryDirectory())
-            self._piped = _spooled(Path(folder))
-            with self._piped.open("rb") as stream:
-                self.piped_sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        counts = [count_records(self._piped if name == "-" else name) for name in self.names]
+        for name in self.names:  # a pipe (`<(zcat f)`) can be read but once, as "-" can
+            if name == "-" or Path(name).is_fifo():
+                folder = self._open.enter_context(tempfile.TemporaryDirectory())
+                kept = self._piped[name] = _spooled(name, Path(folder))
+                self.piped_sha256[name] = files.file_sha256(kept)
+        counts = [count_records(self._piped.get(name, name)) for name in self.names]
         self.total = sum(counts) if None not in counts else None
         return self
 
@@ -80,6 +95,7 @@ class Inputs:
         """Record tables of at most `chunk_rows` rows; malformed records go to `problems`."""
         for table, problems in self._read("keep" if self.on_error == "collect" else "raise"):
             self.problems += problems
+            self.notes.update(table.attrs.get("notes", {}))
             yield table
 
     def sample(self, size: int) -> pd.DataFrame:
@@ -102,18 +118,34 @@ class Inputs:
 
     def _read(self, on_error: str) -> Iterator[tuple[pd.DataFrame, list[Problem]]]:
         for name in self.names:
-            stream = self._piped.open("rb", buffering=0) if name == "-" else None
+            stream = self._piped[name].open("rb", buffering=0) if name in self._piped else None
             yield from iter_records(
                 name, chunk_rows=self.chunk_rows, revision=self.revision, on_error=on_error,
-                paths=self.paths, stdin=stream,
+                paths=self.paths, stdin=stream, columns=self.columns,
             )  # fmt: skip
 
 
-def _spooled(folder: Path) -> Path:
-    """Standard input as a file: it is hashed and counted before it is scored."""
+def asked_columns(text: str | None) -> dict[str, str]:
+    """Our names of fields -> the records' own, from "question=A,answer=B"."""
+    columns = {}
+    for pair in text.split(",") if text else ():
+        ours, _, theirs = pair.partition("=")
+        if ours.strip().lower() not in NAMES or not theirs:
+            raise InstructMiningError(
+                f"--columns {pair!r}: write OURS=YOURS, as in question=A,answer=B; ours are "
+                "question, context, answer, system, messages, text, chosen, id and the other names "
+                "that are read"
+            )
+        columns[ours.strip().lower()] = theirs
+    return columns
+
+
+def _spooled(name: str, folder: Path) -> Path:
+    """A pipe as a file: it is hashed and counted before it is scored."""
     kept = folder / "stdin"
-    with kept.open("wb") as target:
-        while block := sys.stdin.buffer.read(1 << 20):
+    with kept.open("wb") as target, ExitStack() as opened:
+        source = sys.stdin.buffer if name == "-" else opened.enter_context(open(name, "rb"))
+        while block := source.read(1 << 20):
             target.write(block)
     return kept
 
@@ -163,6 +195,7 @@ def reference_of(
 def score_files(scorer: Scorer, inputs: Inputs, *, show: bool) -> None:
     """Score all inputs and write the table; progress and problems go to standard error."""
     tally: dict[str, list] = {}
+    counted = 0
     start = time.perf_counter()
     with ScoreWriter(inputs.out) as writer, ExitStack() as shown:
         for number, rows in enumerate(map(read_rows, inputs.tables())):
@@ -170,15 +203,22 @@ def score_files(scorer: Scorer, inputs: Inputs, *, show: bool) -> None:
                 _estimate(scorer, rows, inputs.total, time.perf_counter() - start)
                 bar = shown.enter_context(job_bar(inputs.total, show=show))
             frame = scorer.score(rows, progress=bar)
-            if inputs.piped_sha256:
-                piped = frame["file"] == "-"
-                frame["file_sha256"] = frame["file_sha256"].mask(piped, inputs.piped_sha256)
+            for name, sha256 in inputs.piped_sha256.items():
+                piped = frame["file"] == name
+                frame["file_sha256"] = frame["file_sha256"].mask(piped, sha256)
             frame.attrs["read"] = {"paths": inputs.paths}
+            if inputs.columns:
+                frame.attrs["read"]["columns"] = inputs.columns
             writer.write(frame)
+            inputs.notes.update(_notes(rows, frame))
+            counted += len(frame)
             for column in scorer.describe():
                 tally.setdefault(column, []).append(frame[column].to_numpy(np.float32))
         if not tally:
             raise InstructMiningError(f"no records in {', '.join(inputs.names)}: nothing to score")
+        if len(inputs.problems) == counted:
+            kinds = "\n".join(_kinds(inputs.problems))
+            raise InstructMiningError(f"none of the {counted:,} records can be read:\n{kinds}")
     _report(inputs, tally)
 
 
@@ -215,10 +255,41 @@ def _report(inputs: Inputs, tally: dict[str, list]) -> None:
     if problems:
         text = "".join(json.dumps(vars(problem)) + "\n" for problem in problems)
         listed.write_text(text, encoding="utf-8")
-        shown = [f"  {problem}" for problem in problems[:SHOWN]]
-        more = [f"  and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         _say("\n".join([f"{len(problems)} malformed records, kept as rows without values and "
-                        f"listed in {listed}:", *shown, *more]))  # fmt: skip
+                        f"listed in {listed}:", *_kinds(problems)]))  # fmt: skip
+    if inputs.notes:
+        _say("\n".join(["notes:", *(f"  {count:,} rows: {note}"
+                                    for note, count in inputs.notes.most_common())]))  # fmt: skip
+
+
+def _kinds(problems: list[Problem]) -> list[str]:
+    """The problems by what was expected, each with the first place."""
+    kinds: dict[str, list[Problem]] = {}
+    for problem in problems:
+        kinds.setdefault(re.sub(r"\d+", "0", problem.expected), []).append(problem)
+    lines = [f"  {found[0]}" + (f" (and {len(found) - 1:,} more like it)" if found[1:] else "")
+             for found in kinds.values()]  # fmt: skip
+    more = [f"  and {len(lines) - SHOWN} more kinds"] if len(lines) > SHOWN else []
+    return lines[:SHOWN] + more
+
+
+def _notes(rows: ParsedTable, frame: pd.DataFrame) -> Counter[str]:
+    """What a reader of these scores must know, and of how many rows."""
+    found: Counter[str] = Counter()
+    for talk in rows.conversations:
+        answers = "\n".join(talk.messages[end]["content"] for end in talk.ends)
+        if "<" in answers or "[" in answers:
+            found.update(note for note, mark in MARKUP.items() if mark.search(answers))
+    if "script" in frame:
+        found["are mostly not in Latin script, where counts of words say little"] = int(
+            (frame["script"] < 0.5).sum()
+        )
+    reasons = frame["reasons"][frame["reasons"].str.contains("cut to fit", regex=False)]
+    for column in sorted({name for one in reasons for name, why in json.loads(one).items()
+                          if "cut to fit" in why}):  # fmt: skip
+        cut = sum("cut to fit" in json.loads(one).get(column, "") for one in reasons)
+        found[f"were cut to fit the model of {column}"] += cut
+    return +found
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from instructmining_core.config import InstructMiningError
 from instructmining_core.data.duplicates import RUN, THRESHOLD
 from instructmining_core.data.export import SourceRows, keys_of, output_format, write_rows
 from instructmining_core.files import file_sha256
@@ -76,6 +77,12 @@ def select_to(
     reach = support(rule, scores, strict=strict)
     _warn(rule_name, differences, reach)
     sources = SourceRows(scores, beside=Path(table).parent, moved=moved)
+    for one in (table, rule_name, *sources.files.values()):
+        if Path(out).exists() and Path(one).exists() and Path(one).samefile(out):
+            raise InstructMiningError(
+                f"{out} is read for this selection, and would be overwritten: name another file "
+                "with -o"
+            )
     selection = select_rows(scores, rule, top, texts=sources.fetch)
     column, spelt_out = _write(out, selection, sources)
     report = {
@@ -120,12 +127,16 @@ def _warn(name: str, differences: list[str], reach: pd.DataFrame) -> None:
 
 def _write(out: str, selection: Selection, sources: SourceRows) -> tuple[str, int]:
     """Write the kept records; the name of the score's column and how many texts were spelt out."""
-    records = [sources.record(key) for key in keys_of(selection.kept)]
+    keys = keys_of(selection.kept)
+    records = [sources.record(key) for key in keys]
     # Some published sets have a `score` of their own, which stays.
     taken = any("score" in record for record in records)
     column = "instructmining_score" if taken else "score"
-    scored = zip(records, selection.kept["score"], strict=True)
-    return column, write_rows([{**record, column: float(score)} for record, score in scored], out)
+    scores = selection.kept["score"].astype(float).tolist()
+    rows = [{**record, column: score} for record, score in zip(records, scores, strict=True)]
+    table = sources.table(keys, column, scores) if output_format(out) == ".parquet" else None
+    hashes = selection.kept.get("row_hash", pd.Series("", selection.kept.index)).tolist()
+    return column, write_rows(rows, out, table=table, hashes=hashes, columns=sources.columns)
 
 
 def _kept(selection: Selection, rule: RuleCard) -> list[dict]:
@@ -162,7 +173,8 @@ def _tell(report: dict) -> None:
     if report["score_column"] != "score":
         lines.append(f"the data have a column 'score'; ours is {report['score_column']!r}")
     if report["texts_spelt_out"]:
-        lines.append(f"{report['texts_spelt_out']} texts hold lone surrogates, spelt out here")
+        lines.append(f"{report['texts_spelt_out']} texts that {out} cannot hold are spelt out in "
+                     "it (lone surrogates as \\ud800, bytes as base64)")  # fmt: skip
     if "verdict" in report:
         lines += _verdict(out, report["verdict"])
     sys.stdout.write("\n".join(lines) + "\n")

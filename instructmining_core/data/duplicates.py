@@ -3,8 +3,9 @@
 Both look at runs of 8 words, after case and punctuation are folded. To keep an evaluation clean one
 shared run is enough (statistics, section 8). That is too hard for a selection, where an idiom or a
 quoted sentence would cost a good row: there a row is a near duplicate of a better row if that row
-holds at least 80 % of its runs, in the whole conversation and in the answers alone, so that another
-question about the same passage stays.
+holds at least 80 % of its runs, in the whole conversation and in the answers alone, and, where the
+answer is short or the text before it long, asks the same: another question about the same passage
+stays.
 """
 
 from __future__ import annotations
@@ -13,21 +14,24 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from math import floor
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from .formats import Messages
+from .fields import Messages
 
 RUN = 8  # words
 THRESHOLD = 0.8  # share of a row's runs that one better row must hold
+SHORT = 32  # runs of an answer below which it does not tell its question
 
 # Scripts that write no spaces count a letter as a word, or a page would be one word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _LETTERS = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 _WORDS, _MARKS = re.compile(r"\w+"), re.compile(r"[^\w\s]|_")
+_SENTENCES = re.compile(r"(?<=[.?!])\s+|(?<=[。？！])|\n+")
 _NONE = np.empty(0, np.uint64)
 _STEP = np.uint64(0xD6E8FEB86659FD93)  # odd: a polynomial hash modulo 2**64
 
@@ -150,11 +154,38 @@ def without_copies_of(table: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame
     return table.drop(index=table.index[shared.unique()]).reset_index(drop=True)
 
 
+class _Row(NamedTuple):
+    """A kept row: its runs of words, those of its answers, what its last question says, by
+    sentence, and the fingerprints of what is no text."""
+
+    name: object
+    whole: np.ndarray
+    answer: np.ndarray
+    question: list[frozenset[str]]
+    unread: list[str]
+
+    def repeats(self, other: _Row) -> bool:
+        """Whether `other` holds this row.
+
+        Under a short answer, or a text that is longer than the answer (a passage, a system text),
+        runs of words do not tell questions apart, so that the last question must be alike too.
+        """
+        if self.unread != other.unread or not _held(self.whole, other.whole):
+            return False
+        if not _held(self.answer, other.answer):
+            return False
+        told = len(self.answer) >= SHORT and 2 * len(self.answer) >= len(self.whole)
+        return told or all(
+            any(len(one & its) >= THRESHOLD * max(len(one), len(its)) for its in other.question)
+            for one in self.question
+        )
+
+
 class Kept:
     """The rows kept so far, best first, with an index that finds a near duplicate among them."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[object, np.ndarray, np.ndarray]] = []
+        self._rows: list[_Row] = []
         self._index: dict[int, list[int]] = defaultdict(list)
 
     def add(self, name: object, messages: Messages) -> object | None:
@@ -163,13 +194,16 @@ class Kept:
         whole, answer = (
             shingles(fold("\n".join(m["content"] for m in some))) for some in (messages, answers)
         )
+        asked = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+        question = [frozenset(words) for one in _SENTENCES.split(asked) if (words := fold(one))]
+        unread = [m["unread"] for m in messages if "unread" in m]
+        row = _Row(name, whole, answer, question, unread)
         for one in self._candidates(whole):
-            other, its_whole, its_answer = self._rows[one]
-            if _held(whole, its_whole) and _held(answer, its_answer):
-                return other
+            if row.repeats(self._rows[one]):
+                return self._rows[one].name
         for key in whole.tolist():
             self._index[key].append(len(self._rows))
-        self._rows.append((name, whole, answer))
+        self._rows.append(row)
         return None
 
     def _candidates(self, keys: np.ndarray) -> list[int]:

@@ -2,8 +2,8 @@
 
 The records are read from the very files, checked by hash. They go out in the columns they came in:
 JSON, JSONL, CSV, TSV or Parquet by suffix, also gzipped. A text may hold what a format cannot (a
-lone surrogate in Parquet): it is then spelt out as `\\ud800`, and the number of such texts is
-returned. JSON keeps everything.
+lone surrogate in Parquet, bytes in JSON): it is then spelt out (`\\ud800`, base64), and the number
+of such texts is returned. Rows of a Parquet file go to Parquet with their types and metadata.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import pandas as pd
 
 from ..config import InstructMiningError
 from ..files import file_sha256, write_atomic
-from .formats import Messages
+from .fields import Messages, bytes_text
 from .readers import is_hub_name
 from .records import iter_rows, row_hash
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 WRITABLE = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
@@ -38,25 +42,53 @@ def output_format(path: str | Path) -> str:
     return suffix
 
 
-def write_rows(rows: Sequence[dict], path: str | Path) -> int:
+def write_rows(
+    rows: Sequence[dict], path: str | Path, *, table: pa.Table | None = None,
+    hashes: Sequence[str] = (), columns: Mapping[str, str] | None = None,
+) -> int:  # fmt: skip
     """Write records to `path`, whole or not at all.
 
     rows : records with their own fields. In CSV and Parquet the columns are all fields in the
         order in which they first occur; a field that a record lacks is empty there. Lists and
-        objects go into CSV as JSON.
+        objects go into CSV as JSON, as do those that Parquet has no one type for.
+    table : the same rows as the Parquet file they come from has them: taken for Parquet, with
+        their types and the file's metadata
+    hashes : row_hash of each row; what was written is read back, and must say the same, read by
+        `columns` as in `formats.conversations`
     Returns the number of texts that had to be spelt out. Raises InstructMiningError.
     """
-    suffix = output_format(path)
-    if suffix in (".csv", ".tsv"):
-        content, changed = _csv(rows, "," if suffix == ".csv" else "\t"), 0
-    elif suffix == ".parquet":
-        content, changed = _parquet(rows)
+    suffix, changed = output_format(path), 0
+    if suffix == ".parquet" and table is not None:
+        content = _parquet_bytes(table)
     else:
-        content, changed = _json(rows, array=suffix == ".json"), 0
+        rows, changed = _spelt_out(list(rows), surrogates=suffix == ".parquet")
+        if suffix in (".csv", ".tsv"):
+            content = _csv(rows, "," if suffix == ".csv" else "\t")
+        elif suffix == ".parquet":
+            content = _parquet(rows)
+        else:
+            content = _json(rows, array=suffix == ".json")
     if str(path).lower().endswith(".gz"):
         content = gzip.compress(content, mtime=0)  # no time stamp: same rows, same bytes
+    if any(hashes):
+        _read_back(content, path, hashes, columns, spelt_out=changed)
     write_atomic(path, content)
     return changed
+
+
+def _read_back(content: bytes, path: str | Path, hashes: Sequence[str],
+               columns: Mapping[str, str] | None, spelt_out: int) -> None:  # fmt: skip
+    found = [
+        (row_hash(talks[0]) if talks else "", raw)
+        for _, raw, talks in iter_rows(path, stdin=io.BytesIO(content), columns=columns)
+    ]
+    wrong = [i for i, (own, _) in enumerate(found) if own != hashes[i]] if len(found) == len(
+        hashes) else [0]  # fmt: skip
+    if len(wrong) > spelt_out:
+        raise InstructMiningError(
+            f"{path}: this format cannot hold these rows: {len(wrong)} of {len(hashes)} would be "
+            f"read back as others, the first is row {wrong[0] + 1}; write .jsonl instead"
+        )
 
 
 def _dumps(value: object) -> bytes:
@@ -79,45 +111,84 @@ def _columns(rows: Sequence[dict]) -> list[str]:
 
 
 def _csv(rows: Sequence[dict], delimiter: str) -> bytes:
+    """Every text in quotes: Python before 3.11.9 leaves a lone carriage return without."""
+
     def cell(value: object) -> object:
-        return _dumps(value).decode() if isinstance(value, list | dict) else value
+        return _dumps(value).decode() if isinstance(value, list | dict | bool) else value
 
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, _columns(rows), delimiter=delimiter, lineterminator="\n")
+    writer = csv.DictWriter(text, _columns(rows), delimiter=delimiter, lineterminator="\n",
+                            quoting=csv.QUOTE_NONNUMERIC)  # fmt: skip
     writer.writeheader()
     writer.writerows({key: cell(value) for key, value in row.items()} for row in rows)
     return text.getvalue().encode("utf-8", "surrogatepass")
 
 
-def _parquet(rows: Sequence[dict]) -> tuple[bytes, int]:
+def _parquet(rows: Sequence[dict]) -> bytes:
+    import pyarrow as pa
+
+    columns = {}
+    for name in _columns(rows):
+        values = [row.get(name) for row in rows]
+        try:
+            columns[name] = pa.array(values)
+            nested = any(isinstance(value, list | dict) for value in values)
+            exact = not nested or _unfilled(columns[name].to_pylist()) == _unfilled(values)
+            if pa.types.is_struct(columns[name].type) and not columns[name].type.num_fields:
+                exact = False  # a column of empty objects cannot be written
+        except (pa.ArrowException, OverflowError, TypeError, ValueError):
+            exact = False
+        if not exact:
+            # One field, several types or other keys in each row: JSON text holds them all.
+            columns[name] = pa.array([
+                v if v is None or isinstance(v, str) else _dumps(v).decode() for v in values
+            ])  # fmt: skip
+    return _parquet_bytes(pa.table(columns))
+
+
+def _unfilled(values: Sequence[object]) -> bytes:
+    """A column as bytes to be compared; messages without the null fields that Arrow adds."""
+    return _dumps([
+        [{key: one for key, one in entry.items() if one is not None} if isinstance(entry, dict)
+         and "content" in entry else entry for entry in value] if isinstance(value, list) else value
+        for value in values
+    ])  # fmt: skip
+
+
+def _parquet_bytes(table: pa.Table) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns, changed = {}, 0
-    for name in _columns(rows):
-        cleaned = [_spelt_out(row.get(name)) for row in rows]
-        changed += sum(count for _, count in cleaned)
-        values = [value for value, _ in cleaned]
-        try:
-            columns[name] = pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-            # One field, several types: JSON text holds them all.
-            columns[name] = pa.array([None if v is None else _dumps(v).decode() for v in values])
     sink = io.BytesIO()
-    pq.write_table(pa.table(columns), sink, compression="zstd")
-    return sink.getvalue(), changed
+    try:
+        pq.write_table(table, sink, compression="zstd")
+    except pa.ArrowException:  # an empty object deep inside: as text
+        odd = [i for i, field in enumerate(table.schema) if pa.types.is_nested(field.type)]
+        for i in odd:
+            texts = [None if v is None else _dumps(v).decode() for v in table[i].to_pylist()]
+            table = table.set_column(i, table.schema.names[i], [texts])
+        pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
 
 
-def _spelt_out(value: object) -> tuple[object, int]:
-    """The value with its lone surrogates spelt out, and how many texts had any."""
+def _spelt_out(value: Any, surrogates: bool) -> tuple[Any, int]:
+    """The value with its bytes as text and, if asked, its lone surrogates spelt out, and how many
+    texts had any (bytes that are UTF-8 are text, and not counted). NaN is null."""
+    if isinstance(value, float) and value != value:
+        return None, 0
+    if isinstance(value, bytes) and not surrogates:
+        spelt = bytes_text(value)
+        return spelt, int(spelt.encode() != value)
     if isinstance(value, str):
+        if not surrogates:
+            return value, 0
         spelt = value.encode("utf-8", "backslashreplace").decode()
         return spelt, int(spelt != value)
     if isinstance(value, list):
-        parts = [_spelt_out(part) for part in value]
+        parts = [_spelt_out(part, surrogates) for part in value]
         return [part for part, _ in parts], sum(count for _, count in parts)
     if isinstance(value, dict):
-        parts = {key: _spelt_out(part) for key, part in value.items()}
+        parts = {key: _spelt_out(part, surrogates) for key, part in value.items()}
         return {key: part for key, (part, _) in parts.items()}, sum(c for _, c in parts.values())
     return value, 0
 
@@ -128,8 +199,8 @@ Key = tuple[str, int, int]  # file as it was named, row, part
 class SourceRows:
     """The records behind a score table.
 
-    scores : with file, file_sha256 and row (part); `.attrs["read"]["paths"]` says how OASST trees
-        were read
+    scores : with file, file_sha256 and row (part); `.attrs["read"]` says how OASST trees were
+        read, and by which columns
     beside : folder that relative names are also looked for in (the score table's)
     moved : files that may be scored ones under a new name; matched by sha256
 
@@ -139,9 +210,11 @@ class SourceRows:
     def __init__(
         self, scores: pd.DataFrame, *, beside: Path | None = None, moved: Sequence[str | Path] = ()
     ) -> None:
-        self.paths = scores.attrs.get("read", {}).get("paths", "best")
+        read = scores.attrs.get("read", {})
+        self.paths, self.columns = read.get("paths", "best"), read.get("columns")
         self.files: dict[str, str] = {}
         self.records: dict[Key, dict] = {}
+        self.parted = False  # whether a record was taken apart into its conversations
         others = {file_sha256(path): str(path) for path in moved}
         named = scores[["file", "file_sha256"]].drop_duplicates()
         self.sha256 = dict(zip(named["file"], named["file_sha256"], strict=True))
@@ -174,13 +247,49 @@ class SourceRows:
         """A fetched record in its own fields; of several conversations in it, only this one."""
         return self.records[key]
 
+    def table(self, keys: Sequence[Key], column: str, scores: Sequence[float]) -> pa.Table | None:
+        """Fetched rows as their Parquet files have them, with the scores as a last column.
+
+        None where they are not all whole rows of Parquet files of one schema.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        used = {file: self.files[file] for file, _, _ in keys}
+        others = [one for one in used.values() if Path(one).suffix.lower() != ".parquet"]
+        if self.parted or others:
+            return None
+        parts, places = [], {}
+        for file, path in used.items():
+            wanted, start = sorted({row for name, row, _ in keys if name == file}), 0
+            for batch in pq.ParquetFile(path).iter_batches():
+                own = [row - start for row in wanted if start <= row < start + batch.num_rows]
+                for one in own:
+                    places[file, start + one, 0] = len(places)
+                parts.append(pa.Table.from_batches([batch]).take(own))
+                start += batch.num_rows
+        if any(not part.schema.equals(parts[0].schema) for part in parts):
+            return None
+        schema = pq.read_schema(next(iter(used.values())))
+        table = pa.concat_tables(parts).take([places[key] for key in keys])
+        table = table.append_column(column, pa.array(scores, pa.float64()))
+        kept = dict(schema.metadata or {})
+        features = json.loads(kept.get(b"huggingface", b"{}"))
+        if "features" in features.get("info", {}):
+            features["info"]["features"][column] = {"dtype": "float64", "_type": "Value"}
+            kept[b"huggingface"] = json.dumps(features).encode()
+        return table.replace_schema_metadata(kept)
+
     def _read(self, name: str, path: str, wanted: set[int], found: dict[Key, Messages]) -> None:
         last = max(wanted)
-        for _, raw, conversations in iter_rows(path, paths=self.paths, only=wanted):
+        for _, raw, conversations in iter_rows(
+            path, paths=self.paths, only=wanted, columns=self.columns
+        ):
             for part, messages in enumerate(conversations):
                 key = (name, raw.row, part)
                 found[key] = messages
                 self.records[key] = _one_part(raw.value, part, messages, len(conversations))
+            self.parted |= len(conversations) > 1
             if raw.row == last:
                 return
 

@@ -1,337 +1,276 @@
 """One published record in, conversations out: the shapes of instruction data that people have.
 
-A conversation is a list of `{"role": "user" | "assistant" | "system", "content": str}`. Most
-records give one; a self-instruct record gives one for each of its instances, and an OASST tree one
-for each path when all paths are asked for. A question that comes without an answer keeps an empty
-assistant turn, so that the row stays and is scored as "not computable" instead of vanishing.
+A conversation is a list of `{"role": "user" | "assistant" | "system", "content": str}`; a message
+that holds what is no text (a picture, a tool's definition) has its fingerprint in `unread` too, so
+that rows that differ only there are different rows. Most records give one conversation; a
+self-instruct record gives one for each of its instances, and an OASST tree one for each path when
+all paths are asked for. A question without an answer keeps an empty assistant turn where its form
+allows one, so that the row stays and is scored as "not computable" instead of vanishing.
+
+`FORMS` is the table of all forms: which fields each uses, with an example. What a record holds
+beside them is not read, and told as a note where it bears text.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-import orjson
+from .fields import (
+    ANSWERS,
+    ANSWERS_FIRST,
+    ASKED,
+    ASKED_ALONE,
+    BESIDE,
+    CHATS,
+    CHOICES,
+    IDS,
+    MARKINGS,
+    MORE_CHATS,
+    REFERENCES,
+    SYSTEM,
+    FormatError,
+    Messages,
+    Record,
+    as_text,
+    filled,
+    fingerprint,
+    in_turn,
+    is_message,
+    marked,
+    pick,
+    structured,
+)
 
-from ..config import InstructMiningError
 
-Message = dict[str, str]
-Messages = list[Message]
+class Form(NamedTuple):
+    """One form of record: `read` gives its conversations, or None where the record is another.
 
-ROLES = {
-    **dict.fromkeys(("user", "human", "prompter", "instruction", "question"), "user"),
-    # A tool's output is context that the model reads, never text that it should learn to write.
-    **dict.fromkeys(("tool", "function", "observation", "function_response", "ipython"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call"), "assistant"),
-    **dict.fromkeys(("bing", "bard", "claude"), "assistant"),
-    **dict.fromkeys(("system", "developer"), "system"),
-}
-
-
-class FormatError(InstructMiningError):
-    """A record that is none of the known forms, or breaks its own: what was expected, what stood.
-
-    `expected`, `got` : str, each one line, `got` at most about 90 characters.
+    fields : what is used, in words; example : a record of this form
     """
 
-    def __init__(self, expected: str, got: object):
-        self.expected, self.got = expected, show(got)
-        super().__init__(f"expected {self.expected}, got {self.got}")
+    name: str
+    fields: str
+    example: dict[str, Any]
+    read: Callable[[Record, str], list[Messages] | None]
 
 
-def show(value: object, width: int = 80) -> str:
-    """`value` for an error message: its type and the start of it, safe to print anywhere."""
-    if value is None:
-        return "null"
-    if isinstance(value, dict):
-        fields = ", ".join(ascii(key)[:40] for key in list(value)[:8])
-        return f"an object with {fields or 'no fields'}"
-    names = {str: "text", list: "a list", int: "the number", float: "the number", bool: "the value"}
-    text = value if isinstance(value, str) else repr(value)
-    text = text[: width + 1].encode("utf-8", "backslashreplace").decode()
-    text = text[:width] + "..." if len(text) > width else text
-    return f"{names.get(type(value), type(value).__name__)} {text!r}"
+QUESTIONS = ASKED + ASKED_ALONE + BESIDE
 
 
-def in_turn(*contents: str) -> Messages:
-    """Contents of a conversation in turn, the user first."""
-    roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+def _chat(record: Record, _: str) -> list[Messages] | None:
+    """A list of messages, and the chosen answer where it stands beside its question."""
+    key = record.first(CHATS)
+    if key is None:
+        return None
+    messages = record.chat(key, texts=True)
+    if messages is None:
+        raise FormatError(f"a list of messages in {key!r}", record.fields[key])
+    if messages[-1]["role"] != "assistant" and record.has("chosen"):
+        return [_answered(record, messages, "chosen")]
+    return [messages]
 
 
-def listed(raw: dict, key: str) -> list:
-    """A field that holds a list; in CSV it is a list written as JSON. Raises FormatError."""
-    value = raw.get(key)
-    if isinstance(value, str) and value.lstrip()[:1] == "[":
-        try:
-            value = orjson.loads(value)
-        except orjson.JSONDecodeError as error:
-            raise FormatError(f"a list in {key!r} (JSON: {error})", value) from None
-    if isinstance(value, list):
-        return value
-    raise FormatError(f"a list in {key!r}", value)
+def _other_chat(record: Record, _: str) -> list[Messages] | None:
+    found = (record.chat(key) for key in record.filled(MORE_CHATS))
+    messages = next((one for one in found if one), None)
+    return messages and [messages]
 
 
-def messages_in(raw: dict, key: str) -> Messages:
-    """ShareGPT (`from`, `value`), OpenAI (`role`, `content`), LIMA's plain texts in turn, or
-    Capybara's pairs (`input`, `output`).
-
-    Raises FormatError naming the entry.
-    """
-    entries = listed(raw, key)
-    if entries and all(isinstance(entry, str) for entry in entries):
-        return in_turn(*entries)
-    if entries and all(_is_pair(entry) for entry in entries):
-        return in_turn(*(entry[side] for entry in entries for side in ("input", "output")))
-    return [message(entry, f"{key}[{i}]") for i, entry in enumerate(entries)]
+def _chosen(record: Record, _: str) -> list[Messages] | None:
+    """Preference data: the chosen answer. hh-rlhf marks its turns inside one text."""
+    if not record.has("chosen"):
+        return None
+    return [_answered(record, _question(record), "chosen")]
 
 
-def _is_pair(entry: object) -> bool:
-    sides = ("input", "output")
-    return isinstance(entry, dict) and all(isinstance(entry.get(side), str) for side in sides)
-
-
-def message(entry: object, where: str) -> Message:
-    """One published message as role and content; `where` names it in an error. Raises FormatError.
-
-    Tool and function output becomes the user's side; an assistant's null content (a tool call
-    without text) becomes empty.
-    """
-    if not isinstance(entry, dict):
-        raise FormatError(f"a message (an object) in {where}", entry)
-    named = entry.get("role", entry.get("from"))
-    role = ROLES.get(named.lower()) if isinstance(named, str) else None
-    if role is None:
-        raise FormatError(f"a role such as 'user' or 'assistant' in {where}", named)
-    content = entry.get("content", entry.get("value", entry.get("text")))
-    if isinstance(content, str):
-        return {"role": role, "content": content}
-    if content is None and role == "assistant":
-        return {"role": role, "content": ""}
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        if all(isinstance(part, str) for part in parts):
-            return {"role": role, "content": "".join(parts)}
-    raise FormatError(f"text as the content of {where}", content)
-
-
-ANSWERS = {
-    "instruction": ("output", "response", "completion", "answer"),
-    "prompt": ("completion", "response", "output", "answer"),
-    "question": ("answer", "response", "output", "completion"),
-    "query": ("response", "answer", "output"),
-    "inputs": ("targets",),
-}
-IDS = ("id", "question_id", "message_tree_id", "prompt_id", "conversation_id", "uuid")
-CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
-HH_MARK = re.compile(r"\n*(?:^|\n\n)(Human|Assistant):", re.ASCII)
-
-
-def conversations(raw: object, paths: str = "best") -> list[Messages]:
-    """The conversations in one published record.
-
-    raw : the decoded JSON value, CSV row or Parquet row.
-    paths : "best" (an OASST tree gives its best-ranked path) or "all" (every path that ends in
-        an answer).
-    Returns at least one conversation, each with at least one assistant message.
-    Raises FormatError.
-    """
-    if not isinstance(raw, dict):
-        raise FormatError("an object with named fields", raw)
-    found = _form(raw)(raw, paths)
-    return [_complete(raw, messages) for messages in found]
-
-
-def record_id(raw: object, fallback: str) -> str:
-    """The record's own identifier as text, else `fallback`. Not made unique: the data are theirs.
-
-    Lone surrogates are spelt out (`\\udc80`), because an id is printed and stored as UTF-8.
-    """
-    if isinstance(raw, dict):
-        for key in IDS:
-            value = raw.get(key)
-            if isinstance(value, str) and value:
-                return value.encode("utf-8", "backslashreplace").decode()
-            if isinstance(value, int) and not isinstance(value, bool):
-                return str(value)
-    return fallback
-
-
-def _form(raw: dict) -> Callable[[dict, str], list[Messages]]:
-    """Which reader a record needs. The order matters: richer fields win over poorer ones."""
-    has = {key for key, value in raw.items() if value is not None}
-    if "messages" in has:
-        return lambda record, _: [messages_in(record, "messages")]
-    for key in ("conversations", "conversation"):
-        if key in has:
-            return lambda record, _, key=key: [messages_in(record, key)]
-    if isinstance(raw.get("prompt"), dict):
-        return tree
-    if {"message_id", "role", "text"} <= has:
-        raise FormatError(
-            "an OASST tree ('prompt' with nested 'replies'); use the *_trees export", raw
-        )
-    if "chosen" in has:
-        return _chosen
-    if isinstance(raw.get("prompt"), list) and not has.intersection(ANSWERS["prompt"]):
-        return _turns
-    if "instances" in raw:
-        return _instances
-    for question in ANSWERS:
-        if question in has:
-            return lambda record, _, question=question: [_pair(record, question)]
-    if "turns" in has:
-        return _turns
-    if "text" in has and "<|im_start|>" in str(raw["text"]):
-        return _chatml
-    if "text" in has and "question_id" in raw:
-        return lambda record, _: [in_turn(_text(record, "text"))]
-    raise FormatError(
-        "'messages', 'conversations', 'instruction' and 'output', 'prompt' and 'completion', "
-        "'turns', 'chosen', 'instances' or an OASST tree",
-        raw,
-    )
-
-
-def _text(raw: dict, key: str, optional: bool = False) -> str:
-    value = raw.get(key)
-    if isinstance(value, str):
-        return value
-    if value is None and optional:
-        return ""
-    raise FormatError(f"text in {key!r}", value if key in raw else raw)
-
-
-def _complete(raw: dict, messages: Messages) -> Messages:
-    """With the record's system text in front and, where nobody answers, an empty answer behind."""
-    if not messages:
-        raise FormatError("at least one message", [])
-    system = raw.get("system") or raw.get("system_prompt")
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    if not any(message["role"] == "assistant" for message in messages):
-        messages = [*messages, {"role": "assistant", "content": ""}]
-    return messages
-
-
-def _pair(raw: dict, question: str) -> Messages:
-    """Alpaca, Dolly, LIMA with `history`, prompt/completion, question/answer, inputs/targets."""
-    if isinstance(raw[question], list):
-        asked = messages_in(raw, question)
-    else:
-        asked = in_turn(_asked(raw) if question == "instruction" else _text(raw, question))
-    answer = next((key for key in ANSWERS[question] if key in raw), None)
-    if answer is None:
-        raise FormatError(f"{ANSWERS[question][0]!r} beside {question!r}", raw)
-    if isinstance(raw[answer], list):
-        return [*asked, *messages_in(raw, answer)]
-    earlier = []
-    if raw.get("history"):
-        for i, turn in enumerate(listed(raw, "history")):
-            if not (isinstance(turn, list) and [type(t) for t in turn] == [str, str]):
-                raise FormatError(f"a pair of texts in history[{i}]", turn)
-            earlier += in_turn(*turn)
-    answered = {"role": "assistant", "content": _text(raw, answer, optional=True)}
-    return [*earlier, *asked, answered]
-
-
-def _asked(raw: dict) -> str:
-    """Alpaca's and Dolly's question: the instruction, a blank line, the input where there is one.
-
-    The paper's prompt template is not published; this is the plain join.
-    """
-    instruction = _text(raw, "instruction")
-    extra = _text(raw, "input" if raw.get("input") is not None else "context", optional=True)
-    if not extra.strip():
-        return instruction
-    return f"{instruction}\n\n{extra}" if instruction.strip() else extra
-
-
-def _instances(raw: dict, _: str) -> list[Messages]:
-    """Self-instruct: one instruction with its instances, each an example of its own."""
-    instances = listed(raw, "instances")
-    if not instances:
-        raise FormatError("at least one entry in 'instances'", [])
-    for i, instance in enumerate(instances):
-        if not isinstance(instance, dict) or "output" not in instance:
-            raise FormatError(f"'output' in instances[{i}]", instance)
-    shared = {"instruction": raw.get("instruction")}
-    return [_pair({**shared, **instance}, "instruction") for instance in instances]
-
-
-def _turns(raw: dict, _: str) -> list[Messages]:
-    """MT-Bench: questions in turn, with the reference answers where they are published.
-
-    The hub's copy calls the turns `prompt`.
-    """
-    questions = listed(raw, "turns" if "turns" in raw else "prompt")
-    given = next((key for key in ("reference_turns", "reference", "answers") if raw.get(key)), None)
-    if given is None:
-        answers = []
-    elif isinstance(raw[given], str) and raw[given].lstrip()[:1] != "[":
-        answers = [raw[given]]
-    else:
-        answers = listed(raw, given)
-    for name, texts in (("turns", questions), ("reference", answers)):
-        if not all(isinstance(text, str) for text in texts):
-            raise FormatError(f"a list of texts in {name!r}", texts)
+def _turns(record: Record, _: str) -> list[Messages] | None:
+    """Questions in turn, with the reference answers where they are published, each in its turn."""
+    key = "turns" if record.has("turns") else "prompt"
+    questions = structured(record.fields.get(key))
+    if not isinstance(questions, list) or not all(isinstance(text, str) for text in questions):
+        return None
+    if key == "prompt" and record.first(ANSWERS):
+        return None
+    given = record.first(REFERENCES)
+    answers = structured(record.fields[given]) if given else []
+    answers = answers if isinstance(answers, list) else [answers]
+    if not all(isinstance(text, str) for text in answers):
+        raise FormatError("a list of texts in 'reference'", answers)
+    record.used.add(key)
     said = []
     for i, question in enumerate(questions):
         said += [question, answers[i] if i < len(answers) else ""]
     return [in_turn(*said)]
 
 
-def _chatml(raw: dict, _: str) -> list[Messages]:
-    """One text with `<|im_start|>role` marks, as in oasst_top1."""
-    turns = CHATML.findall(_text(raw, "text"))
-    return [[message({"role": who, "content": said.strip()}, "'text'") for who, said in turns]]
+def _instances(record: Record, _: str) -> list[Messages] | None:
+    """Self-instruct: one instruction with its instances, each an example of its own."""
+    if not record.has("instances"):
+        return None
+    instances = structured(record.fields["instances"])
+    if not isinstance(instances, list):
+        raise FormatError("a list in 'instances'", instances)
+    found = []
+    for i, instance in enumerate(instances):
+        if not isinstance(instance, dict) or "output" not in instance:
+            raise FormatError(f"'output' in instances[{i}]", instance)
+        one = Record({"instruction": record.fields.get("instruction"), **instance}, {})
+        found += _pair(one, "") or []
+        record.notes.update(one.notes)
+    record.used |= {"instances", "instruction"}
+    return found
 
 
-def _chosen(raw: dict, _: str) -> list[Messages]:
-    """Preference data: the chosen answer. hh-rlhf marks its turns inside one text."""
-    key = next((key for key in ("prompt", "instruction", "question") if raw.get(key)), "prompt")
-    prompt, chosen = raw.get(key), raw["chosen"]
-    before = []
-    if isinstance(prompt, list):
-        before = messages_in(raw, key)
-    elif isinstance(prompt, str):
-        before = _marked(prompt) if HH_MARK.search(prompt) else in_turn(prompt)
-        if before and before[-1] == {"role": "assistant", "content": ""}:
-            before = before[:-1]
-    if isinstance(chosen, list):
-        answered = messages_in(raw, "chosen")
-        # UltraFeedback and TRL repeat the prompt in front of the answer.
-        return [answered if len(answered) > 1 else [*before, *answered]]
-    text = _text(raw, "chosen")
-    if HH_MARK.match(text):
-        return [_marked(text)]
-    if not before:
-        raise FormatError("'\\n\\nHuman:' marks in 'chosen', or a 'prompt' beside it", text)
-    return [[*before, {"role": "assistant", "content": text.strip()}]]
+def _pair(record: Record, _: str) -> list[Messages] | None:
+    """A question in one field (with what stands beside it), an answer in another."""
+    names = tuple(record.fields)
+    present = record.filled(QUESTIONS) or pick(names, QUESTIONS)
+    main = present[0] if present else None
+    order = (ANSWERS_FIRST[main], *ANSWERS) if main in ANSWERS_FIRST else ANSWERS
+    answers = pick(names, order)
+    if not record.filled(QUESTIONS + ANSWERS) or main is None:
+        return None
+    if main == "source" and "target" not in record.fields:
+        return None
+    if not answers:
+        # A prompt of messages is a whole conversation; an answer that is nowhere is a mistake.
+        chat = record.chat("prompt") if record.has("prompt") else None
+        return chat and [chat]
+    answer = record.first(answers) or answers[0]
+    return [_answered(record, _question(record), answer)]
 
 
-def _marked(text: str) -> Messages:
-    before, *pieces = HH_MARK.split(text)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [
-        {"role": roles[who], "content": words.strip()}
-        for who, words in zip(pieces[::2], pieces[1::2], strict=True)
-    ]
-    opening = [{"role": "system", "content": before.strip()}] if before.strip() else []
-    return [*opening, *turns]
+def _question(record: Record) -> Messages:
+    """What the user says, after the earlier turns where there are some."""
+    main = next(iter(record.filled(ASKED + ASKED_ALONE)), None)
+    chat = record.chat(main) if main else None
+    if chat:
+        return chat
+    asked = record.text(main) if main else ""
+    turns = marked(asked, whole=False) if main in ("prompt", "instruction", "inputs") else None
+    if turns:
+        if turns[-1] == {"role": "assistant", "content": ""}:
+            turns = turns[:-1]
+        return turns
+    parts = [asked] if filled(asked) else []
+    for key in record.filled(ASKED)[1:]:
+        # A prompt that holds the question is the question in its template: it is not said twice.
+        if not any((t := record.text(key)) in p or p in t for p in parts):
+            parts.append(t)
+    for key in record.filled(BESIDE):
+        record.used.add(key)
+        parts.append(as_text(record.fields[key]))
+    if record.filled(CHOICES):
+        parts += _choices(record)
+    return [*_history(record), *in_turn("\n\n".join(parts) if parts else asked)]
 
 
-def tree(raw: dict, paths: str) -> list[Messages]:
+def _choices(record: Record) -> list[str]:
+    """The options of a multiple choice as one text, a line each, with their letters."""
+    key = record.filled(CHOICES)[0]
+    given = structured(record.fields[key])
+    labels = None
+    if isinstance(given, dict):
+        labels, given = given.get("label") or list(given), given.get("text") or list(given.values())
+    if not isinstance(given, list) or not all(isinstance(one, str | int | float) for one in given):
+        return []
+    record.used.add(key)
+    answer = next((record.fields[name] for name in record.filled(ANSWERS)), None)
+    if isinstance(answer, int):
+        raise FormatError(f"the answer as text beside {key!r}: its letter or its words", answer)
+    labels = labels or [chr(ord("A") + i) for i in range(len(given))]
+    return ["\n".join(f"{label}. {one}" for label, one in zip(labels, given, strict=False))]
+
+
+def _history(record: Record) -> Messages:
+    if not record.has("history"):
+        return []
+    earlier = record.chat("history")
+    if earlier is None:
+        given = structured(record.fields["history"])
+        wrong = next((i for i, turn in enumerate(given)), 0) if isinstance(given, list) else 0
+        got = given[wrong] if isinstance(given, list) else given
+        raise FormatError(f"a pair of texts in history[{wrong}]", got)
+    return earlier
+
+
+def _answered(record: Record, asked: Messages, key: str) -> Messages:
+    """The question with the answer in `key`; an answer that is a whole conversation stands alone.
+
+    Of several answers the first is read, which is noted.
+    """
+    record.used.add(key)
+    value = record.fields[key]
+    chat = None
+    if isinstance(value, list | dict) or (isinstance(value, str) and value.lstrip()[:1] in "[{"):
+        value, chat = _one_answer(record, key, structured(value), value)
+    if chat is None:
+        text = as_text(value)
+        if key == "chosen":
+            chat = marked(text, whole=not asked[-1]["content"])
+        if chat is None or chat[-1]["role"] != "assistant":
+            if key == "chosen":
+                if not asked[-1]["content"]:
+                    raise FormatError("marks of the turns in 'chosen', or a 'prompt' beside it",
+                                      text)  # fmt: skip
+                text = text.strip()
+            chat = [{"role": "assistant", "content": text}]
+    # UltraFeedback, TRL and hh-rlhf repeat the prompt in front of the answer.
+    return chat if any(turn["role"] == "user" for turn in chat) else [*asked, *chat]
+
+
+def _one_answer(record: Record, key: str, value: object, given: object):
+    """(answer, None) or (None, messages) from an answer that is a list, an object or its text.
+
+    given : as it stands; a text that happens to be JSON stays text, unless it is of messages
+    """
+    if is_message(value) and filled(value):
+        return None, [record.message({"role": "assistant", **value}, f"'{key}'")]
+    if isinstance(value, list) and value and all(map(is_message, value)):
+        return None, [record.message(one, f"{key}[{i}]") for i, one in enumerate(value)]
+    first = next(filter(filled, value), "") if isinstance(value, list) else None
+    if isinstance(given, str) and not (isinstance(first, list) and all(map(is_message, first))):
+        return given, None
+    if isinstance(value, dict) and isinstance(value.get("text"), list):  # SQuAD's answers
+        return _one_answer(record, key, value["text"], value["text"])
+    if first is None:
+        return value, None
+    if sum(map(filled, value)) > 1:
+        record.notes[f"several answers in {key!r}: the first is read"] = True
+    return _one_answer(record, key, first, first)
+
+
+def _text(record: Record, _: str) -> list[Messages] | None:
+    """One text with marks; Vicuna's questions are a text with a `question_id`."""
+    if not record.has("text"):
+        return None
+    if "question_id" in record.fields:
+        return [in_turn(record.text("text"))]
+    turns = marked(record.text("text"))
+    return turns and [turns]
+
+
+def _history_alone(record: Record, _: str) -> list[Messages] | None:
+    return [_history(record)] if record.has("history") else None
+
+
+def _tree(record: Record, paths: str) -> list[Messages] | None:
     """OASST: the best-ranked reply at each answer, then the follow-up with most replies.
 
-    raw : a tree record; raw["prompt"] is its root message with nested `replies`.
-    paths : "best" gives one path, "all" every path that ends in an answer.
-    Deleted messages are left out; a follow-up that nobody answered is cut off. Where one reply
-    is ranked, unranked ones stand behind it. Raises FormatError.
+    Deleted messages are left out; a follow-up that nobody answered is cut off. Where one reply is
+    ranked, unranked ones stand behind it.
     """
-    root = raw["prompt"]
+    if {"message_id", "role", "text"} <= record.fields.keys():
+        raise FormatError("an OASST tree ('prompt' with nested 'replies'); use the *_trees export",
+                          record.raw)  # fmt: skip
+    root = structured(record.fields.get("prompt"))
+    if not isinstance(root, dict):
+        return None
+    record.used |= {"prompt", "message_tree_id", "tree_state"}
     found = [_best_path(root)] if paths == "best" else _all_paths(root)
-    return [[message(node, "the tree") for node in path] for path in found]
+    return [[record.message({key: node.get(key) for key in ("role", "text")}, "the tree")
+             for node in path] for path in found]  # fmt: skip
 
 
 def _replies(node: dict) -> list[dict]:
@@ -369,3 +308,114 @@ def _all_paths(root: dict) -> list[list[dict]]:
 def _to_last_answer(path: list[dict]) -> list[dict]:
     answers = [i for i, node in enumerate(path) if node.get("role") == "assistant"]
     return path[: answers[-1] + 1] if answers else path[:1]
+
+
+_SAID = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+# The order matters: richer fields win over poorer ones.
+FORMS = (
+    Form("A list of messages", "`messages`, `conversations` or `conversation`: objects with a role "
+         "(`role`, `from`) and a content (`content`, `value`, `text`, `parts`), pairs, or plain "
+         "texts in turn; `chosen` where it answers the last question",
+         {"messages": _SAID}, _chat),
+    Form("An Open-Assistant tree", "`prompt` with its nested `replies`",
+         {"prompt": {"role": "prompter", "text": "Hi", "replies": [
+             {"role": "assistant", "text": "Hello.", "rank": 0, "replies": []}]}}, _tree),
+    Form("A preference", "`chosen`, with its question in `prompt`, `instruction` or `question`, or "
+         "in `chosen` itself; `rejected` is not read",
+         {"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}, _chosen),
+    Form("A task with instances", "`instruction` and each `input` and `output` of `instances`",
+         {"instruction": "Greet.", "instances": [{"input": "Ada", "output": "Hi Ada."}]},
+         _instances),
+    Form("A question and an answer", "the first filled of `instruction`, `prompt`, `question`, "
+         "`query`, `problem`, `inputs`, `input_text` and of `output`, `response`, `completion`, "
+         "`answer`, `answers`, `target`, `targets`, `generation`, `solution`, ...; what stands "
+         "beside the question (`input`, `context`, `passage`, `choices`, ...) follows it after a "
+         "blank line, `history` goes before it",
+         {"question": "Where?", "context": "It is in the barn.", "answer": "In the barn."}, _pair),
+    Form("Questions in turn", "`turns`, or `prompt` as a list of texts, with `reference` answers",
+         {"turns": ["Hi", "Bye"], "reference": ["Hello.", "Goodbye."]}, _turns),
+    Form("Messages under other names", "`message`, `dialog`, `chat`, `chat_rounds`, `contents`, "
+         "`thread`, `items`, `data` or `turns`, where they hold objects with a role",
+         {"thread": _SAID}, _other_chat),
+    Form("One text", "`text` with the marks of " + ", ".join(MARKINGS),
+         {"text": "### Human: Hi### Assistant: Hello."}, _text),
+    Form("Pairs alone", "`history`", {"history": [["Hi", "Hello."]]}, _history_alone),
+)  # fmt: skip
+
+
+def conversations(
+    raw: object, paths: str = "best", columns: Mapping[str, str] | None = None
+) -> tuple[list[Messages], list[str]]:
+    """The conversations in one published record, and notes on what of it was not read.
+
+    raw : the decoded JSON value, CSV row or Parquet row.
+    paths : "best" (an OASST tree gives its best-ranked path) or "all" (every path that ends in
+        an answer).
+    columns : our name of a field -> the record's own ({"question": "titel"}); then only these.
+    Returns at least one conversation, each with at least one assistant message. Raises FormatError.
+    """
+    if not isinstance(raw, dict):
+        raise FormatError("an object with named fields", raw)
+    record = Record(raw, columns or {})
+    found = next((one for form in FORMS if (one := form.read(record, paths))), None)
+    if found is None and not record.there and pick(tuple(record.fields), QUESTIONS + ANSWERS):
+        found = [in_turn("", "")]  # a row of blanks
+    if found is None:
+        raise FormatError(_refusal(record), raw)
+    found = [_complete(record, messages) for messages in found]
+    record.note_unread(found[0])
+    if record.unread:
+        extra = fingerprint(record.unread)
+        for messages in found:
+            messages[0] = {**messages[0], "unread": messages[0].get("unread", "") + extra}
+    return found, list(record.notes)
+
+
+def as_record(value: object) -> object:
+    """A value of a file as a record: a bare list of messages is one, and JSON text in JSON too."""
+    value = structured(value) if isinstance(value, str) else value
+    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        return {"messages": value}
+    return value
+
+
+def _refusal(record: Record) -> str:
+    rename = "name the columns, as in --columns question=A,answer=B or --columns messages=C"
+    if record.has("text"):
+        return f"a conversation in 'text', with marks of {', '.join(MARKINGS)}; or {rename}"
+    if asked := next(iter(record.filled(QUESTIONS)), None):
+        wanted = ANSWERS_FIRST.get(asked, "output")
+        return f"{wanted!r} or another answer beside {asked!r}; {rename}"
+    return ("'messages', 'conversations', 'instruction' and 'output', 'prompt' and 'completion', "
+            f"'turns', 'chosen', 'instances' or an OASST tree; {rename}")  # fmt: skip
+
+
+def _complete(record: Record, messages: Messages) -> Messages:
+    """With the record's system text in front and, where nobody answers, an empty answer behind."""
+    if not messages:
+        raise FormatError("at least one message", [])
+    key = record.first(SYSTEM)
+    if key and messages[0]["role"] != "system":
+        system = record.content(structured(record.fields[key]), key, record.unread)
+        messages = [{"role": "system", "content": system or ""}, *messages]
+    if not any(message["role"] == "assistant" for message in messages):
+        messages = [*messages, {"role": "assistant", "content": ""}]
+    return messages
+
+
+def record_id(raw: object, fallback: str, columns: Mapping[str, str] | None = None) -> str:
+    """The record's own identifier as text, else `fallback`. Not made unique: the data are theirs.
+
+    Lone surrogates are spelt out (`\\udc80`), because an id is printed and stored as UTF-8.
+    """
+    if isinstance(raw, dict):
+        named = (columns or {}).get("id")
+        for key in (named,) if named else IDS:
+            value = raw.get(key)
+            if isinstance(value, str) and value:
+                return value.encode("utf-8", "backslashreplace").decode()
+            if isinstance(value, float) and value.is_integer():
+                return str(int(value))
+            if isinstance(value, int) and not isinstance(value, bool):
+                return str(value)
+    return fallback

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterator
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +24,8 @@ import orjson
 import pandas as pd
 
 from ..config import InstructMiningError
-from .formats import FormatError, Messages, conversations, record_id
+from .fields import FormatError, Messages
+from .formats import as_record, conversations, record_id
 from .readers import SUFFIXES, Raw, is_hub_name, read_raw, read_set, resolve_set
 
 CHUNK_CHARACTERS = 64_000_000  # a chunk ends here too, so that long texts stay within memory
@@ -47,9 +49,14 @@ class Problem:
 def row_hash(messages: Messages) -> str:
     """The identity of a conversation: first 32 hex digits of the sha256 of its canonical JSON.
 
-    Only roles and contents count. Lone surrogates are hashed as they are.
+    Only roles and contents count, and what is no text by its fingerprint `unread`. Lone surrogates
+    are hashed as they are.
     """
-    plain = [{"content": m["content"], "role": m["role"]} for m in messages]
+    plain = [
+        {"content": m["content"], "role": m["role"]}
+        | ({"unread": m["unread"]} if "unread" in m else {})
+        for m in messages
+    ]
     try:
         text = orjson.dumps(plain)
     except TypeError:
@@ -80,10 +87,12 @@ def iter_rows(
     paths: str = "best",
     stdin: BinaryIO | None = None,
     only: Container[int] | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, Raw, list[Messages]]]:
     """(file, raw record, its conversations) for every record in order, malformed ones included.
 
     only : positions that are wanted; the others are passed over.
+    columns : our names of fields -> the records' own, as in `formats.conversations`
 
     A malformed record has no conversations and `raw.error` set. `file` is `where`, or for a hub
     name the name with the commit that was read. Errors are those of `read_raw`.
@@ -99,8 +108,11 @@ def iter_rows(
             continue
         found = []
         if raw.error is None:
+            raw = raw._replace(value=as_record(raw.value))
             try:
-                found = conversations(raw.value, paths)
+                found, notes = conversations(raw.value, paths, columns)
+                if notes:
+                    raw = raw._replace(notes=tuple(notes))
             except FormatError as error:
                 raw = raw._replace(error=error)
         yield name, raw, found
@@ -115,24 +127,29 @@ def iter_records(
     on_error: str = "raise",
     paths: str = "best",
     stdin: BinaryIO | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[pd.DataFrame, list[Problem]]]:
     """The record table in chunks of at most `chunk_rows` rows (fewer where texts are long).
 
-    where : a file (JSON, JSONL, CSV, TSV, Parquet, each also gzipped), "-" for standard input, or
-        a hub name "owner/name[/config][@revision][:split]".
+    where : a file (JSON, JSONL, CSV, TSV, Parquet, Arrow, each also packed), "-" for standard
+        input, or a hub name "owner/name[/config][@revision][:split]".
     source : name for the `source` column; the file's stem or the set's name unless given.
     on_error : "raise" stops at a malformed record; "collect" leaves it out of the table and lists
         it; "keep" lists it and keeps an empty row in its place, with the text of the problem in
         an extra column `problem` ("" elsewhere).
     paths : "best" or "all", for OASST trees.
+    columns : as for `iter_rows`
 
-    Yields (table, problems of this chunk). Raises InstructMiningError.
+    Yields (table, problems of this chunk); the table's `.attrs["notes"]` counts the records that
+    hold what was not read, by what it is. Raises InstructMiningError.
     """
     if on_error not in ("raise", "collect", "keep"):
         raise InstructMiningError(f"on_error is {on_error!r}; it is 'raise', 'collect' or 'keep'")
-    rows, problems, characters = [], [], 0
+    rows, problems, characters, notes = [], [], 0, Counter()
     stem = source if source is not None else source_name(where)
-    for file, raw, found in iter_rows(where, revision=revision, paths=paths, stdin=stdin):
+    for file, raw, found in iter_rows(
+        where, revision=revision, paths=paths, stdin=stdin, columns=columns
+    ):
         note = ""
         if raw.error is not None:
             problem = Problem(file, raw.line, raw.error.expected, raw.error.got, raw.unit, raw.row)
@@ -141,17 +158,18 @@ def iter_records(
             problems.append(problem)
             if on_error == "keep":
                 note, found = str(problem), [[]]
-        name = record_id(raw.value, f"{stem}-{raw.row}")
+        notes.update(raw.notes)
+        name = record_id(raw.value, f"{stem}-{raw.row}", columns)
         for part, messages in enumerate(found):
             own = f"{name}#{part}" if part else name
             key = "" if note else row_hash(messages)
             rows.append((own, stem, messages, file, raw.row, part, key, note))
             characters += sum(len(message["content"]) for message in messages)
         if len(rows) >= chunk_rows or characters > CHUNK_CHARACTERS:
-            yield _table(rows, on_error), problems
-            rows, problems, characters = [], [], 0
+            yield _table(rows, on_error, notes), problems
+            rows, problems, characters, notes = [], [], 0, Counter()
     if rows or problems:
-        yield _table(rows, on_error), problems
+        yield _table(rows, on_error, notes), problems
 
 
 def read_records(
@@ -159,7 +177,7 @@ def read_records(
 ) -> tuple[pd.DataFrame, list[Problem]]:
     """The whole record table of one file or hub set and its problems; see `iter_records`."""
     chunks = list(iter_records(where, source=source, on_error=on_error))
-    tables = [table for table, _ in chunks] or [_table([], on_error)]
+    tables = [table for table, _ in chunks] or [_table([], on_error, {})]
     problems = [problem for _, found in chunks for problem in found]
     return pd.concat(tables, ignore_index=True), problems
 
@@ -177,7 +195,10 @@ def source_name(where: str | Path) -> str:
     return name
 
 
-def _table(rows: list[tuple], on_error: str) -> pd.DataFrame:
+def _table(rows: list[tuple], on_error: str, notes: Mapping[str, int]) -> pd.DataFrame:
     columns = ["id", "source", "messages", "file", "row", "part", "row_hash", "problem"]
     table = pd.DataFrame(rows, columns=columns).astype({"row": "int64", "part": "int64"})
-    return table if on_error == "keep" else table.drop(columns="problem")
+    table = table if on_error == "keep" else table.drop(columns="problem")
+    if notes:
+        table.attrs["notes"] = dict(notes)
+    return table

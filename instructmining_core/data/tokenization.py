@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..config import InstructMiningError
-from .formats import Message
+from .fields import Message
 
 CHAT, PLAIN = "chat-1", "plain-2"  # versions of the two templates, for records
-TEMPLATE_VERSION = f"{CHAT}/{PLAIN}"  # of keys that hold the tokenizer too, which says which it is
 
 _HEADERS = {"system": "System:\n", "user": "User:\n", "assistant": "Assistant:\n"}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")

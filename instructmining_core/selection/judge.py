@@ -19,7 +19,7 @@ import pandas as pd
 from scipy import stats
 
 from ..config import InstructMiningError
-from ..data.formats import Messages
+from ..data.fields import Messages
 from .contrasts import LEVEL, detectable_shift
 
 Judge = Callable[[Messages, str, str], float]

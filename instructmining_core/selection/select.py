@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..config import InstructMiningError
 from ..data.duplicates import Kept
-from ..data.formats import Messages
+from ..data.fields import Messages
 from ..regression.rule_card import RuleCard
 
 BATCH_ROWS = 1024  # rows whose texts are fetched at a time, at least

@@ -286,9 +286,9 @@ def test_odd_texts_come_out_as_they_went_in(home):
 def test_mixed_columns_and_types_are_written(home):
     rows = [{"a": 1, "m": [{"role": "user"}]}, {"a": "x", "b": None}]
     write_rows(rows, "x.parquet")
-    assert pd.read_parquet("x.parquet")["a"].tolist() == ["1", '"x"']
+    assert pd.read_parquet("x.parquet")["a"].tolist() == ["1", "x"]
     write_rows(rows, "x.csv")
-    assert open("x.csv").read() == 'a,m,b\n1,"[{""role"":""user""}]",\nx,,\n'
+    assert open("x.csv").read() == '"a","m","b"\n1,"[{""role"":""user""}]",""\n"x","",""\n'
     with pytest.raises(InstructMiningError, match="suffix"):
         write_rows(rows, "x.xlsx")
 

@@ -1,0 +1,504 @@
+"""A record's fields by name, a message as role and content, and the markings of a chat in text.
+
+What is filled counts, not what is present; a name counts without case and blanks; a list may stand
+as JSON text. What is read of a record is noted as used, so that the rest can be told.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import orjson
+
+from ..config import InstructMiningError
+
+Message = dict[str, str]
+Messages = list[Message]
+
+# A tool's output is context that the model reads, never text that it should learn to write.
+ROLES = {name: role for role, names in {
+    "user": "user human prompter instruction question inst input tool function observation "
+            "function_response tool_response tool_result ipython",
+    "assistant": "assistant gpt chatgpt bot chatbot model ai response function_call tool_call bing "
+                 "bard claude /inst",
+    "system": "system developer",
+}.items() for name in names.split()}  # fmt: skip
+MODEL_ROLE = re.compile(r"(chat)?gpt-?\d[\w.-]*")
+
+ROLE_KEYS = ("role", "from", "author", "speaker")
+CONTENT_KEYS = ("content", "value", "text", "parts")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # of a message: part of its text
+CALLS = ("tool_calls", "function_call")
+
+CHATS = ("messages", "conversations", "conversation")
+MORE_CHATS = ("message", "dialog", "dialogue", "chat", "chat_rounds", "contents", "thread",
+              "items", "data", "turns")  # fmt: skip
+ASKED = ("instruction", "prompt", "question", "query", "problem")
+ASKED_ALONE = ("inputs", "input_text", "user", "human", "source")  # where none of ASKED is filled
+BESIDE = ("input", "context", "passage", "document", "article")  # after a blank line
+CHOICES = ("choices", "options")
+ANSWERS = ("response", "output", "completion", "answer", "answers", "target", "targets",
+           "target_text", "generation", "generations", "assistant", "solution",
+           "answerkey")  # fmt: skip
+ANSWERS_FIRST = {"instruction": "output", "prompt": "completion", "question": "answer",
+                 "query": "response", "inputs": "targets", "problem": "solution"}  # fmt: skip
+REFERENCES = ("reference_turns", "reference", "answers")
+SYSTEM = ("system", "system_prompt", "system_message", "systeminstruction")
+IDS = ("id", "question_id", "message_tree_id", "prompt_id", "conversation_id", "uuid")
+NAMES = {*CHATS, *MORE_CHATS, *ASKED, *ASKED_ALONE, *BESIDE, *CHOICES, *ANSWERS, *SYSTEM, *IDS,
+         "text", "chosen", "history", "instances"}  # what --columns can name  # fmt: skip
+
+MEDIA = ("image", "images", "video", "videos", "audio", "audios", "tools", "functions")
+NOT_TO_LEARN = ("weight", "train", "loss", "loss_mask", "trainable", "label", "kto_tag")
+SILENT = {*IDS, "id", "category", "source", "user", "dataset", "data_source", "data_name", "lang",
+          "language", "type", "kind", "meta", "metadata", "model", "model_id", "model_name", "name",
+          "tool_call_id", "tags", "topic", "rejected", "score", "url", "title", "text_id",
+          "message_id", "parent_id", "timestamp", "tstamp", "license", "split"}  # fmt: skip
+NO_VALUE = {"none", "nan", "null", "<na>", "nat"}  # what a missing cell became, in optional fields
+LONGEST_LITERAL = 1_000_000  # characters of a Python literal that is tried
+
+
+class FormatError(InstructMiningError):
+    """A record that is none of the known forms, or breaks its own: what was expected, what stood.
+
+    `expected`, `got` : str, each one line, `got` at most about 90 characters.
+    """
+
+    def __init__(self, expected: str, got: object):
+        self.expected, self.got = expected, show(got)
+        super().__init__(f"expected {self.expected}, got {self.got}")
+
+
+def show(value: object, width: int = 80) -> str:
+    """`value` for an error message: its type and the start of it, safe to print anywhere."""
+    if value is None:
+        return "null"
+    if isinstance(value, dict):
+        fields = ", ".join(ascii(key)[:40] for key in list(value)[:8])
+        return f"an object with {fields or 'no fields'}"
+    names = {str: "text", list: "a list", int: "the number", float: "the number", bool: "the value"}
+    text = value if isinstance(value, str) else repr(value)
+    text = text[: width + 1].encode("utf-8", "backslashreplace").decode()
+    text = text[:width] + "..." if len(text) > width else text
+    return f"{names.get(type(value), type(value).__name__)} {text!r}"
+
+
+def filled(value: object) -> bool:
+    """Whether a field says anything: null, NaN, blank text, [] and {} do not."""
+    if isinstance(value, str):
+        return bool(value) and not value.isspace()
+    return value is not None and value == value and value not in ([], {}, b"")
+
+
+def structured(value: object) -> object:
+    """A list or object that stands as JSON text or a Python literal (as in CSV), decoded.
+
+    A struct of lists (`{"role": [..], "content": [..]}`) becomes a list of objects. Anything else
+    is returned as it is.
+    """
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        for read in (orjson.loads, json.loads, _literal):
+            try:
+                value = read(value)
+                break
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    if isinstance(value, dict) and any(key in value for key in ROLE_KEYS):
+        columns = list(value.values())
+        if all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
+            return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    return value
+
+
+def _literal(text: str) -> object:
+    if len(text) > LONGEST_LITERAL:
+        raise ValueError("too long")
+    return ast.literal_eval(text.strip())
+
+
+def in_turn(*contents: str) -> Messages:
+    """Contents of a conversation in turn, the user first."""
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def plain(value: object) -> object:
+    """`value` as JSON has it, whatever file it came from: no null fields, bytes as text."""
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, bytes):
+        return bytes_text(value)
+    return value
+
+
+def bytes_text(value: bytes) -> str:
+    """Bytes as text: UTF-8 where they are that, else base64."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return base64.b64encode(value).decode()
+
+
+def as_text(value: object) -> str:
+    """A value as the text that it stands for: "" for null, numbers and objects as JSON."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        return bytes_text(value)
+    if not filled(value):
+        return ""
+    return json_text(value) if isinstance(value, dict | list | int | float) else str(value)
+
+
+def json_text(value: object) -> str:
+    """A value as one line of JSON text; what JSON has no form for (a date) as its own text."""
+    try:
+        return orjson.dumps(plain(value), default=str).decode()
+    except TypeError:  # lone surrogates, integers above 64 bits
+        return json.dumps(plain(value), separators=(",", ":"), default=str)
+
+
+# Markings of a conversation inside one text: what begins a turn (its group is the role), what may
+# end one, and whether text before the first mark is the system's.
+MARKINGS = {name: (re.compile(mark), re.compile(end), opening) for name, mark, end, opening in (
+    ("ChatML", r"<\|im_start\|>[ \t]*([\w-]+)[^\n]*(?:\n|\Z)", r"<\|im_end\|>", False),
+    ("Llama 3", r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>", r"<\|eot_id\|>", False),
+    ("Llama 2", r"(?:<s>\s*)?\[(/?INST)\]", r"</s>", False),
+    ("Gemma", r"<start_of_turn>(\w+)\n", r"<end_of_turn>", False),
+    ("Zephyr", r"<\|(system|user|assistant|prompter)\|>",
+     r"</s>|<\|end\|>|<\|endoftext\|>", False),
+    ("Alpaca", r"(?:^|\n)\s*### *(Instruction|Input|Response|System) *:?[ \t]*(?=\n|\Z)",
+     r"</s>|<\|endoftext\|>", True),
+    ("Guanaco", r"### *(Human|User|Assistant|System) *:", r"</s>|<\|endoftext\|>", True),
+    ("Vicuna", r"(?<!\S)(?:(?<=</s>))?(USER|ASSISTANT|SYSTEM):", r"</s>", True),
+    ("hh-rlhf", r"\n*(?:^|\n\n)(Human|Assistant):", r"(?!)", True),
+    ("User and Assistant", r"(?:^|\n)(Human|User|Assistant|AI|Bot|System):", r"(?!)", True),
+)}  # fmt: skip
+BEGIN = re.compile(r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>)?\s*")
+PROMPT = re.compile(r"\s*(?:<|\[INST|###|[Hh]uman:|[Uu]ser:|USER:|SYSTEM:|Below is an)")
+SYS = re.compile(r"\s*<<SYS>>\s*(.*?)\s*<</SYS>>\s*", re.DOTALL)
+ALPACA_PREAMBLE = "Below is an instruction that describes a task"
+
+
+def marked(text: str, whole: bool = True) -> Messages | None:
+    """The turns of a text with marks, or None where it has none of the known `MARKINGS`.
+
+    whole : the text is all there is, and must hold a user's and an assistant's turn; else it is a
+        prompt, and must begin with a mark. Raises FormatError where text is left over, or a role is
+        not known.
+    """
+    if not whole and not PROMPT.match(text):
+        return None
+    found = []
+    for name, (mark, _, _) in MARKINGS.items():
+        roles = {ROLES.get(role.lower()) for role in mark.findall(text)}
+        first = mark.search(text)
+        if {"user", "assistant"} <= roles or (
+            first and not whole and "user" in roles and BEGIN.fullmatch(text, 0, first.start())
+        ):
+            found.append((first.start(), name))
+    if not found or (not whole and not BEGIN.fullmatch(text, 0, min(found)[0])
+                     and not text.startswith(ALPACA_PREAMBLE)):  # fmt: skip
+        return None
+    return _split(text, min(found)[1])
+
+
+def _split(text: str, name: str) -> Messages:
+    mark, end, opening = MARKINGS[name]
+    before, *pieces = mark.split(text)
+    turns: Messages = []
+    if not BEGIN.fullmatch(before):
+        if not opening:
+            raise FormatError(f"marks of {name} around the whole text", before)
+        if not before.startswith(ALPACA_PREAMBLE):
+            turns.append({"role": "system", "content": before.strip()})
+    for named, said in zip(pieces[::2], pieces[1::2], strict=True):
+        said, *rest = end.split(said)
+        if any(BEGIN.fullmatch(part) is None for part in rest):
+            raise FormatError(f"a mark of {name} before each turn", "".join(rest).strip())
+        role = ROLES.get(named.lower())
+        if role is None:
+            raise FormatError(f"a role such as 'user' or 'assistant' in marks of {name}", named)
+        inside = SYS.match(said) if name == "Llama 2" and role == "user" else None
+        if inside:
+            turns.append({"role": "system", "content": inside[1]})
+            said = said[inside.end() :]
+        # Alpaca's input belongs to its instruction.
+        if named == "Input" and turns and turns[-1]["role"] == "user":
+            turns[-1]["content"] += f"\n\n{said.strip()}" if said.strip() else ""
+        else:
+            turns.append({"role": role, "content": said.strip()})
+    return turns
+
+
+@lru_cache(4096)
+def pick(names: tuple[str, ...], keys: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `keys` that are among `names`, in the order of `keys`."""
+    return tuple(key for key in keys if key in names)
+
+
+@lru_cache(4096)
+def _folded(keys: tuple) -> tuple[str, ...]:
+    """Names without case and blanks."""
+    return tuple(str(key).strip().lower() for key in keys)
+
+
+def _fields(raw: dict) -> dict[str, Any]:
+    """A record by folded names; of two that fold to one name, the first filled one has it."""
+    names = _folded(tuple(raw))
+    fields = dict(zip(names, raw.values(), strict=True))
+    if len(fields) < len(names):
+        fields = {}
+        for name, (key, value) in zip(names, raw.items(), strict=True):
+            if not filled(fields.get(name)):
+                fields[name] = value
+            elif filled(value):
+                fields[f"{key} (again)"] = value
+    return fields
+
+
+class Record:
+    """A record's fields by folded name, what was used of them, and notes on what was not.
+
+    columns : our name -> the record's own, in place of the names that are looked for
+    """
+
+    def __init__(self, raw: dict, columns: Mapping[str, str]) -> None:
+        self.raw, self.notes, self.used = raw, {}, set()
+        self.unread: list = []  # what is no text, for the row's identity
+        self.fields = _fields(raw)
+        if columns:
+            lacking = [name for name in columns.values() if name not in raw]
+            if lacking:
+                raise FormatError(f"the column {lacking[0]!r} that --columns names", raw)
+            self.all, self.used = self.fields, {n.strip().lower() for n in columns.values()}
+            self.fields = {ours: raw[theirs] for ours, theirs in columns.items()}
+        else:
+            self.all = self.fields
+
+        self.there = tuple([key for key, value in self.fields.items() if filled(value)])
+
+    def has(self, key: str) -> bool:
+        return key in self.there
+
+    def filled(self, keys: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of `keys` that are filled, in the order of `keys`."""
+        return pick(self.there, keys)
+
+    def first(self, keys: tuple[str, ...]) -> str | None:
+        """The first filled one of `keys`, which counts as used."""
+        found = pick(self.there, keys)
+        if not found:
+            return None
+        self.used.add(found[0])
+        return found[0]
+
+    def text(self, key: str) -> str:
+        """A field as text: numbers and objects as JSON. Raises FormatError for a list of texts."""
+        self.used.add(key)
+        value = self.fields[key]
+        if isinstance(value, list) and value:
+            raise FormatError(f"one text in {key!r} (a batch of columns: one row each)", value)
+        return as_text(value)
+
+    def chat(self, key: str, texts: bool = False) -> Messages | None:
+        """The messages in a field, or None where it holds no list of them.
+
+        texts : whether plain texts are turns. Raises FormatError naming the entry.
+        """
+        entries = structured(self.fields.get(key))
+        if isinstance(entries, str | bytes) and texts:
+            raise FormatError(f"a list in {key!r}", entries)
+        if isinstance(entries, dict) and len(entries) == 1:
+            entries = next(iter(entries.values()))
+        if not isinstance(entries, list) or not entries:
+            return None
+        entries = [structured(entry) for entry in entries]
+        if all(isinstance(entry, str) for entry in entries):
+            found = in_turn(*entries) if texts else None
+        elif sides := _pairs(entries, texts):
+            found = in_turn(*sides)
+        elif not texts and not all(map(is_message, entries)):
+            found = None
+        else:
+            found = [self.message(entry, f"{key}[{i}]") for i, entry in enumerate(entries)]
+        if found is not None:
+            self.used.add(key)
+        return found
+
+    def message(self, entry: object, where: str) -> Message:
+        """One published message as role and content. Raises FormatError naming `where`."""
+        if not isinstance(entry, dict):
+            raise FormatError(f"a message (an object) in {where}", entry)
+        named = _first_filled(entry, ROLE_KEYS)
+        named = named.get("role") if isinstance(named, dict) else named
+        folded = named.strip().lower() if isinstance(named, str) else ""
+        role = ROLES.get(folded) or ("assistant" if MODEL_ROLE.fullmatch(folded) else None)
+        if role is None:
+            raise FormatError(f"a role such as 'user' or 'assistant' in {where}", named)
+        unread: list = []
+        content = self.content(_first_filled(entry, CONTENT_KEYS), where, unread)
+        others = _others(tuple(entry))
+        if others:
+            content = self._beside(entry, others, content, unread)
+        if content is None:
+            if role != "assistant" and not unread:
+                absent = next((entry[key] for key in CONTENT_KEYS if key in entry), entry)
+                if not isinstance(absent, str):
+                    raise FormatError(f"text as the content of {where}", absent)
+                content = absent
+            content = content or ""
+        found = {"role": role, "content": content}
+        if unread:
+            found["unread"] = fingerprint(unread)
+        return found
+
+    def content(self, content: object, where: str, unread: list) -> str | None:
+        """Text of a content field; parts that are no text are put into `unread`."""
+        if content is None or isinstance(content, str):
+            return content
+        if isinstance(content, bytes):
+            return bytes_text(content)
+        if isinstance(content, dict):
+            content = content.get("parts", [content])
+        if not isinstance(content, list):
+            raise FormatError(f"text as the content of {where}", content)
+        texts = []
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(part, str):
+                texts.append(part)
+            elif not isinstance(part, dict):
+                raise FormatError(f"text as the content of {where}", content)
+            elif kind == "tool_use":
+                texts.append(("\n" if texts else "") + _call(part))
+            elif filled(inner := _first_filled(part, (*CONTENT_KEYS, "thinking"))):
+                inner = self.content(inner, where, unread) or ""
+                texts.append(_thought(inner) if kind == "thinking" else inner)
+            elif kind != "text":
+                unread.append(part)
+                self.notes[f"content of type {kind!r} is not read"] = True
+        return "".join(texts)
+
+    def _beside(self, entry: dict, others, content: str | None, unread: list) -> str | None:
+        """The content with the message's reasoning and calls; the rest of it is noted."""
+        for key in others:
+            value = entry[key]
+            if key in NOT_TO_LEARN:
+                if _is_off(key, value):
+                    self.notes[f"a message whose {key!r} is off is read as any other"] = True
+            elif not filled(value):
+                continue
+            elif key in REASONING and isinstance(value, str):
+                content = _thought(value) + (content or "")
+            elif key in CALLS and isinstance(calls := structured(value), list | dict):
+                calls = calls if isinstance(calls, list) else [calls]
+                content = "\n".join([*([content] if content else []), *map(_call, calls)])
+            elif key in MEDIA:
+                unread.append(value)
+                self.notes[f"{key!r} of a message is not read"] = True
+            elif key not in (*ROLE_KEYS, *CONTENT_KEYS) and _bears_text(value):
+                self.notes[f"{key!r} of a message is not read"] = True
+        return content
+
+    def note_unread(self, messages: Messages) -> None:
+        """Note the fields that were not used, and put what is no text into the identity."""
+        for key in _to_check(tuple(self.all)):
+            value = self.all[key]
+            if key in self.used:
+                continue
+            if key in NOT_TO_LEARN:
+                if _is_off(key, value):
+                    self.notes[f"a row whose {key!r} is off is read as any other"] = True
+            elif not filled(value):
+                continue
+            elif key in MEDIA:
+                self.unread.append([key, structured(value)])
+                self.notes[f"{key!r} is not read"] = True
+            elif _bears_text(value) and not _rendering(value, messages):
+                self.notes[f"{key!r} is not read"] = True
+
+
+def fingerprint(value: object) -> str:
+    """16 hex digits that tell apart what is no text."""
+    text = json_text(value).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+@lru_cache(4096)
+def _to_check(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in SILENT)
+
+
+@lru_cache(4096)
+def _others(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """Fields of a message beside its role, its content and what is silent, calls last."""
+    known = {*SILENT} if len(keys) > 2 else {*SILENT, *ROLE_KEYS, *CONTENT_KEYS}
+    return tuple(sorted((key for key in keys if key not in known), key=CALLS.__contains__))
+
+
+def _first_filled(entry: dict, keys: tuple[str, ...]) -> object:
+    for key in keys:
+        if key in entry and filled(entry[key]):
+            return entry[key]
+    return None
+
+
+def is_message(entry: object) -> bool:
+    """Whether this is an object with a role."""
+    return isinstance(entry, dict) and any(filled(entry.get(key)) for key in ROLE_KEYS)
+
+
+def _pairs(entries: list, objects: bool) -> list[str] | None:
+    """The texts of pairs (`[["a", "b"]]`, Capybara's `{"input": .., "output": ..}`), in turn."""
+    found = []
+    for entry in entries:
+        if objects and isinstance(entry, dict) and {"input", "output"} <= entry.keys():
+            entry = [entry["input"], entry["output"]]
+        if not (isinstance(entry, list) and [type(side) for side in entry] == [str, str]):
+            return None
+        found += entry
+    return found
+
+
+def _call(call: object) -> str:
+    """A tool call as JSON text: name and arguments, without the ids of one conversation."""
+    inner = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(inner, dict) or "name" not in inner:
+        return json_text(call)
+    arguments = structured(inner.get("arguments", inner.get("input", {})))
+    return json_text({"name": inner["name"], "arguments": arguments})
+
+
+def _thought(text: str) -> str:
+    return f"<think>\n{text.strip()}\n</think>\n\n"
+
+
+def _is_off(key: str, value: object) -> bool:
+    """Whether a mark says "not to be learnt"; a label of 0 may be any class."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value == 0 and key not in ("label", "kto_tag", "loss")
+    return value is False or (isinstance(value, str) and value.strip().lower() == "false")
+
+
+def _bears_text(value: object) -> bool:
+    """Whether a value holds a text of more than one word."""
+    if isinstance(value, str):
+        return len(value.split(None, 2)) > 1
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, list) and any(map(_bears_text, value[:100]))
+
+
+def _rendering(value: object, messages: Messages) -> bool:
+    """Whether a field says again all that the conversation says, as Alpaca's `text` does."""
+    return isinstance(value, str) and all(m["content"].strip() in value for m in messages)
