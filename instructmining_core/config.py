@@ -85,7 +85,7 @@ def _section(annotation: Any) -> Any:
 class ModelRef:
     """Which model to load, not yet resolved to a commit."""
 
-    id: str  # hub name, folder, .gguf file, "standin:base|reward|unieval", or "package:NAME"
+    id: str  # hub name, folder, .gguf file, "package:NAME", "head:NAME", "standin:NAME"
     revision: str = "main"  # branch, tag or commit; resolved and recorded at run time
     dtype: str = "auto"  # "auto": bfloat16 where the processor or GPU has it, else float32
 

