@@ -1,8 +1,6 @@
 """Which finetunes each question needs: plans, made from a study, that `Study.run` carries out.
 
-The label of a plan has the columns that the tables and figures read: pool, method, size and seed.
-In this order: the sweep, the gate, sizes and robustness, rules refitted on resampled sweeps, the
-ablation, and pairs of answers for a judge.
+A plan's label has the columns that tables and figures read: pool, method, size and seed.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from instructmining_core.config import FinetuneConfig, ModelRef
+from instructmining_core.config import ModelRef
 from instructmining_core.data.records import row_hash, with_row_hash
 from instructmining_core.finetuning.ledger import Ledger
 from instructmining_core.regression.intervals import r2_of
@@ -34,7 +32,6 @@ from .study import PlannedRun, Study
 LOSSES = ["loss_eval_1", "loss_eval_2", "loss_eval_1_token", "loss_eval_2_token"]
 GATE_COLUMNS = ["run_id", "pool", "method", "size", "seed", *LOSSES, "rows", "steps",
                 "tokens_trained", "seconds"]  # fmt: skip
-DOSE_COLUMNS = ["run_id", "kind", "dose", "seed", *LOSSES]
 TRIES = 100  # resamples that may fail to tell the set means apart, before it is an error
 SAME = 0.8  # Jaccard index from which two selections count as the same
 FREE_RIVALS = ("longest", "shortest", "lowest_ppl", "reward", "compression")
@@ -67,14 +64,13 @@ def gate_plans(study: Study, rule: RuleCard) -> list[PlannedRun]:
     """
     config = study.profile.selection
     plans = []
-    for pool in study.data.pools:
+    for pool, rows in study.data.pools.items():
         counts = {"selected": config.seeds, "random": config.draws}
-        counts |= {method: config.baseline_seeds for method in FREE_RIVALS}
+        counts |= dict.fromkeys(FREE_RIVALS, config.baseline_seeds)
         for method, repeats in counts.items():
             plans += repeated(study, rule, pool, method, config.size, repeats)
         plans += token_plans(study, rule, pool)
-        size = len(study.data.pools[pool])
-        plans += repeated(study, rule, pool, "full", size, config.baseline_seeds)
+        plans += repeated(study, rule, pool, "full", len(rows), config.baseline_seeds)
     return plans
 
 
@@ -88,16 +84,15 @@ def token_plans(study: Study, rule: RuleCard, pool: str) -> list[PlannedRun]:
     cost = target_tokens(study, scores["row_hash"])
 
     def tokens_of(rows: pd.DataFrame) -> list[int]:
-        return [cost[one] for one in rows["row_hash"]]
+        return rows["row_hash"].map(cost).tolist()
 
     tokens = sum(tokens_of(choose_rows(scores, "selected", config.size, rule=rule)))
     counts = {"random": config.draws} | dict.fromkeys(FREE_RIVALS, config.baseline_seeds)
-    plans = []
-    for method, repeats in counts.items():
-        for seed in range(repeats):
-            rows = choose_tokens(scores, method, tokens, seed=seed, tokens_of=tokens_of)
-            plans.append(_plan(rows, pool, method + TOKENS, config.size, seed))
-    return plans
+    return [
+        _plan(choose_tokens(scores, method, tokens, seed=seed, tokens_of=tokens_of), pool,
+              method + TOKENS, config.size, seed)
+        for method, repeats in counts.items() for seed in range(repeats)
+    ]  # fmt: skip
 
 
 def target_tokens(study: Study, hashes: Sequence[str]) -> dict[str, int]:
@@ -157,53 +152,6 @@ def _with_random(
             for plan in repeated(study, rule, pool, method, size, repeats, first)]  # fmt: skip
 
 
-def count_plans(plans: Sequence[PlannedRun]) -> pd.DataFrame:
-    """How many finetunes each method gets in a pool, and the mean rows of one, by pool."""
-    labels = pd.DataFrame([{**plan.label, "rows": len(plan.row_hashes)} for plan in plans])
-    groups = labels.groupby(["method", "pool"], sort=False)
-    counts = groups.size().groupby("method", sort=False).max().rename("finetunes")
-    sizes = groups["rows"].mean().unstack("pool", sort=False)
-    return sizes.add_prefix("rows, ").join(counts)
-
-
-def method_overlap(plans: Sequence[PlannedRun]) -> pd.DataFrame:
-    """Mean Jaccard index over pools between the rows of the methods, each at its first seed."""
-    first = {
-        (plan.label["pool"], plan.label["method"]): set(plan.row_hashes)
-        for plan in plans
-        if plan.label["seed"] == 0
-    }
-    methods = list(dict.fromkeys(method for _, method in first))
-    pools = list(dict.fromkeys(pool for pool, _ in first))
-
-    def jaccard(a: str, b: str) -> float:
-        pairs = [(first[pool, a], first[pool, b]) for pool in pools]
-        return sum(len(x & y) / len(x | y) for x, y in pairs) / len(pairs)
-
-    return pd.DataFrame({a: {b: jaccard(a, b) for b in methods} for a in methods})
-
-
-def selected_means(study: Study, plans: Sequence[PlannedRun]) -> pd.DataFrame:
-    """Mean of each indicator over the rows that each method takes, over all pools."""
-    by_hash = study.scores.drop_duplicates("row_hash").set_index("row_hash")
-    columns = list(study.profile.indicators)
-    means = [
-        by_hash.loc[list(plan.row_hashes), columns].mean().rename(plan.label["method"])
-        for plan in plans
-        if plan.label["seed"] == 0
-    ]
-    frame = pd.DataFrame(means)
-    return frame.groupby(frame.index, sort=False).mean()
-
-
-def all_pool_rows(study: Study) -> pd.DataFrame:
-    """The scores of every pool's rows, each row once, with what made them in `.attrs`."""
-    rows = pd.concat([study.pool_scores(pool) for pool in study.data.pools], ignore_index=True)
-    rows = rows.drop_duplicates("row_hash", ignore_index=True)
-    rows.attrs = study.scores.attrs
-    return rows
-
-
 def size_pool(study: Study) -> str:
     """The pool of the size curve and the robustness runs: the largest, the first of equals."""
     return max(study.data.pools, key=lambda name: len(study.data.pools[name]))
@@ -224,14 +172,10 @@ def size_plans(study: Study, rule: RuleCard, pool: str, best: int) -> list[Plann
 
     Seeds start at 1: the search used seed 0, and its winner has to be seen anew.
     """
-    config = study.profile.size
-    most = len(study.data.pools[pool])
+    config, most = study.profile.size, len(study.data.pools[pool])
     sizes = sorted({min(size, most) for size in (*config.sizes, best)})
-    return [
-        plan
-        for size in sizes
-        for plan in _with_random(study, rule, pool, size, config.draws, first=1)
-    ]
+    return [plan for size in sizes
+            for plan in _with_random(study, rule, pool, size, config.draws, first=1)]  # fmt: skip
 
 
 def robustness_plans(study: Study, rule: RuleCard) -> list[tuple[dict, list[PlannedRun]]]:
@@ -239,29 +183,21 @@ def robustness_plans(study: Study, rule: RuleCard) -> list[tuple[dict, list[Plan
 
     The label's pool names the setting, so that each is set against its own random draws.
     """
-    config = study.profile.robustness
-    settings = [(f"{method}", {"config": _method(study, method)}) for method in config.methods]
-    settings += [
-        (f"base {ref.id.removeprefix('standin:')}", {"base": ref})
-        for ref in study.profile.models.ladder
-    ]
-    return [(arguments, _setting(study, rule, name)) for name, arguments in settings]
-
-
-def _method(study: Study, method: str) -> FinetuneConfig:
-    rate = study.profile.finetune.learning_rate
-    if method == "full" and study.profile.finetune.method != "full":
-        rate = study.profile.robustness.full_learning_rate
-    return dataclasses.replace(study.profile.finetune, method=method, learning_rate=rate)
-
-
-def _setting(study: Study, rule: RuleCard, name: str) -> list[PlannedRun]:
-    pool, size = size_pool(study), study.profile.selection.size
-    plans = _with_random(study, rule, pool, size, study.profile.robustness.seeds)
+    config, usual, pool = study.profile.robustness, study.profile.finetune, size_pool(study)
+    settings: dict[str, dict] = {}
+    for method in config.methods:
+        turned_full = method == "full" != usual.method
+        rate = config.full_learning_rate if turned_full else usual.learning_rate
+        changed = dataclasses.replace(usual, method=method, learning_rate=rate)
+        settings[method] = {"config": changed}
+    for ref in study.profile.models.ladder:
+        settings[f"base {ref.id.removeprefix('standin:')}"] = {"base": ref}
+    plans = _with_random(study, rule, pool, study.profile.selection.size, config.seeds)
     return [
-        dataclasses.replace(plan, label={**plan.label, "pool": f"{name}, {pool}"})
-        for plan in plans
-    ]
+        (arguments, [dataclasses.replace(plan, label={**plan.label, "pool": f"{name}, {pool}"})
+                     for plan in plans])
+        for name, arguments in settings.items()
+    ]  # fmt: skip
 
 
 def ladder_sweep(study: Study, base: ModelRef) -> pd.DataFrame:
@@ -270,31 +206,38 @@ def ladder_sweep(study: Study, base: ModelRef) -> pd.DataFrame:
     return study.run("transfer", plans, base=base)
 
 
-
 def refit_cards(study: Study, n: int) -> list[RuleCard]:
     """`n` rules, each fitted to the study's sweep with its sets drawn again.
 
-    A contrast of one rule's rows against random rows speaks of that one rule; over refitted rules
-    it carries the uncertainty of the sweep too (statistical plan, section 6).
-    Sets are resampled with replacement within their source, the mixed ones among themselves, so
-    that every refit has the design's sources; estimator, indicators and standardising constants
-    are those of the study's rule. A resample whose set means can't be told apart (too few
-    distinct sets) is drawn again. Raises RunsError where `TRIES` of them in a row can't.
+    Over refitted rules a contrast carries the uncertainty of the sweep too (statistical plan,
+    section 6). Estimator, indicators and standardising constants are those of the study's rule. A
+    resample whose set means can't be told apart is drawn again; RunsError where `TRIES` in a row
+    can't.
     """
     columns, scores = study.profile.rule_columns(), study.candidate_scores
     constants = Standardizer.fit(scores, columns)
-    runs = pick_arms(study.sweep(), DESIGNED)
-    rng = np.random.default_rng(0)
-    cards = []
-    for i in range(n):
-        fit = _fitted(runs, columns, constants, rng)
-        cards.append(make_card(
-            fit, scores,
-            profile=study.profile.name, set_size=study.profile.design.size,
+    runs, rng = pick_arms(study.sweep(), DESIGNED), np.random.default_rng(0)
+
+    def fitted() -> RuleFit:
+        for _ in range(TRIES):
+            try:
+                return fit_rule(resampled(runs, rng), columns, constants, arms=None)
+            except RankError:
+                continue
+        raise RunsError(
+            f"{TRIES} resamples of {len(runs)} sets left too few distinct ones for "
+            f"{len(columns)} slopes beside the source shares: more sets a source are needed"
+        )
+
+    fits = [fitted() for _ in range(n)]
+    return [
+        make_card(
+            fit, scores, profile=study.profile.name, set_size=study.profile.design.size,
             note=f"bootstrap {i}: sets drawn again, {fit.runs['drawn'].nunique()} of them distinct",
             not_for="selecting: it shows how far the study's own rule is uncertain",
-        ))  # fmt: skip
-    return cards
+        )
+        for i, fit in enumerate(fits)
+    ]  # fmt: skip
 
 
 def resampled(runs: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
@@ -303,28 +246,11 @@ def resampled(runs: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
     runs : one row a set. Copies get set ids of their own, since a fit takes one run a set_id; the
     id that was drawn is in `drawn`.
     """
-    parts = [
-        part.iloc[rng.integers(len(part), size=len(part))]
-        for _, part in runs.groupby(["arm", "source"], sort=True)
-    ]
+    parts = [part.iloc[rng.integers(len(part), size=len(part))]
+             for _, part in runs.groupby(["arm", "source"], sort=True)]  # fmt: skip
     drawn = pd.concat(parts, ignore_index=True)
-    names = [f"{one}#{i}" for i, one in enumerate(drawn["set_id"])]
+    names = drawn["set_id"] + "#" + drawn.index.astype(str)
     return drawn.assign(drawn=drawn["set_id"], set_id=names)
-
-
-def _fitted(
-    runs: pd.DataFrame, columns: Sequence[str], constants: Standardizer,
-    rng: np.random.Generator,
-):
-    for _ in range(TRIES):
-        try:
-            return fit_rule(resampled(runs, rng), columns, constants, arms=None)
-        except RankError:
-            continue
-    raise RunsError(
-        f"{TRIES} resamples of {len(runs)} sets left too few distinct ones for "
-        f"{len(columns)} slopes beside the source shares: more sets a source are needed"
-    )
 
 
 def refit_plans(study: Study, cards: Sequence[RuleCard]) -> list[PlannedRun]:
@@ -342,24 +268,6 @@ def refit_plans(study: Study, cards: Sequence[RuleCard]) -> list[PlannedRun]:
     ]  # fmt: skip
 
 
-def refit_agreement(
-    plans: Sequence[PlannedRun], chosen: Mapping[str, Sequence[str]]
-) -> pd.DataFrame:
-    """How much of the rule's selection the refits choose too, a row a pool.
-
-    chosen : pool -> row hashes that the study's rule selects. Columns refits, shared_mean,
-    shared_least : share of those rows that a refit selects, in [0, 1].
-    """
-    rows = []
-    for pool, own in chosen.items():
-        shares = [len(set(own) & set(plan.row_hashes)) / len(set(own))
-                  for plan in plans if plan.label["pool"] == pool]  # fmt: skip
-        rows.append({"pool": pool, "refits": len(shares), "shared_mean": np.mean(shares),
-                     "shared_least": min(shares)})  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-
 def smaller_rules(
     runs: pd.DataFrame, scores: pd.DataFrame, columns: Sequence[str]
 ) -> dict[str, tuple[RuleFit, RuleCard]]:
@@ -371,16 +279,14 @@ def smaller_rules(
     for dropped in columns if len(columns) > 1 else []:
         kept = [c for c in columns if c != dropped]
         fit = fit_rule(runs, kept, Standardizer.fit(scores, kept))
-        card = make_card(fit, scores, note=f"the study's rule without {dropped}",
-                         not_for="anything but the ablation")  # fmt: skip
-        found[dropped] = fit, card
+        found[dropped] = fit, make_card(fit, scores, not_for="anything but the ablation",
+                                        note=f"the study's rule without {dropped}")  # fmt: skip
     return found
 
 
 def ablation_overlaps(
-    pool: pd.DataFrame, size: int, rule: RuleCard,
-    smaller: Mapping[str, tuple[RuleFit, RuleCard]],
-) -> pd.DataFrame:  # fmt: skip
+    pool: pd.DataFrame, size: int, rule: RuleCard, smaller: Mapping[str, tuple[RuleFit, RuleCard]]
+) -> pd.DataFrame:
     """How much of the full rule's selection each of `smaller_rules` keeps.
 
     One row an indicator: without, jaccard, r2 of the smaller rule beyond the shares with r2_low
@@ -390,29 +296,27 @@ def ablation_overlaps(
     rows = []
     for dropped, (fit, card) in smaller.items():
         part = set(choose_rows(pool, "selected", size, rule=card)["row_hash"])
-        jaccard = len(part & whole) / len(part | whole)
-        r2, low, high = r2_of(fit)
-        rows.append({"without": dropped, "jaccard": jaccard, "r2": r2, "r2_low": low,
-                     "r2_high": high, "finetuned": jaccard < SAME})  # fmt: skip
-    return pd.DataFrame(rows)
+        rows.append((dropped, len(part & whole) / len(part | whole), *r2_of(fit)))
+    table = pd.DataFrame(rows, columns=["without", "jaccard", "r2", "r2_low", "r2_high"])
+    return table.assign(finetuned=table["jaccard"] < SAME)
 
 
 def ablation(study: Study, rule: RuleCard) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Which indicator carries the rule? Drop one, refit, select anew, finetune (v3, Table 5).
 
-    The paper prints one loss a cell; here the first table has `ablation_overlaps`, the second the
-    contrasts of the full rule, random rows and each smaller rule that selects other rows, on the
-    largest pool. The second is empty where the profile does not ask for the finetunes
-    (`robustness.ablation`) or no selection differs enough. Contrasts are unadjusted.
+    Returns `ablation_overlaps`, and the contrasts (unadjusted) of the full rule, random rows and
+    each smaller rule that selects other rows, on the largest pool: empty where the profile does
+    not ask for the finetunes (`robustness.ablation`) or no selection differs enough.
     """
     smaller = smaller_rules(study.sweep(), study.candidate_scores, study.profile.rule_columns())
     pool, size = size_pool(study), study.profile.selection.size
     scores, seeds = study.pool_scores(pool), study.profile.robustness.seeds
     table = ablation_overlaps(scores, size, rule, smaller)
-    if not study.profile.robustness.ablation or table.empty or not table["finetuned"].any():
+    others = table.loc[table["finetuned"], "without"]
+    if not study.profile.robustness.ablation or others.empty:
         return table, pd.DataFrame()
     plans = _with_random(study, rule, pool, size, seeds)
-    for dropped in table.loc[table["finetuned"], "without"]:
+    for dropped in others:
         rows = choose_rows(scores, "selected", size, rule=smaller[dropped][1])
         plans += [_plan(rows, pool, f"without {dropped}", len(rows), seed)
                   for seed in range(seeds)]  # fmt: skip
@@ -440,9 +344,8 @@ def generate_pairs(study: Study, rule: RuleCard) -> pd.DataFrame:
                 answers[method] = generate(
                     tuned.lm, questions, max_new_tokens=config.max_new_tokens, progress=True
                 )
-        frames.append(
-            pd.DataFrame({"pair": pair, "prompt_id": prompts["id"], "prompt": questions, **answers})
-        )
+        told = {"pair": pair, "prompt_id": prompts["id"], "prompt": questions, **answers}
+        frames.append(pd.DataFrame(told))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -452,8 +355,7 @@ def draw_prompts(table: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
     The numbers from any two sources differ by at most one, unless one has no more rows. Rows keep
     the table's order; all of them where the table has no more than `count`.
     """
-    rng = np.random.default_rng(seed)
-    shuffled = table.iloc[rng.permutation(len(table))]
+    shuffled = table.iloc[np.random.default_rng(seed).permutation(len(table))]
     # one row of every source, then a second of every source, ...: which sources get one more
     # is as random as the rows are
     turn = shuffled.groupby("source", sort=False).cumcount()
@@ -466,6 +368,7 @@ def judge_with_reward(study: Study, pairs: pd.DataFrame) -> pd.DataFrame:
 
     pairs : from `generate_pairs`; returns the frame of `judge.judge_pairs`, all pairs of models.
     """
+    from instructmining_core.indicators.scorer import score
     from instructmining_core.selection.judge import judge_pairs, reward_judge
 
     conversations = [
@@ -473,20 +376,6 @@ def judge_with_reward(study: Study, pairs: pd.DataFrame) -> pd.DataFrame:
         for row in pairs.to_dict("records")
         for method in ("selected", "random")
     ]
-    rewards = _rewards(study, conversations)
-    judge = reward_judge(lambda messages: rewards[row_hash(messages)])
-    judged = [
-        judge_pairs(part["prompt"].tolist(), part["selected"].tolist(), part["random"].tolist(),
-                    judge, pair=pair)
-        for pair, part in pairs.groupby("pair")
-    ]  # fmt: skip
-    return pd.concat(judged, ignore_index=True)
-
-
-def _rewards(study: Study, conversations: list[list[dict]]) -> dict[str, float]:
-    """Reward by row hash, all conversations in one pass."""
-    from instructmining_core.indicators.scorer import score
-
     table = with_row_hash(pd.DataFrame({
         "id": [str(i) for i in range(len(conversations))],
         "source": "answers", "messages": conversations, "file": "",
@@ -494,4 +383,11 @@ def _rewards(study: Study, conversations: list[list[dict]]) -> dict[str, float]:
     }))  # fmt: skip
     ref = study.profile.models.reward
     scores = score(table, {"reward": ref}, indicators=("reward",), standins=study.standins(ref))
-    return dict(zip(table["row_hash"], scores["reward"], strict=True))
+    rewards = dict(zip(table["row_hash"], scores["reward"], strict=True))
+    judge = reward_judge(lambda messages: rewards[row_hash(messages)])
+    judged = [
+        judge_pairs(part["prompt"].tolist(), part["selected"].tolist(), part["random"].tolist(),
+                    judge, pair=pair)
+        for pair, part in pairs.groupby("pair")
+    ]  # fmt: skip
+    return pd.concat(judged, ignore_index=True)

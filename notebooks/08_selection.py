@@ -70,10 +70,17 @@ for pool, chosen in own.items():
     best = scores.assign(loss=rule.predict(scores)).nsmallest(len(chosen), "loss")
     same += len(set(best["row_hash"]) & set(chosen))
 
-at_equal_rows = [p for p in plans if not p.label["method"].endswith("_tokens")]
-alike = experiments.method_overlap(at_equal_rows)["selected"].drop("selected")
+labels = pd.DataFrame([{**p.label, "rows": len(p.row_hashes)} for p in plans])
+display(labels.groupby(["pool", "method"], sort=False)["rows"].agg(finetunes="size", rows="mean").unstack("pool").round(1))
+taken = {
+    (p.label["pool"], p.label["method"]): set(p.row_hashes)
+    for p in plans if p.label["seed"] == 0 and not p.label["method"].endswith("_tokens")
+}
+alike = pd.Series({
+    (pool, method): len(rows & taken[pool, "selected"]) / len(rows | taken[pool, "selected"])
+    for (pool, method), rows in taken.items()
+}).groupby(level=1).mean().drop("selected")
 nearest = alike.drop(["random", "full"]).idxmax()
-display(experiments.count_plans(plans).round(1))
 Markdown(f"""
 Of the {sum(map(len, own.values()))} selected rows of all pools the plain line takes {same} as well; the core counts a row that stands twice in a pool once.
 At equal rows the selection is most like that of “{nearest}”: the rows in both are {alike[nearest]:.0%} of those in either; with a random draw it is {alike['random']:.0%}.
@@ -83,7 +90,9 @@ At equal rows the selection is most like that of “{nearest}”: the rows in bo
 # ## How do the chosen rows look?
 
 # %%
-looks = experiments.selected_means(study, at_equal_rows)
+by_hash = study.scores.drop_duplicates("row_hash").set_index("row_hash")[list(study.profile.indicators)]
+looks = pd.DataFrame({key: by_hash.loc[list(rows)].mean() for key, rows in taken.items()}).T
+looks = looks.groupby(level=1, sort=False).mean()
 display(looks.round(2))
 ahead = (looks.loc["selected"] - looks.loc["full"]) / study.scores[looks.columns].std()
 Markdown(f"""
@@ -119,7 +128,8 @@ Markdown(f"""
 
 # %%
 rules = {"fitted": rule, "v1": load_rule("v1"), "v3": load_rule("v3")}
-pairs, _ = compare_rules(rules, experiments.all_pool_rows(study), top=study.profile.selection.size)
+everything = pd.concat([study.pool_scores(pool) for pool in study.data.pools], ignore_index=True)
+pairs, _ = compare_rules(rules, everything.drop_duplicates("row_hash"), top=study.profile.selection.size)
 display(pairs[["rule_1", "rule_2", "spearman", "jaccard"]].round(2))
 ours, theirs = pairs.query("rule_1 == 'fitted'"), pairs.query("rule_1 != 'fitted'").iloc[0]
 Markdown(f"""
@@ -236,9 +246,11 @@ with_refits = beat_random.compare_with_random(
     wider, per_example=experiments.per_example(study, wider), selected="refit"
 )
 display(with_refits[["pool", *numbers, "p_holm", "p_margin", "verdict"]].round(4))
-shared = experiments.refit_agreement(refit_plans, own)
+shared = pd.Series([
+    len(set(own[p.label["pool"]]) & set(p.row_hashes)) / len(own[p.label["pool"]]) for p in refit_plans
+]).groupby([p.label["pool"] for p in refit_plans]).agg(["mean", "min"])
 Markdown(f"""
-Over the pools, the {len(cards)} refits choose {shared['shared_mean'].min():.0%} to {shared['shared_mean'].max():.0%} of the rule's own rows, the least like it {shared['shared_least'].min():.0%}.
+Over the pools, the {len(cards)} refits choose {shared['mean'].min():.0%} to {shared['mean'].max():.0%} of the rule's own rows, the least like it {shared['min'].min():.0%}.
 With their uncertainty counted the selection is better than random rows in {with_refits['verdict'].str.startswith('better').sum()} of {len(with_refits)} pools.
 """)
 
