@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
+from sklearn.feature_extraction.text import CountVectorizer
 from statsmodels.stats.proportion import proportion_confint
 
 from instructmining_core.config import InstructMiningError
@@ -36,13 +36,11 @@ from .experiments import ladder_sweep
 from .paper import R_SQUARED
 from .study import Study
 
-WORDS = re.compile(r"\w+|[^\w\s]")  # words and single punctuation marks
+WORDS = r"\w+|[^\w\s]"  # words and single punctuation marks
 SMOOTHING = 0.1  # count added to every word of the joint vocabulary
-SAME_SETS = ("Every slope is taken over the very sets that the rule was fitted on: it says whether "
-             "the rule carries to another base or to other prompts, not whether it holds for new "
-             "sets, which is what held-out sources are for.")
 EVALUATIONS = {"eval_1": "log_loss", "eval_2": "log_loss_eval_2"}
 COUNTED, PLAIN = "shared rows counted", "shared rows not counted"
+_wilson = partial(proportion_confint, method="wilson")  # count, n -> 95 % interval of the share
 
 # (base, evaluation set) -> the runs, with `log_loss` and `log_loss_eval_2`
 Settings = Mapping[tuple[str, str], pd.DataFrame]
@@ -57,57 +55,44 @@ def unigram_losses(
     Mean over prompts of the mean negative log probability per word, in nats; `SMOOTHING` is added
     to every count. Raises InstructMiningError where a row has no response text.
     """
-    distinct = {s.set_id: s for s in sets}
-    needed = {h for s in distinct.values() for h in s.row_hashes}
+    distinct = {s.set_id: s.row_hashes for s in sets}
+    needed = list(dict.fromkeys(h for hashes in distinct.values() for h in hashes))
     lacking = [h for h in needed if h not in responses]
     if lacking or not evaluation:
         raise InstructMiningError(f"{len(lacking)} of {len(needed)} rows have no response text, "
                                   f"and there are {len(evaluation)} evaluation responses")
-    counted = {h: _word_counts(responses[h]) for h in needed}
-    prompts = [counts for text in evaluation if (counts := _word_counts(text))]
-    vocabulary = {w for counts in (*counted.values(), *prompts) for w in counts}
-    asked = sorted({w for counts in prompts for w in counts})
-    weight = np.mean([[c[w] / c.total() for w in asked] for c in prompts], axis=0)
+    counter = CountVectorizer(token_pattern=WORDS, preprocessor=str.casefold)
+    counts = counter.fit_transform([*(responses[h] for h in needed), *evaluation])
+    prompts = counts[len(needed):].toarray()
+    prompts = prompts[prompts.any(axis=1)]
+    weight = (prompts / prompts.sum(axis=1, keepdims=True)).mean(axis=0)
+    place = {h: i for i, h in enumerate(needed)}
     losses = {}
-    for name, one in distinct.items():
-        held: Counter[str] = Counter()
-        for h in one.row_hashes:
-            held.update(counted[h])
-        have = np.array([held[w] for w in asked])
-        probability = (have + SMOOTHING) / (held.total() + SMOOTHING * len(vocabulary))
-        losses[name] = float(-weight @ np.log(probability))
+    for name, hashes in distinct.items():
+        held = counts[[place[h] for h in hashes]].sum(axis=0).A1 + SMOOTHING
+        losses[name] = float(-weight @ np.log(held / held.sum()))
     return pd.Series(losses, name="unigram").rename_axis("set_id")
 
 
-def _word_counts(text: str) -> Counter[str]:
-    return Counter(WORDS.findall(text.casefold()))
-
-
 def failure_table(null: pd.DataFrame) -> pd.DataFrame:
-    """What simulated studies without any effect find (`simulate.null_r2`), with intervals.
+    """What simulated studies without any effect find (`simulation.null_r2`), in words.
 
-    One row a number of sources: studies; the median R² and the median rank correlation of two
-    repeats, bounds by order statistics; shares of studies that reach the paper's R² and in which
-    every chosen term is "significant", bounds by Wilson.
+    One row a number of sources: studies; medians, bounds by order statistics; shares of studies
+    that reach the paper's R² or call every chosen term "significant", bounds by Wilson.
     """
     rows = {}
     for sources, part in null.groupby("n_sources"):
-        shares = {"R² as large as the paper's": part["r2"] >= R_SQUARED,
-                  "every term “significant”": part["all_significant"]}  # fmt: skip
         medians = {"median R²": part["r2"],
                    "median rank correlation": part["repeat_rank_correlation"]}  # fmt: skip
+        shares = {"R² as large as the paper's": part["r2"] >= R_SQUARED,
+                  "every term “significant”": part["all_significant"]}  # fmt: skip
         found = {n: (v.median(), *median_interval(v)) for n, v in medians.items()}
-        found |= {n: (v.mean(), *_share_interval(v.sum(), len(v))) for n, v in shares.items()}
+        found |= {n: (v.mean(), *_wilson(v.sum(), len(v))) for n, v in shares.items()}
         rows[sources] = {"studies": str(len(part))} | {
             name: f"{value:.2f} [{low:.2f}, {high:.2f}]"
             for name, (value, low, high) in found.items()
         }
     return pd.DataFrame(rows).T.rename_axis("sources")
-
-
-def _share_interval(count: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    return proportion_confint(count, n, method="wilson")
 
 
 def paper_table(
@@ -155,8 +140,7 @@ def tests_table(tests: Sequence[Permutation], fit: RuleFit, size: int) -> pd.Dat
         spent = fit.controls.shape[1] if test.hypothesis == "H0b" else 1
         low, high = r2_interval(test.statistic, size, len(fit.runs) - spent - size)
         n = len(test.null)
-        reached = int((test.null >= test.statistic - 1e-12).sum())
-        p_low, p_high = _share_interval(reached, n)
+        p_low, p_high = _wilson((test.null >= test.statistic - 1e-12).sum(), n)
         rows.append({
             "hypothesis": test.meaning, "largest R²": test.statistic, "low": low, "high": high,
             "95 % of permutations below": np.quantile(test.null, 0.95), "p": test.p,
@@ -168,11 +152,9 @@ def tests_table(tests: Sequence[Permutation], fit: RuleFit, size: int) -> pd.Dat
 
 def choice_table(chosen: pd.DataFrame, draws: int) -> pd.DataFrame:
     """`bootstrap_choice` with Wilson bounds of each frequency over `draws` draws."""
-    bounds = [_share_interval(f * draws, draws) for f in chosen["frequency"]]
-    frame = chosen.copy()
-    frame.insert(1, "low", [low for low, _ in bounds])
-    frame.insert(2, "high", [high for _, high in bounds])
-    return frame
+    low, high = _wilson(chosen["frequency"] * draws, draws)
+    others = chosen.columns.drop("frequency")
+    return chosen.assign(low=low, high=high)[["frequency", "low", "high", *others]]
 
 
 def transfer_settings(study: Study) -> Settings:
@@ -193,7 +175,7 @@ def transfer_table(found: Settings, rule: RuleCard) -> pd.DataFrame:
 
     One row a setting: base, evaluation, sets, slope (1 where the rule carries over whole, 0 where
     nothing does; the first row's is 1 by construction) with low and high (these sources), r2
-    beyond the shares with r2_low and r2_high, carries. `.attrs["note"]` is to be printed with it.
+    beyond the shares with r2_low and r2_high, carries.
     """
     rows = []
     for (base, name), runs in found.items():
@@ -205,9 +187,7 @@ def transfer_table(found: Settings, rule: RuleCard) -> pd.DataFrame:
             "low": one["low"], "high": one["high"], "r2": r2, "r2_low": r2_low,
             "r2_high": r2_high, "carries": carries(one["low"], one["high"]) if rows else "fitted",
         })  # fmt: skip
-    table = pd.DataFrame(rows)
-    table.attrs["note"] = SAME_SETS
-    return table
+    return pd.DataFrame(rows)
 
 
 def carries(low: float, high: float) -> str:
@@ -219,38 +199,30 @@ def carries(low: float, high: float) -> str:
     return "in part" if high < 1 else "whole" if low <= 1 else "amplified"
 
 
-def fit_settings(
+def coefficient_map(
     found: Settings, columns: Sequence[str], constants: Standardizer
-) -> dict[str, RuleFit]:
-    """The rule fitted anew in every setting, by "base, evaluation set"."""
-    return {
-        f"{base}, {name}": fit_rule(runs, columns, constants, outcome=EVALUATIONS[name])
-        for (base, name), runs in found.items()
-    }
+) -> pd.DataFrame:
+    """Which slopes hold, the rule fitted anew in every setting; the first one makes the claims.
 
-
-def coefficient_map(fits: Mapping[str, RuleFit]) -> pd.DataFrame:
-    """Which slopes hold, setting by setting; the first of `fits` is the one that makes claims.
-
-    One row a setting and indicator: setting, name, estimate, low, high (these sources),
-    same_sign (as in the first), holds: "claims nothing" where the first interval holds zero, else
-    "holds" or "reversed" (the interval here leaves out zero too, on the same or the other side), or
-    "not seen".
+    One row a setting ("base, evaluation set") and indicator: setting, name, estimate, low, high
+    (these sources), same_sign (as in the first), holds: "claims nothing" where the first interval
+    holds zero, else "holds" or "reversed" (the interval here leaves out zero too, on the same or
+    the other side), or "not seen".
     The first setting's own rows are "claimed" or "claims nothing".
     """
-    tables = {name: fit.table() for name, fit in fits.items()}
-    first = next(iter(tables.values()))
-    claimed = first["low"] * first["high"] > 0
     parts = []
-    for name, table in tables.items():
-        same = np.sign(table["estimate"]) == np.sign(first["estimate"])
+    for (base, name), runs in found.items():
+        table = fit_rule(runs, columns, constants, outcome=EVALUATIONS[name]).table()
         clear = table["low"] * table["high"] > 0
-        holds = np.select([~claimed, clear & same, clear], ["claims nothing", "holds", "reversed"],
-                          "not seen")
-        if table is first:
+        if not parts:
+            first, claimed = table["estimate"], clear
             holds = np.where(claimed, "claimed", "claims nothing")
-        part = table[["estimate", "low", "high"]].assign(setting=name, same_sign=same, holds=holds)
-        parts.append(part.rename_axis("name").reset_index())
+        same = np.sign(table["estimate"]) == np.sign(first)
+        if parts:
+            holds = np.select([~claimed, clear & same, clear],
+                              ["claims nothing", "holds", "reversed"], "not seen")
+        part = table[["estimate", "low", "high"]].assign(same_sign=same, holds=holds)
+        parts.append(part.rename_axis("name").assign(setting=f"{base}, {name}").reset_index())
     frame = pd.concat(parts, ignore_index=True)
     return frame[["setting", "name", "estimate", "low", "high", "same_sign", "holds"]]
 
@@ -291,12 +263,6 @@ def coefficient_frame(fit: RuleFit, jack, by_paper) -> pd.DataFrame:
     return frame[["name", "estimate", "low", "high", "kind"]].reset_index(drop=True)
 
 
-def predictions(fit: RuleFit) -> pd.DataFrame:
-    """Each set's measured and fitted log loss, with its arm and source."""
-    frame = fit.runs[[c for c in ("set_id", "arm", "source") if c in fit.runs]].copy()
-    return frame.assign(measured=fit.ols.model.endog, predicted=fit.ols.fittedvalues)
-
-
 def vocabulary_baselines(
     study: Study, runs: pd.DataFrame, columns: Sequence[str], constants: Standardizer
 ) -> pd.DataFrame:
@@ -318,27 +284,18 @@ def vocabulary_baselines(
         return pd.DataFrame({"not to be had here": [str(error)]})
 
 
-def rows_of_sets(study: Study) -> dict[str, tuple[str, ...]]:
-    """set_id -> row hashes, by which `permutation` counts shared rows."""
-    return {one.set_id: one.row_hashes for one in study.sets}
-
-
 def negative_control(study: Study) -> pd.DataFrame:
     """The whole procedure on indicators that mean nothing: rows shuffled within their source.
 
     The sets keep their rows and losses; which indicators belong to which row is shuffled, many
-    times, and every shuffle is tested with the shared rows counted and without. Two rows, COUNTED
-    and PLAIN: shuffles, how many are "significant" at 5 %, their share with Wilson bounds, p of
-    the study by the same test; for PLAIN also the shuffles' median and largest R², the study's, and
-    its p against the shuffles, which share rows in just the same way (whitened R² can't be compared
-    over shuffles). The control stops at the test: nothing is selected by it.
+    times, and every shuffle is tested with the shared rows counted and without.
     """
     columns, settings = study.profile.rule_columns(), study.profile.inference
-    runs, rows, size = study.runs("sweep"), rows_of_sets(study), min(4, len(columns))
+    runs, size = study.runs("sweep"), min(4, len(columns))
+    rows = {one.set_id: one.row_hashes for one in study.sets}
 
     def tests(table: pd.DataFrame, draws: int) -> dict[str, Permutation]:
-        constants = Standardizer.fit(table, columns)
-        joined = study.joined(runs, scores=table)
+        constants, joined = Standardizer.fit(table, columns), study.joined(runs, scores=table)
         return {
             name: permutation(joined, columns, constants, size=size, n_permutations=draws,
                               rows=known)
@@ -352,14 +309,19 @@ def negative_control(study: Study) -> pd.DataFrame:
 
 
 def control_table(
-    own: Mapping[str, Permutation],
-    shuffled: Sequence[Mapping[str, Permutation]],
+    own: Mapping[str, Permutation], shuffled: Sequence[Mapping[str, Permutation]]
 ) -> pd.DataFrame:
-    """See `negative_control`; own, shuffled : the tests by name, of the study and the shuffles."""
+    """The tests by name, COUNTED and PLAIN, of the study and of its shuffles, as two rows.
+
+    Shuffles, how many are "significant" at 5 %, their share with Wilson bounds, p of the study by
+    the same test; for PLAIN also the shuffles' median and largest R², the study's, and its p
+    against the shuffles, which share rows in just the same way (whitened R² can't be compared over
+    shuffles).
+    """
     table, n = {}, len(shuffled)
     for name, test in own.items():
         rejected = sum(one[name].p < 0.05 for one in shuffled)
-        low, high = _share_interval(rejected, n)
+        low, high = _wilson(rejected, n)
         table[name] = {"shuffles": n, "significant at 5 %": rejected,
                        "share significant": rejected / n, "low": low, "high": high,
                        "p of the study": test.p}  # fmt: skip

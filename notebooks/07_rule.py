@@ -57,7 +57,7 @@ from IPython.display import Markdown
 
 from instructmining import claims, figures, tables
 from instructmining.reports import card_markdown
-from instructmining.simulation.studies import null_r2
+from instructmining.simulation import null_r2
 from instructmining.study import Study
 from instructmining_core import fit_rule
 from instructmining_core.regression import checks, inference
@@ -107,7 +107,7 @@ Beside the shares the indicators explain R² = {r2:.2f} [{r2_low:.2f}, {r2_high:
 """)
 
 # %%
-figures.plot_predicted_measured(tables.predictions(fit), title="in sample")
+figures.plot_predicted_measured(fit.runs.assign(predicted=fit.ols.fittedvalues), title="in sample")
 
 # %% [markdown]
 # ## One indicator at a time
@@ -172,7 +172,7 @@ Our designed sets differ in {seen.iloc[0]:.1f} effective directions beside the s
 # The last line permutes the losses freely; it rejects whenever the sources differ at all, and is shown only for that.
 
 # %%
-rows = tables.rows_of_sets(study)
+rows = {one.set_id: one.row_hashes for one in study.sets}
 tests = [
     permutation(runs, columns, constants, null=name, size=size, rows=shared,
                 n_permutations=study.profile.inference.permutations)

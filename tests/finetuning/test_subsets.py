@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from instructmining.simulation.worlds import COLUMNS, synthetic_world
+from bench.studies import COLUMNS, synthetic_world
 from instructmining_core.config import InstructMiningError
 from instructmining_core.finetuning.sets import (
     TrainingSet,

@@ -5,10 +5,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bench.studies import COLUMNS, design, outcomes, synthetic_world
 from instructmining.cli.rule import explained
 from instructmining.cli.select import _kept
 from instructmining.reports import card_markdown, fitted_on
-from instructmining.simulation.worlds import COLUMNS, design, outcomes, synthetic_world
 from instructmining_core.config import InstructMiningError
 from instructmining_core.finetuning.sets import designed_sets, set_means
 from instructmining_core.regression.inference import held_out, jackknife_sources

@@ -7,8 +7,7 @@ import statsmodels.api as sm
 from scipy.stats import chi2
 from scipy.stats import f as fisher
 
-from instructmining.simulation.studies import hc3_studies, jackknife_studies
-from instructmining.simulation.worlds import COLUMNS, design, outcomes, synthetic_world
+from bench.studies import COLUMNS, design, hc3_studies, jackknife_studies, outcomes, synthetic_world
 from instructmining_core.finetuning.sets import designed_sets, fusion_sets
 from instructmining_core.regression.inference import (
     SeedVariance,

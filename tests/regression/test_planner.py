@@ -5,7 +5,7 @@ import pytest
 import statsmodels.api as sm
 from scipy.stats import t
 
-from instructmining.simulation.worlds import COLUMNS, design, outcomes, synthetic_world
+from bench.studies import COLUMNS, design, outcomes, synthetic_world
 from instructmining_core.finetuning.sets import designed_sets, fusion_sets
 from instructmining_core.regression.inference import SeedVariance
 from instructmining_core.regression.planner import (

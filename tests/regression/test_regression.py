@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import statsmodels.api as sm
 
+from bench.studies import COLUMNS, design, synthetic_world
 from instructmining import tables
-from instructmining.simulation.worlds import COLUMNS, design, synthetic_world
 from instructmining_core.config import InstructMiningError
 from instructmining_core.finetuning.sets import TrainingSet, designed_sets
 from instructmining_core.regression.checks import (

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from instructmining.simulation.studies import permutation_size
+from bench.studies import permutation_size
 from instructmining_core.regression.permutation import GRID, MOST, row_overlap, row_share, whitener
 
 

@@ -9,7 +9,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestIndPower
 
-from instructmining.simulation.studies import holm_rows, simulate_crossed, simulate_gate
+from bench.studies import holm_rows, simulate_crossed, simulate_gate
 from instructmining_core.config import InstructMiningError
 from instructmining_core.selection import beat_random, contrasts
 from instructmining_core.selection.beat_random import answers_table, beats_length, both_ends

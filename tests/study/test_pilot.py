@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from scipy.stats import chi2, t
 
+from bench.studies import COLUMNS, synthetic_world
 from instructmining import pilot
 from instructmining.cli import main
 from instructmining.design import chosen, design_matrix, designed_arm, drawn, gain
 from instructmining.profile import DesignConfig, load_profile
-from instructmining.simulation.worlds import COLUMNS, synthetic_world
 from instructmining.study import Study
 from instructmining_core.config import FinetuneConfig
 from instructmining_core.finetuning import sweep

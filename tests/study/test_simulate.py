@@ -1,22 +1,23 @@
 """Acceptance of statistics.md, sections 1, 4 and 5, with few studies and bounds to match.
 
-The full version: python -m instructmining.simulation.acceptance --full table.csv
+The full version: python -m bench.acceptance --full table.csv
 """
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from instructmining.paper import R_SQUARED
-from instructmining.simulation import acceptance, studies
-from instructmining.simulation.studies import (
+from bench import acceptance
+from bench.studies import (
     coverage,
     design_comparison,
-    null_r2,
     permutation_size,
     planner_band,
     pure_noise,
 )
+from instructmining import simulation
+from instructmining.paper import R_SQUARED
+from instructmining.simulation import null_r2
 
 
 def test_the_papers_r2_lies_in_the_null_of_its_own_design():
@@ -37,7 +38,7 @@ def test_more_sources_give_more_dimensions_but_no_cure():
 
 def test_null_r2_is_seeded_and_without_source_effects_is_small(monkeypatch):
     assert null_r2(4, 3, 5).equals(null_r2(4, 3, 5))
-    monkeypatch.setattr(studies, "SOURCE_SD", 0.0)
+    monkeypatch.setattr(simulation, "SOURCE_SD", 0.0)
     assert null_r2(4, 40, 5)["r2"].median() < 0.12
 
 

@@ -1,7 +1,7 @@
 """The figures that our inference must keep, by simulation, and the command that makes their table.
 
-    python -m instructmining.simulation.acceptance --full table.csv   # all of them, ten minutes
-    python -m instructmining.simulation.acceptance table.json         # the quick version, a minute
+    python -m bench.acceptance --full table.csv   # all of them, ten minutes
+    python -m bench.acceptance table.json         # the quick version, a minute
 
 Statistical plan, sections 1, 4, 5 and 6. Where ours differ from the plan's, both are shown.
 """
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+
+from instructmining.simulation import null_r2
 
 from . import studies
 
@@ -56,7 +58,7 @@ def _blind(size: Size, seed: int) -> list[Row]:
     rows: list[Row] = []
     plans = {4: ("0.993", "65"), 8: ("0.90", "13"), 12: ("0.84", "4.5")}
     for s, (three, vif) in plans.items():
-        null = studies.null_r2(s, size.null, seed)
+        null = null_r2(s, size.null, seed)
         rows += [
             (f"median R² without any effect, {s} sources", null["r2"].median(), None,
              "0.27-0.60" if s == 4 else ""),

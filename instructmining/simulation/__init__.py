@@ -1,1 +1,0 @@
-"""Simulated studies: what the designs can see, and whether the inference keeps its word."""
