@@ -129,18 +129,18 @@ def padding(rows: int = 2048) -> list[dict]:
     from instructmining_core.data.tokenization import PLAIN
     from instructmining_core.indicators.perplexity import encode_turns
     from instructmining_core.indicators.turns import each_turn, read
-    from instructmining_core.models.batching import padded_share
 
     found, origin = data.conversations(rows)
     talks = [read(messages) for messages in found]
     lm = build_lm("1m", data.texts(found))
-    lengths = [len(e) for e in encode_turns(list(each_turn(talks)), lm)]
+    lengths = np.array([len(e) for e in encode_turns(list(each_turn(talks)), lm)])
     through = _tokens_through(lm, lambda: ours(lm, talks))
-    parts = np.array_split(np.arange(len(lengths)), max(1, len(lengths) // 32))
+    parts = np.array_split(lengths, max(1, len(lengths) // 32))
+    in_order = sum(len(part) * part.max() for part in parts) / lengths.sum()
     return [limit_row(
         "ppl_padding", f"limit {LIMIT_PADDING}; batches of 32 in file order take "
-        f"{padded_share(lengths, parts):.2f}",
-        through / sum(lengths), LIMIT_PADDING, "padded tokens per real token", on="1m",
+        f"{in_order:.2f}",
+        float(through / lengths.sum()), LIMIT_PADDING, "padded tokens per real token", on="1m",
         dtype=_name(lm.dtype), data=f"{len(talks)} contiguous rows of {origin}",
         template=PLAIN, note="counted at the model's embedding layer",
     )]  # fmt: skip

@@ -87,16 +87,13 @@ class PackedModel:
         if head.way == "forward":
             logits = self._run(self.model, batch).logits.flatten(0, 1)[batch.predict]
             return plain_nll(logits, batch.labels, weights)
-        return weighted_nll(self.at_targets(self.states(batch), batch), head,
-                            self.model.get_output_embeddings(), batch.labels, weights)
+        output = self.model.get_output_embeddings()
+        return weighted_nll(self.states(batch), head, output, batch.labels, weights)
 
     def states(self, batch: Batch) -> torch.Tensor:
-        """Hidden states below the output matrix, shape (1, tokens, dim) packed."""
-        return self._run(decoder(self.model), batch).last_hidden_state
-
-    def at_targets(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Those of `states` at `batch.predict`, shape (targets, dim)."""
-        return states.flatten(0, 1).index_select(0, batch.predict)
+        """Hidden states below the output matrix at `batch.predict`, shape (targets, dim)."""
+        found = self._run(decoder(self.model), batch).last_hidden_state
+        return found.flatten(0, 1).index_select(0, batch.predict)
 
     def _run(self, module: nn.Module, batch: Batch):
         whole = batch.states is None
@@ -203,39 +200,6 @@ class _Collect(torch.autograd.Function):
         return spread.index_copy_(0, ctx.saved_tensors[0], gradient), None
 
 
-class _ShortAttention(torch.autograd.Function):
-    """Causal attention on a CPU by plain products, a few rows at a time (`models.attention`).
-
-    query, key, value, output : shape (rows, heads, longest, dim)
-    """
-
-    @staticmethod
-    def forward(ctx, query, key, value, scale):
-        rows, heads, longest, _ = query.shape
-        parts = [slice(first // longest, first // longest + count)
-                 for first, count, _ in attention.chunks([(rows, longest)], heads)]
-        output, shares = torch.empty_like(query), []
-        for part in parts:
-            found, share = attention.forward(
-                *(x[part].flatten(0, 1) for x in (query, key, value)), scale)
-            output[part] = found.unflatten(0, (-1, heads))
-            shares.append(share)
-        ctx.save_for_backward(query, key, value, *shares)
-        ctx.parts, ctx.scale = parts, scale
-        return output
-
-    @staticmethod
-    def backward(ctx, gradient):
-        query, key, value, *shares = ctx.saved_tensors
-        slopes = [torch.empty_like(x) for x in (query, key, value)]
-        for part, share in zip(ctx.parts, shares, strict=True):
-            inputs = (x[part].flatten(0, 1) for x in (query, key, value))
-            found = attention.backward(gradient[part].flatten(0, 1), share, *inputs, ctx.scale)
-            for slope, one in zip(slopes, found, strict=True):
-                slope[part] = one.unflatten(0, (-1, query.shape[1]))
-        return *slopes, None
-
-
 def attend_packed(
     module, query, key, value, attention_mask, scaling=None, packed_rows=None, **kwargs
 ):  # fmt: skip
@@ -263,7 +227,7 @@ def attend_packed(
             )
         else:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            out = _ShortAttention.apply(*parts, scale)
+            out = attention.ShortAttention.apply(*parts, scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
         start = stop
     together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -287,14 +251,10 @@ def _takes_packed_rows(model: PackedModel) -> bool:
     ids = [tuple(i % vocabulary for i in range(3, 3 + n)) for n in (9, 5)]
     rows = [Encoded(row, (False, *[True] * (len(row) - 1))) for row in ids]
     with torch.no_grad():
-        padded = _at_targets(model, pad_right(rows, model.device))
+        padded = model.states(pad_right(rows, model.device)).float()
         try:
-            packed = _at_targets(model, pack(rows, model.device))
+            packed = model.states(pack(rows, model.device)).float()
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
             return False
     tolerance = 1e-4 if model.lm.dtype == torch.float32 else 0.05
     return bool((packed - padded).abs().max() <= tolerance * padded.abs().max())
-
-
-def _at_targets(model: PackedModel, batch: Batch) -> torch.Tensor:
-    return model.at_targets(model.states(batch), batch).float()

@@ -8,7 +8,7 @@ at a time, whose scores stay in the cache, take 4. Scoring 16 to 48 rows of 40 t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,80 +22,57 @@ _SCORES = 1 << 20  # numbers in one product's scores
 _NAME = "instructmining_short"  # of `attend_short_rows`, in transformers
 
 
-def chunks(groups: Sequence[tuple[int, int]], heads: int) -> list[tuple[int, int, int]]:
-    """(first slot, rows, longest) of each product.
+class ShortAttention(torch.autograd.Function):
+    """softmax(query key' * scale, causal) value, a few rows at a time.
 
-    groups : (rows, longest) that follow each other in the slots
+    query, key, value, output : shape (rows, heads, tokens, dim)
     """
-    found, start = [], 0
-    for rows, longest in groups:
-        step = max(1, _SCORES // (heads * longest * longest))
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            found.append((start + first * longest, count, longest))
-        start += rows * longest
-    return found
 
+    @staticmethod
+    def forward(ctx, query, key, value, scale):
+        rows, heads, tokens, _ = query.shape
+        step = max(1, _SCORES // (heads * tokens * tokens))
+        parts = [slice(first, first + step) for first in range(0, rows, step)]
+        output, shares = torch.empty_like(query), []
+        for part in parts:
+            one, two, three = (x[part].flatten(0, 1) for x in (query, key, value))
+            scores = torch.bmm(one, two.transpose(1, 2)).float().mul_(scale)
+            scores += scores.new_full((tokens, tokens), float("-inf")).triu_(1)
+            share = scores.softmax(-1).to(query.dtype)
+            output[part] = torch.bmm(share, three).unflatten(0, (-1, heads))
+            if any(ctx.needs_input_grad):
+                shares.append(share)
+        ctx.save_for_backward(query, key, value, *shares)
+        ctx.parts, ctx.scale = parts, scale
+        return output
 
-def forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(query key' * scale, causal) value.
-
-    query, key, value : shape (n, tokens, dim), n = heads x rows
-    returns : output, the same shape; and the probabilities, shape (n, tokens, tokens)
-    """
-    scores = torch.bmm(query, key.transpose(1, 2)).float().mul_(scale)
-    scores += _future(scores)
-    share = scores.softmax(-1).to(query.dtype)
-    return torch.bmm(share, value), share
-
-
-def backward(
-    gradient: torch.Tensor,
-    share: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value; `share` are the probabilities of `forward`."""
-    slope = torch.bmm(gradient, value.transpose(1, 2))
-    slope = torch._softmax_backward_data(slope, share, -1, share.dtype).mul_(scale)
-    return (
-        torch.bmm(slope, key),
-        torch.bmm(slope.transpose(1, 2), query),
-        torch.bmm(share.transpose(1, 2), gradient),
-    )
-
-
-def _future(scores: torch.Tensor) -> torch.Tensor:
-    """-inf above the diagonal, zero elsewhere, shape (tokens, tokens)."""
-    tokens = scores.shape[-1]
-    return scores.new_full((tokens, tokens), float("-inf")).triu_(1)
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, *shares = ctx.saved_tensors
+        slopes = [torch.empty_like(x) for x in (query, key, value)]
+        for part, share in zip(ctx.parts, shares, strict=True):
+            out, one, two, three = (x[part].flatten(0, 1) for x in (gradient, query, key, value))
+            slope = torch.bmm(out, three.transpose(1, 2))
+            slope = torch._softmax_backward_data(slope, share, -1, share.dtype).mul_(ctx.scale)
+            found = (torch.bmm(slope, two), torch.bmm(slope.transpose(1, 2), one),
+                     torch.bmm(share.transpose(1, 2), out))
+            for into, values in zip(slopes, found, strict=True):
+                into[part] = values.unflatten(0, (-1, query.shape[1]))
+        return *slopes, None
 
 
 def attend_short_rows(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """The attention function given to transformers; arguments and result as in its own `sdpa`."""
-    rows, heads, tokens, dim = query.shape
     plain = attention_mask is None and key.shape == query.shape == value.shape
-    odd = [kwargs.get(name) for name in ("softcap", "position_bias", "cache")]
+    odd = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache"))
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    if (
-        not plain or not causal or tokens > LONGEST or torch.is_grad_enabled()
-        or any(one is not None for one in odd)
-    ):  # fmt: skip
+    short = query.shape[2] <= LONGEST
+    if not plain or odd or not causal or not short or torch.is_grad_enabled():
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    scale = dim**-0.5 if scaling is None else scaling
-    found = query.new_empty((rows, tokens, heads, dim))
-    for first, count, _ in chunks([(rows, tokens)], heads):
-        part = slice(first // tokens, first // tokens + count)
-        out, _ = forward(
-            *(x[part].flatten(0, 1) for x in (query, key, value)), scale)
-        found[part] = out.unflatten(0, (count, heads)).transpose(1, 2)
-    return found, None
+    scale = query.shape[-1]**-0.5 if scaling is None else scaling
+    return ShortAttention.apply(query, key, value, scale).transpose(1, 2), None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ On 9,229 Alpaca rows, batches in file order cost 2.3 to 3.9 times the real token
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,10 +34,9 @@ def token_budget_batches(
     lengths : shape (n,), tokens of each row.
     max_tokens : padded tokens of a batch (rows times longest row); one longer row is alone.
 
-    Longest first, so that memory runs out in the first batch or not at all. The order among rows
-    of equal length is that of their numbers: the same rows always give the same batches. A batch
-    ends early once its padding is 1/32 of the budget: few rows with a large budget would otherwise
-    be mostly padding.
+    Longest first, so that memory runs out in the first batch or not at all; equal lengths in the
+    order of their numbers. A batch ends early once its padding is 1/32 of the budget: few rows with
+    a large budget would otherwise be mostly padding.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if max_tokens < 1:
@@ -53,13 +53,6 @@ def token_budget_batches(
         batches.append(order[start : start + rows])
         start += rows
     return batches
-
-
-def padded_share(lengths: Sequence[int] | np.ndarray, batches: Sequence[np.ndarray]) -> float:
-    """Padded tokens per real token of these batches; 1.0 is no padding, NaN with no token."""
-    lengths = np.asarray(lengths, dtype=np.int64)
-    real = int(sum(lengths[b].sum() for b in batches))
-    return sum(len(b) * int(lengths[b].max()) for b in batches) / real if real else float("nan")
 
 
 def pad(
@@ -85,50 +78,41 @@ def pad(
 
 
 def map_batches(
-    fn: Callable[[np.ndarray], Sequence[Any]],
-    lengths: Sequence[int] | np.ndarray,
-    max_tokens: int,
-    progress: bool = False,
-    desc: str = "",
-    *,
+    fn: Callable[[np.ndarray], Sequence[Any]], lengths: Sequence[int] | np.ndarray,
+    max_tokens: int, progress: bool = False, desc: str = "", *,
     on_batch: Callable[[np.ndarray, Sequence[Any]], None] | None = None,
     on_halved: Callable[[int], None] | None = None,
-) -> list[Any]:
+) -> list[Any]:  # fmt: skip
     """Call `fn` on batches of row numbers; the results in the rows' own order.
 
     fn : row numbers, shape (batch,) -> one result a row.
     lengths, max_tokens : as in `token_budget_batches`.
-    on_batch : called with the row numbers and results of each finished batch, so that a score bank
-        can store them; what it raises is raised here.
-    on_halved : called with the new budget whenever memory ran out, so that the next call can start
-        there.
+    on_batch : called with the row numbers and results of each finished batch.
+    on_halved : called with the new budget whenever memory ran out.
     progress : a bar in tokens, with tokens a second and time left.
 
     When memory runs out (GPU or CPU) the batch is cut in two and every later one keeps to the
     smaller size. A row that does not fit alone gives `Failed(reason)`; the others go on.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    waiting = token_budget_batches(lengths, max_tokens)[::-1]
+    waiting = deque(token_budget_batches(lengths, max_tokens))
     results: list[Any] = [None] * len(lengths)
-    bar = tqdm(
-        total=int(lengths.sum()), desc=desc, unit="token", unit_scale=True, disable=not progress
-    )
-    with bar:
+    with tqdm(total=int(lengths.sum()), desc=desc, unit="token", unit_scale=True,
+              disable=not progress) as bar:
         while waiting:
-            batch = waiting.pop()
+            batch = waiting.popleft()
             done, reason = _attempt(fn, batch)
             if reason and len(batch) > 1:
                 budget = max(1, len(batch) * int(lengths[batch].max()) // 2)
-                waiting = _again(lengths, [batch, *waiting[::-1]], budget)
+                rows = np.concatenate([batch, *waiting])
+                waiting = deque(rows[b] for b in token_budget_batches(lengths[rows], budget))
                 if on_halved is not None:
                     on_halved(budget)
                 continue
             if reason:
                 done = [Failed(f"out of memory on one row of {lengths[batch[0]]} tokens: {reason}")]
             if len(done) != len(batch):
-                raise InstructMiningError(
-                    f"The function gave {len(done)} results for {len(batch)} rows."
-                )
+                raise InstructMiningError(f"{len(done)} results for {len(batch)} rows.")
             for row, result in zip(batch, done, strict=True):
                 results[row] = result
             if on_batch is not None:
@@ -147,9 +131,3 @@ def _attempt(fn: Callable, batch: np.ndarray) -> tuple[Sequence[Any] | None, str
         reason = (str(error) or type(error).__name__).splitlines()[0]
     free_gpu_cache()
     return None, reason
-
-
-def _again(lengths, batches, budget: int) -> list[np.ndarray]:
-    """The failed batch and those after it in smaller batches, the last one first."""
-    rows = np.concatenate(batches)
-    return [rows[b] for b in token_budget_batches(lengths[rows], budget)][::-1]

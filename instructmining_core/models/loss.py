@@ -11,7 +11,7 @@ from ..data.tokenization import Encoded
 from .causal_lm import LM, response_nll
 
 
-def losses(frame: pd.DataFrame, response_bytes: Sequence[int] | None = None) -> dict[str, float]:
+def losses(frame: pd.DataFrame) -> dict[str, float]:
     """Means of a frame of `causal_lm.response_nll`, in nats per token.
 
     body_prompt_mean, body_token_mean : over the body of the responses, which is all but each
@@ -23,7 +23,6 @@ def losses(frame: pd.DataFrame, response_bytes: Sequence[int] | None = None) -> 
     without_eos : mean over rows, the token that ends a response left out.
     effective_n : rows that the token mean rests on, (sum t)^2 / sum t^2 for t tokens a row.
     rows, missing : rows in the means, and rows without any target token, which are left out.
-    nats_per_byte : total over bytes, with `response_bytes` only; compares across tokenizers.
 
     A row whose loss is not finite or did not fit into memory makes every mean NaN: a mean over
     the other rows would be another quantity.
@@ -37,7 +36,7 @@ def losses(frame: pd.DataFrame, response_bytes: Sequence[int] | None = None) -> 
     failed = np.isnan(nll)
     text, text_tokens = nll - eos, tokens - eos_tokens
     body, body_tokens = text - first, text_tokens - first_tokens
-    found = {
+    return {
         "prompt_mean": _mean(nll, tokens),
         "token_mean": _ratio(nll.sum(), tokens.sum()),
         "body_prompt_mean": _mean(body, body_tokens, (body_tokens > 0) | failed),
@@ -50,9 +49,6 @@ def losses(frame: pd.DataFrame, response_bytes: Sequence[int] | None = None) -> 
         "rows": len(kept),
         "missing": int(empty.sum()),
     }
-    if response_bytes is not None:
-        found["nats_per_byte"] = _ratio(nll.sum(), float(np.asarray(response_bytes)[~empty].sum()))
-    return found
 
 
 def evaluate(

@@ -19,8 +19,6 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-POOLINGS = ("last", "mean")
-
 
 class GPTNeoXRewardConfig(GPTNeoXConfig):
     """A GPT-NeoX configuration and the pooling of the reward head.
@@ -44,19 +42,15 @@ class GPTNeoXRewardModel(GPTNeoXPreTrainedModel):
     def __init__(self, config: GPTNeoXRewardConfig) -> None:
         super().__init__(config)
         self.pooling = config.pooling or "last"
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling {config.pooling!r} is unknown; use one of {POOLINGS}")
+        if self.pooling not in ("last", "mean"):
+            raise ValueError(f"pooling {config.pooling!r} is unknown; use 'last' or 'mean'")
         self.num_labels = 1
         self.gpt_neox = GPTNeoXModel(config)
         self.out_proj = nn.Linear(config.hidden_size, 1)
         self.post_init()
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        return_dict: bool | None = None,
-        **kwargs,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_
     ) -> SequenceClassifierOutput:
         """Reward of each row.
 
@@ -84,9 +78,8 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
     if pooling == "mean":
         weights = mask.to(hidden.dtype).unsqueeze(-1)
         return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-    last = torch.arange(mask.shape[1], device=mask.device) * mask
-    last = last.argmax(dim=1)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+    last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
 AutoConfig.register(GPTNeoXRewardConfig.model_type, GPTNeoXRewardConfig, exist_ok=True)

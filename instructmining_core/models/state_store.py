@@ -27,14 +27,10 @@ class StateStore:
 
     folder : of the store, made if need be; width : of every array
     dtype : numpy dtype of the stored numbers; bfloat16 is stored as its 16 bits (uint16)
-    budget : bytes that all segments may have together
     """
 
-    def __init__(
-        self, folder: str | Path, width: int, dtype: np.dtype | type, budget: int = BUDGET
-    ) -> None:
+    def __init__(self, folder: str | Path, width: int, dtype: np.dtype | type) -> None:
         self.folder, self.width, self.dtype = Path(folder), width, np.dtype(dtype)
-        self.budget = budget
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / ".lock")
         self._maps: dict[int, np.memmap] = {}
@@ -91,7 +87,7 @@ class StateStore:
 
     def _make_room(self, index: sqlite3.Connection) -> None:
         segments = self._segments()
-        while len(segments) > 1 and self.bytes() > self.budget:
+        while len(segments) > 1 and self.bytes() > BUDGET:
             oldest = segments.pop(0)
             with index:
                 index.execute("DELETE FROM states WHERE segment = ?", (oldest,))

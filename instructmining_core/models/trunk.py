@@ -43,7 +43,7 @@ class Trunk:
         kind = np.int16 if narrow else np.float32
         self.store = StateStore(folder, int(lm.config.hidden_size), kind)
 
-    def fill(self, rows: Iterable[Encoded], *, progress: bool = False) -> int:
+    def fill(self, rows: Iterable[Encoded]) -> int:
         """Compute and keep what is not there yet; returns how many rows that were."""
         rows = {digest(row): row for row in rows}
         lacking = [rows[one] for one in self.store.missing(rows)]
@@ -65,9 +65,7 @@ class Trunk:
         with quickest(unwrapped(self.lm.model), self.lm.device):
             map_batches(
                 batch, [len(row) for row in lacking], self.lm.first_batch(None, self.lm.config),
-                progress, f"layers below {self.cut} of {len(lacking)} rows",
-                on_batch=keep, on_halved=self.lm.halved,
-            )  # fmt: skip
+                on_batch=keep, on_halved=self.lm.halved)
         return len(lacking)
 
     def states(self, rows: Sequence[Encoded]) -> list[Tensor]:

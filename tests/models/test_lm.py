@@ -349,8 +349,8 @@ def test_code_in_a_model_folder_is_never_run(tiny_lm_folder, tmp_path):
 def test_short_rows_attend_by_plain_products_with_the_same_loss(monkeypatch, heads):
     config = tf.LlamaConfig(**GROUPED | {"num_key_value_heads": heads}, **IDS)
     lm, rows = wrapped(build(config)), some_rows(40, longest=120)
-    calls, plain = [], attention.forward
-    monkeypatch.setattr(attention, "forward", lambda *a: calls.append(1) or plain(*a))
+    calls, plain = [], attention.ShortAttention.apply
+    monkeypatch.setattr(attention.ShortAttention, "apply", lambda *a: calls.append(1) or plain(*a))
     found = response_nll(lm, rows)
     assert bool(calls) == (heads == config.num_attention_heads), "grouped heads go to sdpa"
     assert lm.model.config._attn_implementation == "sdpa", "as it was"

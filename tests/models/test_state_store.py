@@ -38,7 +38,8 @@ def test_what_grows_later_is_seen(tmp_path):
 
 def test_the_oldest_leaves_when_the_budget_is_passed(tmp_path, monkeypatch):
     monkeypatch.setattr(state_store, "SEGMENT", 48)  # one array of 4 x 3 float32
-    store = StateStore(tmp_path, 3, np.float32, budget=100)
+    monkeypatch.setattr(state_store, "BUDGET", 100)
+    store = StateStore(tmp_path, 3, np.float32)
     for number in range(5):
         store.write(arrays([number]))
     assert store.bytes() <= 100
