@@ -71,7 +71,7 @@ others = slopes.iloc[1:]
 Markdown(f"""
 The plain lines have slopes of {plain['log_loss']:.2f} and {plain['log_loss_eval_2']:.2f}, sources mixed in.
 Beside the shares the rule carries over whole in {(others['carries'] == 'whole').sum()} of {len(others)} other settings, and in part in {(others['carries'] == 'in part').sum()}; the smallest slope is {others['slope'].min():.2f}.
-{slopes.attrs['note']}
+Every slope is taken over the very sets that the rule was fitted on: it says whether the rule carries to another base or to other prompts, not whether it holds for new sets, which is what held-out sources are for.
 """)
 
 # %% [markdown]
@@ -84,7 +84,7 @@ Beside the shares the rule carries over whole in {(others['carries'] == 'whole')
 # %%
 columns = study.profile.rule_columns()
 constants = Standardizer.fit(study.candidate_scores, columns)
-coefficients = tables.coefficient_map(tables.fit_settings(settings, columns, constants))
+coefficients = tables.coefficient_map(settings, columns, constants)
 order = list(dict.fromkeys(coefficients["setting"]))
 display(coefficients.pivot(index="name", columns="setting", values="holds").loc[columns, order])
 elsewhere = coefficients[coefficients["setting"] != order[0]]
