@@ -1,6 +1,6 @@
 """How many adapters in one pass pay: tokens a second and memory for K = 1, 2, 4, 8.
 
-The rows justify `ON_CPU` in `finetuning/trainer.py`: each K is held against K = 1. One thread, as
+The rows justify the 1 of `trainer.adapters_per_pass`: each K is held against K = 1. One thread, as
 each process of a sweep has; one epoch of each adapter's own set of 64 rows, so that what a pass
 needs before its first step weighs more than in a whole run.
 """

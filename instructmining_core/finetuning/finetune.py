@@ -39,6 +39,9 @@ class Finetuned:
     curve : step, epoch (both from 1), lr, loss (nats per target token), tokens (targets)
     seconds : of training, wall clock; peak_memory_bytes : of the process, or of the GPU
     diverged : a step's loss was not a number, and training ended there
+    save : writes the adapter into a folder as peft does, a fully trained model as transformers
+        does; of several processes the first writes, and all must call it
+    close : gives the base model back untouched; `lm` is then the base again, or useless
     """
 
     lm: LM
@@ -46,19 +49,8 @@ class Finetuned:
     seconds: float
     peak_memory_bytes: int
     diverged: bool
-    _save: Callable[[Path], None] = dataclasses.field(repr=False)
-    _close: Callable[[], None] = dataclasses.field(repr=False)
-
-    def save(self, folder: str | Path) -> None:
-        """Write the adapter as peft does; a fully trained model as transformers does.
-
-        Of several processes the first writes; all must call it.
-        """
-        self._save(Path(folder))
-
-    def close(self) -> None:
-        """Give the base model back untouched; `lm` is then the base again, or useless."""
-        self._close()
+    save: Callable[[Path], None] = dataclasses.field(repr=False)
+    close: Callable[[], None] = dataclasses.field(repr=False)
 
 
 def finetune(
@@ -69,7 +61,6 @@ def finetune(
     init_seed: int,
     order_seed: int,
     on_epoch: OnEpoch | None = None,
-    progress: bool = False,
 ) -> Finetuned:
     """Finetune on rows.
 
@@ -82,8 +73,12 @@ def finetune(
     """
     check_rows(rows)
     job = TrainingJob(rows, init_seed, order_seed)
-    way = _by_multi_lora if can_share_a_pass(config) else _by_trainer
-    return way(lm, job, config, on_epoch, progress)
+    if can_share_a_pass(config):
+        return _by_multi_lora(lm, job, config, on_epoch)
+    meter = Meter(lm.device)
+    tuned, trained, save = train_by_trainer(lm, job, config, on_epoch=on_epoch)
+    return Finetuned(tuned, trained.curve(0), *meter.read(), trained.schedules[0].diverged,
+                     save, lambda: release(tuned.model))
 
 
 def can_share_a_pass(config: FinetuneConfig) -> bool:
@@ -100,7 +95,7 @@ def check_rows(rows: Sequence[Encoded]) -> None:
         )
 
 
-def _by_multi_lora(lm, job, config, on_epoch, progress) -> Finetuned:
+def _by_multi_lora(lm, job, config, on_epoch) -> Finetuned:
     adapters, tuned = MultiLoRA(lm.model, config, [job.init_seed]), dataclasses.replace(lm)
 
     def after_epoch(_: int, epoch: int) -> bool | None:
@@ -111,9 +106,7 @@ def _by_multi_lora(lm, job, config, on_epoch, progress) -> Finetuned:
     meter = Meter(lm.device)
     try:
         with on_trunk(lm, config.layers, job.rows):
-            trained = train(
-                adapters, PackedModel(lm), [job], on_epoch=after_epoch, progress=progress
-            )
+            trained = train(adapters, PackedModel(lm), [job], on_epoch=after_epoch)
     except BaseException:
         adapters.detach()
         raise
@@ -121,15 +114,6 @@ def _by_multi_lora(lm, job, config, on_epoch, progress) -> Finetuned:
     return Finetuned(
         tuned, trained.curve(0), *meter.read(), trained.schedules[0].diverged,
         lambda folder: adapters.save(0, folder, lm.resolved.id), adapters.detach,
-    )
-
-
-def _by_trainer(lm, job, config, on_epoch, progress) -> Finetuned:
-    meter = Meter(lm.device)
-    tuned, trained, save = train_by_trainer(lm, job, config, on_epoch=on_epoch, progress=progress)
-    return Finetuned(
-        tuned, trained.curve(0), *meter.read(), trained.schedules[0].diverged,
-        save, lambda: release(tuned.model),
     )
 
 

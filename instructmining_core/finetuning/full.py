@@ -24,7 +24,6 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..config import FinetuneConfig
@@ -41,16 +40,11 @@ FILLING = Encoded((0, 0), (False, False))
 
 
 def train_by_trainer(
-    lm: LM,
-    job: TrainingJob,
-    config: FinetuneConfig,
-    *,
-    on_epoch: OnEpoch | None = None,
-    progress: bool = False,
+    lm: LM, job: TrainingJob, config: FinetuneConfig, *, on_epoch: OnEpoch | None = None
 ) -> tuple[LM, Trained, Callable[[Path], None]]:
     """Train all weights or a peft adapter.
 
-    on_epoch, progress : as in `finetune`
+    on_epoch : as in `finetune`
     returns : the trained model (`release` gives the base back), its losses, and what saves it
 
     Where memory runs out in the first epoch it begins anew with half as many rows at once.
@@ -60,7 +54,7 @@ def train_by_trainer(
     at_once = min(math.ceil(config.batch_size / processes), max(1, config.micro_tokens // longest))
     while True:
         tuned = dataclasses.replace(lm, model=_trainable(lm, config, job.init_seed))
-        steps = _Steps(tuned, schedule(job, config), on_epoch, progress)
+        steps = _Steps(tuned, schedule(job, config), on_epoch)
         try:
             save = _train(tuned, config, steps, at_once, processes)
             return tuned, Trained([steps.schedule], steps.losses[None]), save
@@ -96,7 +90,7 @@ def _trainable(lm: LM, config: FinetuneConfig, init_seed: int) -> nn.Module:
 def _train(tuned: LM, config, steps: _Steps, at_once: int, processes: int) -> Callable:
     """Let the Trainer train; what saves the model afterwards."""
     micro = math.ceil(config.batch_size / (processes * at_once))
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(), steps.bar:
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         arguments = TrainingArguments(
             output_dir=folder, report_to="none", save_strategy="no", disable_tqdm=True,
             logging_steps=1, logging_nan_inf_filter=False, remove_unused_columns=False,
@@ -191,17 +185,15 @@ class _SumTrainer(Trainer):
 class _Steps(TrainerCallback):
     """Each step's loss, read from the Trainer's log, and what ends a training early."""
 
-    def __init__(self, tuned: LM, plan: Schedule, on_epoch: OnEpoch | None, progress: bool) -> None:
+    def __init__(self, tuned: LM, plan: Schedule, on_epoch: OnEpoch | None) -> None:
         self.tuned, self.schedule, self.on_epoch = tuned, plan, on_epoch
         self.losses, self.epochs_told = np.zeros(len(plan.steps)), 0
-        self.bar = tqdm(total=len(plan.steps), desc="steps", disable=not progress)
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
         if "loss" not in logs:  # the Trainer's summary
             return
         step, plan = state.global_step - 1, self.schedule
         self.losses[step] = logs["loss"]
-        self.bar.update()
         if not np.isfinite(logs["loss"]):
             plan.ended, plan.diverged = step + 1, True
         elif plan.epoch_ends(step) and self.on_epoch is not None:
