@@ -8,11 +8,10 @@ a position, so here a prompt's score is the mean of both orders, and the count h
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -21,6 +20,9 @@ from scipy import stats
 from ..config import InstructMiningError
 from ..data.fields import Messages
 from .contrasts import LEVEL, detectable_shift
+
+if TYPE_CHECKING:
+    import openai
 
 Judge = Callable[[Messages, str, str], float]
 
@@ -33,7 +35,6 @@ INSTRUCTION = (
 )
 _VERDICT = re.compile(r"VERDICT:\W*(1|2|TIE)\b", re.IGNORECASE)
 _PREFERENCE = {"1": 1.0, "2": 0.0, "TIE": 0.5}
-_LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,9 @@ def win_tie_lose(judged: pd.DataFrame) -> pd.DataFrame:
     rows = {}
     for pair, part in judged.groupby("pair", sort=False):
         counts = part["outcome"].value_counts()
-        line = {name: int(counts.get(name, 0)) for name in ("win", "tie", "lose", "none")}
-        net = _over_prompts(part)
-        line |= {"net": net.net, "low": net.low, "high": net.high, "p": net.p,
-                 "inconsistent": net.inconsistent}
-        rows[pair] = line
+        net = vars(_over_prompts(part))
+        rows[pair] = {name: int(counts.get(name, 0)) for name in ("win", "tie", "lose", "none")}
+        rows[pair] |= {name: net[name] for name in ("net", "low", "high", "p", "inconsistent")}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("pair")
 
 
@@ -220,92 +219,21 @@ def _two_way(values: np.ndarray) -> tuple[float, float, float]:
     return float(mean), math.sqrt(total), total**2 / spread if spread else float("inf")
 
 
-@dataclass(frozen=True)
-class JudgeServer:
-    """Where to ask: any server with OpenAI's chat completions, for GPT-4 as in the paper or a local
-    model.
+def api_judge(client: openai.OpenAI, model: str) -> Judge:
+    """A judge at any server with OpenAI's chat completions: GPT-4 as in the paper, or a local one.
 
-    base_url : such as "https://api.openai.com/v1" or "http://localhost:8000/v1"; model : as the
-    server names it; key_variable : name of the environment variable with the key, "" where the
-    server wants none; timeout : seconds an attempt; retries : further attempts where the server is
-    busy (429, 5xx) or silent, each after a longer wait or the one that the server asks for.
+    client : `openai.OpenAI(base_url=..., api_key=...)` of the extra `judge`; key, time limit,
+    retries and errors are its own. model : as the server names it. It is asked at temperature 0 in
+    the order given (`judge_pairs` asks in both); a reply without a verdict is NaN.
     """
-
-    base_url: str
-    model: str
-    key_variable: str = "OPENAI_API_KEY"
-    timeout: float = 60.0
-    retries: int = 3
-
-    def __post_init__(self) -> None:
-        url = urlsplit(self.base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise InstructMiningError(
-                f"base_url must start with http:// or https://, got {self.base_url!r}"
-            )
-        if url.scheme == "http" and self.key_variable and url.hostname not in _LOCAL:
-            raise InstructMiningError(
-                f"{self.base_url} would carry the key in clear text: use https, or "
-                'key_variable="" for a server without a key'
-            )
-
-
-def api_judge(server: JudgeServer) -> Judge:
-    """A judge at a server, asked at temperature 0 in the order given; `judge_pairs` asks in both.
-
-    A reply without a verdict is NaN. The key is read from the environment and from nowhere else.
-    Raises InstructMiningError where there is no key or no client, and, when asked, with the
-    server's reason.
-    """
-    try:
-        import openai
-    except ImportError as error:
-        raise InstructMiningError(
-            "a judge at a server needs the openai client: pip install 'instructmining[judge]'"
-        ) from error
-    client = openai.OpenAI(
-        base_url=server.base_url, api_key=_key(server), timeout=server.timeout,
-        max_retries=server.retries,
-        # a redirect could carry the answers to a host that nobody named
-        http_client=openai.DefaultHttpxClient(follow_redirects=False),
-    )
-    no_key = {} if server.key_variable else {"Authorization": openai.Omit()}
 
     def judge(prompt: Messages, first: str, second: str) -> float:
-        try:
-            completion = client.chat.completions.create(
-                model=server.model, messages=_comparison(prompt, first, second), temperature=0,
-                extra_headers=no_key,
-            )
-        except openai.APIStatusError as error:
-            reason = f"{error.status_code}: {error.response.text[:300]}"
-            raise InstructMiningError(f"{server.base_url} answered {reason}") from error
-        except openai.APIConnectionError as error:
-            raise InstructMiningError(f"{server.base_url} did not answer: {error}") from error
-        except ValueError as error:
-            raise InstructMiningError(f"{server.base_url} sent no JSON: {error}") from error
-        return parse_verdict(_reply(completion, server))
+        reply = client.chat.completions.create(
+            model=model, messages=_comparison(prompt, first, second), temperature=0
+        )
+        return parse_verdict(reply.choices[0].message.content or "")
 
     return judge
-
-
-def _key(server: JudgeServer) -> str:
-    if not server.key_variable:
-        return "none"  # the client wants one, and sends none
-    key = os.environ.get(server.key_variable)
-    if not key:
-        raise InstructMiningError(f"the judge needs a key: set the variable {server.key_variable}")
-    return key
-
-
-def _reply(completion: object, server: JudgeServer) -> str:
-    """The text of a completion; the client hands on whatever JSON a server sends."""
-    try:
-        return completion.choices[0].message.content or ""
-    except (AttributeError, LookupError, TypeError) as error:
-        raise InstructMiningError(
-            f"{server.base_url} sent no chat completion: {str(completion)[:300]}"
-        ) from error
 
 
 def _comparison(prompt: Messages, first: str, second: str) -> Messages:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
+import openai
 import pandas as pd
 import pytest
 from scipy import stats
 
 from instructmining_core.config import InstructMiningError
 from instructmining_core.selection import judge
-from instructmining_core.selection.judge import JudgeServer, api_judge, parse_verdict
+from instructmining_core.selection.judge import parse_verdict
 
 PROMPT = [{"role": "user", "content": "What does sorted do?"}]
 
@@ -137,17 +136,15 @@ def test_reward_judge_asks_once_per_answer_and_ignores_order():
 
 
 class Server(BaseHTTPRequestHandler):
-    """Prefers the longer answer; `plan` holds what it does first: a status, a wait or a reply."""
+    """Prefers the longer answer; `plan` holds what it does first: a status or a reply."""
 
-    plan: list[int | float | str] = []
+    plan: list[int | str] = []
     seen: list[dict] = []
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.seen.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
+        self.seen.append({"path": self.path, **body})
         next_one = self.plan.pop(0) if self.plan else 200
-        if isinstance(next_one, float):
-            time.sleep(next_one)
         text = body["messages"][1]["content"]
         first, second = text.split("## First answer\n\n")[1].split("\n\n## Second answer\n\n")
         number = 1 if len(first) > len(second) else 2
@@ -158,8 +155,6 @@ class Server(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("retry-after-ms", "1")
-        if status == 302:
-            self.send_header("Location", "http://127.0.0.1:9/elsewhere")
         self.end_headers()
         self.wfile.write((next_one if isinstance(next_one, str) else sent).encode())
 
@@ -179,80 +174,26 @@ def server() -> Iterator[str]:
     thread.join()
 
 
-def free(server: str, **options: float) -> JudgeServer:
-    """A server that wants no key."""
-    return JudgeServer(server, "m", key_variable="", **options)
-
-
 def reply_of(content: str) -> str:
     return json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]})
 
 
-def test_api_judge_asks_in_both_orders(server, monkeypatch):
-    monkeypatch.setenv("TEST_KEY", "not-a-secret")
-    asked = JudgeServer(server, "judge-1", key_variable="TEST_KEY")
-    table = judge.judge_pairs([PROMPT], ["a long answer"], ["short"], api_judge(asked))
+def test_api_judge_asks_in_both_orders(server):
+    ask = judge.api_judge(openai.OpenAI(base_url=server, api_key="not-a-secret"), "judge-1")
+    Server.plan = [429, 200, 200]  # a busy server is asked again by the client
+    table = judge.judge_pairs([PROMPT], ["a long answer"], ["short"], ask)
     assert (table.loc[0, "score"], bool(table.loc[0, "consistent"])) == (1.0, True)
-    assert len(Server.seen) == 2
+    assert len(Server.seen) == 3
     assert {s["path"] for s in Server.seen} == {"/v1/chat/completions"}
-    assert {s["key"] for s in Server.seen} == {"Bearer not-a-secret"}
     assert {(s["model"], s["temperature"]) for s in Server.seen} == {("judge-1", 0)}
-    assert "not-a-secret" not in repr(asked)
-
-
-def test_api_judge_tries_a_busy_server_again_and_sends_no_key_where_none_is_wanted(
-    server, monkeypatch
-):
-    monkeypatch.setenv("OPENAI_API_KEY", "not-for-this-server")
-    Server.plan = [429, 500]
-    assert api_judge(free(server))(PROMPT, "longer", "x") == 1.0
-    assert [s["key"] for s in Server.seen] == [None] * 3
-
-
-def test_a_slow_server_is_asked_again_and_then_an_error(server):
-    Server.plan = [0.5]
-    assert api_judge(free(server, timeout=0.2, retries=1))(PROMPT, "longer", "x") == 1.0
-    Server.plan = [0.5]
-    with pytest.raises(InstructMiningError, match=f"{server} did not answer: .*timed out"):
-        api_judge(free(server, timeout=0.2, retries=0))(PROMPT, "longer", "x")
 
 
 def test_replies_without_a_verdict_are_counted_and_never_guessed(server):
     Server.plan = [reply_of("Both are fine."), reply_of("VERDICT: 12"), 200, 200]
-    ask = api_judge(free(server))
+    ask = judge.api_judge(openai.OpenAI(base_url=server, api_key="k"), "m")
     table = judge.judge_pairs([PROMPT] * 2, ["longer"] * 2, ["x"] * 2, ask)
     assert table["outcome"].tolist() == ["none", "win"]
     assert table.loc[0, ["a_first", "a_second", "score"]].isna().all()
-
-
-@pytest.mark.parametrize("nonsense", ["<html>", "[]", "{}", '{"choices": []}', "null"])
-def test_what_is_no_chat_completion_is_an_error(server, nonsense):
-    Server.plan = [nonsense]
-    with pytest.raises(InstructMiningError, match=server):
-        api_judge(free(server))(PROMPT, "a", "b")
-
-
-def test_api_judge_says_what_went_wrong(server, monkeypatch):
-    ask = api_judge(free(server, retries=1))
-    for plan, said in (([400], "400"), ([302], "302"), ([500, 503], "503")):
-        Server.plan = plan
-        with pytest.raises(InstructMiningError, match=f"answered {said}.*no"):
-            ask(PROMPT, "a", "b")
-    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
-    with pytest.raises(InstructMiningError, match="NO_SUCH_KEY"):
-        api_judge(JudgeServer(server, "m", key_variable="NO_SUCH_KEY"))
-    with pytest.raises(InstructMiningError, match="clear text"):
-        JudgeServer("http://example.org/v1", "m")
-    with pytest.raises(InstructMiningError, match="must start with http"):
-        JudgeServer("example.org", "m")
-    monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(InstructMiningError, match=r"pip install 'instructmining\[judge\]'"):
-        api_judge(free(server))
-
-
-def test_an_absent_server_is_an_error_with_its_address():
-    with pytest.raises(InstructMiningError, match="127.0.0.1:9.*did not answer"):
-        api_judge(free("http://127.0.0.1:9/v1", retries=0, timeout=2))(PROMPT, "a", "b")
 
 
 @pytest.mark.parametrize(("reply", "preference"), [
