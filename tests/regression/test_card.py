@@ -28,7 +28,7 @@ def scored_attrs():
 
     reference = {"hash": "f00d", "size": 512}
     attrs = {"len_in": of("base"), "len_out": of("base"), "reward": of("reward"),
-             "ppl": of("ppl"), "mtld": {"version": "1", "model": "", "revision": ""},
+             "log_ppl": of("ppl"), "mtld": {"version": "1", "model": "", "revision": ""},
              "knn_6": of("encoder", reference=reference)}
     attrs |= {c: of("unieval") for c in COLUMNS[6:]}
     return {"indicators": attrs}
@@ -80,7 +80,7 @@ def test_predict_is_the_fit_and_contributions_sum_to_it(study, card):
     assert parts.sum(axis=1).to_numpy() + fit.intercept == pytest.approx(by_hand)
     assert list(parts.columns) == list(COLUMNS)
     holed = pool.head(2).copy()
-    holed.loc[holed.index[0], "ppl"] = np.nan
+    holed.loc[holed.index[0], "log_ppl"] = np.nan
     assert card.predict(holed).isna().tolist() == [True, False]
     with pytest.raises(InstructMiningError, match="'mtld'"):
         card.predict(pool.drop(columns="mtld"))
@@ -183,7 +183,7 @@ def test_check_accepts_its_own_table_and_names_every_difference(card):
     assert card.check(scored_attrs()) == []
     other = scored_attrs()
     other["indicators"]["reward"]["model"] = "org/else"
-    other["indicators"]["ppl"]["revision"] = "def"
+    other["indicators"]["log_ppl"]["revision"] = "def"
     other["indicators"]["mtld"]["version"] = "2"
     other["indicators"]["knn_6"]["reference"] = {"hash": "beef", "size": 512}
     other["indicators"]["coherence"]["stand_in"] = True
@@ -192,7 +192,7 @@ def test_check_accepts_its_own_table_and_names_every_difference(card):
         card.check(other)
     text = str(caught.value)
     for part in ("reward: model is 'org/else' in the table, 'org/reward' in the card",
-                 "ppl: revision", "mtld: version", "knn_6: reference hash", "coherence: stand-in",
+                 "log_ppl: revision", "mtld: version", "knn_6: reference hash", "coherence: stand-in",
                  "len_in: the table does not say"):
         assert part in text
     assert len(card.check(other, allow_mismatch=True)) == 6
@@ -218,7 +218,7 @@ def test_a_card_with_the_issues_keys_alone_compares_models_and_reference(card, s
     alone = bare(card)
     assert alone.check(scored_attrs()) == []
     for column, key, value in (("reward", "model", "org/else"), ("naturalness", "revision", "x"),
-                               ("ppl", "stand_in", True),
+                               ("log_ppl", "stand_in", True),
                                ("knn_6", "reference", {"hash": "beef", "size": 512})):
         other = scored_attrs()
         other["indicators"][column][key] = value
@@ -318,7 +318,7 @@ def test_support_of_like_and_unlike_data(card, study):
     own = support(card, pool)
     assert own.at["all", "verdict"] == "inside" and len(own) == 11
     assert own.at["all", "outside_rows"] < 0.1 < own.at["all", "outside_range"]
-    far = pool.assign(ppl=pool["ppl"] + 30, mtld=pool["mtld"] - 30)
+    far = pool.assign(log_ppl=pool["log_ppl"] + 30, mtld=pool["mtld"] - 30)
     assert support(card, far).at["all", "verdict"] == "far"
     with pytest.raises(InstructMiningError, match="--strict"):
         support(card, far, strict=True)
@@ -328,7 +328,7 @@ def test_support_of_like_and_unlike_data(card, study):
 def test_strict_refuses_one_far_source_among_many(card, study):
     pool = study[0]
     stray = pool["source"].eq("s03")
-    mixed = pool.assign(ppl=pool["ppl"] + 30 * stray, mtld=pool["mtld"] - 30 * stray)
+    mixed = pool.assign(log_ppl=pool["log_ppl"] + 30 * stray, mtld=pool["mtld"] - 30 * stray)
     mixed = pd.concat([pool] * 3 + [mixed], ignore_index=True).assign(
         source=["near"] * 3 * len(pool) + list(np.where(stray, "stray", "near")))
     found = support(card, mixed)
