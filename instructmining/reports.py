@@ -131,7 +131,8 @@ def _models(card: RuleCard) -> list[str]:
     lines = ["## Models", ""]
     lines += _table(["role", "id", "revision", "stand-in"],
                     [[_text(m.role), _code(m.id), _code(m.revision) if m.revision else
-                      "not given", "**stand-in**" if m.stand_in else "no"] for m in card.models]
+                      "not given", "**stand-in**" if m.stand_in else
+                      "trained here" if m.id.startswith("head:") else "no"] for m in card.models]
                     ) if card.models else ["No indicator of this rule needs a model."]
     if any(m.stand_in for m in card.models):
         lines += ["", "A **stand-in** is a small model built on the spot: its values are no guide "

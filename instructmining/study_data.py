@@ -11,7 +11,8 @@ import pandas as pd
 
 from instructmining_core.config import ProfileError
 from instructmining_core.data.duplicates import without_copies_of
-from instructmining_core.data.records import read_records
+from instructmining_core.data.records import read_records, row_hash
+from instructmining_core.models.heads import head_rows
 
 from .profile import DataConfig, SourceConfig
 
@@ -49,9 +50,11 @@ class StudyData:
 def read_source(source: SourceConfig, data: DataConfig, root: Path) -> pd.DataFrame:
     """Read one set and draw `take` of its usable rows by seed (all when 0).
 
-    Usable: at least one assistant turn with text in it. What is not usable is counted in `.attrs`:
-    `malformed`, with the first places in `problems`, and `no_answer`. Raises ProfileError, with
-    the way to get the file, when a file is missing.
+    Usable: at least one assistant turn with text in it, and neither a row that the shipped heads
+    were trained on nor one of this set that shares a run of eight words with such a row, whatever
+    models the profile names: so all profiles draw the same rows. What is not usable is counted in
+    `.attrs`: `malformed`, with the first places in `problems`, `no_answer` and `trained_heads`.
+    Raises ProfileError, with the way to get the file, when a file is missing.
     """
     where: str | Path = source.where
     if data.kind == "files" or Path(source.where).suffix in FILES:
@@ -61,11 +64,13 @@ def read_source(source: SourceConfig, data: DataConfig, root: Path) -> pd.DataFr
             raise ProfileError(f"{source.name}: there is no file {where}. {hint}")
     table, problems = read_records(where, source=source.name, on_error="collect")
     answered = table[[_answered(messages) for messages in table["messages"]]]
-    usable = answered
+    usable = _unknown_to_heads(answered)
+    left_out = len(answered) - len(usable)
     if source.take and source.take < len(usable):
         usable = usable.sample(source.take, random_state=data.seed)
     usable = usable.reset_index(drop=True)
     usable.attrs = {"malformed": len(problems), "no_answer": len(table) - len(answered),
+                    "trained_heads": left_out,
                     "problems": [str(problem) for problem in problems[:LISTED]]}  # fmt: skip
     return usable
 
@@ -117,11 +122,29 @@ def read_study_data(data: DataConfig, root: Path) -> StudyData:
     for name, exam in exams.items():
         facts.append({"source": exam["source"].iloc[0], "role": name, "rows": len(exam),
                       "malformed": exam.attrs["malformed"], "no answer": exam.attrs["no_answer"],
+                      "trained heads": exam.attrs["trained_heads"],
                       "near copies of evaluation rows": exam.attrs.get("near_copies", 0)})
     table = pd.DataFrame(facts)
     counts = [column for column in table if column not in ("source", "role", "problems")]
     table[counts] = table[counts].fillna(0).astype(int)
+    fitted, *others = _own_ids([fitted, *pools.values()])
+    pools = dict(zip(pools, others, strict=True))
     return StudyData(fitted, pools, exams["eval_1"], exams["eval_2"], table)
+
+
+def _own_ids(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
+    """The tables with ids that name one row: one that several rows bear becomes source/row#part."""
+    keys = ["source", "file", "row", "part"]
+    rows = pd.concat(tables)[["id", *keys]].drop_duplicates(keys)
+    shared = set(rows.loc[rows["id"].duplicated(keep=False), "id"])
+    return [
+        table.assign(id=[
+            f"{source}/{row}#{part}" if own in shared else own
+            for own, source, row, part in zip(
+                table["id"], table["source"], table["row"], table["part"], strict=True)
+        ])
+        for table in tables
+    ]  # fmt: skip
 
 
 def _usable(
@@ -134,9 +157,20 @@ def _usable(
     clean = without_copies_of(short, exam)
     return clean, {
         "source": source.name, "read": len(read), "malformed": read.attrs["malformed"],
-        "no answer": read.attrs["no_answer"], "prompt too long": len(read) - len(short),
+        "no answer": read.attrs["no_answer"], "trained heads": read.attrs["trained_heads"],
+        "prompt too long": len(read) - len(short),
         "near copies of evaluation rows": len(short) - len(clean),
     }  # fmt: skip
+
+
+def _unknown_to_heads(table: pd.DataFrame) -> pd.DataFrame:
+    """The records that did not train the shipped heads, nor share a run of words with one here.
+
+    The embedded corpus needs no such check: the heads have seen no docstring of a package.
+    """
+    trained = np.array([row_hash(m)[:16] in head_rows() for m in table["messages"]], dtype=bool)
+    rest = table[~trained]
+    return without_copies_of(rest, table[trained]) if trained.any() else rest
 
 
 def _split(rows: pd.DataFrame, wanted: int, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -16,7 +16,7 @@ from instructmining_core.files import write_atomic
 from ..profile import load_profile, profile_path
 
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
-LOCAL = ("standin:", "package:")
+LOCAL = ("standin:", "package:", "head:")
 
 Edit = tuple[int, int, str]  # replace text[start:end]
 

@@ -21,6 +21,7 @@ import pandas as pd
 from ..data.tokenization import Encoded, encode_many
 from ..models.causal_lm import LM, response_nll
 from ..models.loading import token_limit
+from ..models.pooled import OpenHead
 from .turns import (
     EMPTY,
     CheckedConversation,
@@ -74,6 +75,27 @@ def compute_perplexity(
         ratios = np.exp(mean - mean_without_eos(alone))
         found["ifd"] = mean_over_turns(conversations, ratios, reasons)
     return found
+
+
+def compute_by_head(
+    conversations: Sequence[CheckedConversation], model: OpenHead
+) -> dict[str, Column]:
+    """A head's columns for each response given what was said before it; means over the turns.
+
+    An empty response is NaN: there is no token whose state could be read. Over-long conversations
+    lose whole messages from the left, then the response's end, and the reasons say so.
+    """
+    turns = list(each_turn(conversations))
+    rows = encode_turns(turns, model.lm)
+    scores, failed = model.scores(rows)
+    reasons = [
+        EMPTY if not turn.response else why or cut_note(row.dropped, row.truncated, "response")
+        for turn, row, why in zip(turns, rows, failed, strict=True)
+    ]
+    return {
+        column: mean_over_turns(conversations, values, reasons)
+        for column, values in zip(model.file.columns, np.transpose(scores), strict=True)
+    }
 
 
 def encode_turns(turns: Sequence[Turn], model: LM) -> list[Encoded]:

@@ -19,8 +19,11 @@ from transformers import AutoModelForSequenceClassification
 
 from ..config import InstructMiningError, ModelRef
 from ..models.batching import Failed, map_batches, pad
+from ..models.heads import HEAD_PREFIX
 from ..models.loading import LoadedModel, open_model
+from ..models.pooled import OpenHead, open_head
 from ..models.reward_model import GPTNeoXRewardConfig
+from .perplexity import compute_by_head
 from .turns import (
     EMPTY,
     CheckedConversation,
@@ -45,7 +48,7 @@ class CoefficientWarning(UserWarning):
 def load_reward_model(
     ref: ModelRef, *, device: str | None = None, standins: Path | None = None, form: str = ""
 ) -> LoadedModel:
-    """Open a reward model: any sequence classifier with one output.
+    """Open a reward model: any sequence classifier with one output, or a head.
 
     form : "oasst" or "pair"; "" takes the one that fits the model
     Warns (CoefficientWarning) for every model but a `gpt_neox_reward_model`, as the widely used
@@ -53,6 +56,8 @@ def load_reward_model(
     """
     if form and form not in FORMS:
         raise InstructMiningError(f"input form {form!r}; known are {', '.join(FORMS)}")
+    if ref.id.startswith(HEAD_PREFIX):
+        return open_head(ref, ("reward",), device=device)
     opened = open_model(ref, AutoModelForSequenceClassification, device=device, standins=standins)
     config = opened.model.config
     if config.num_labels != 1 and form_of(config) != "oasst":
@@ -85,7 +90,6 @@ def compute_reward(
     conversations: Sequence[CheckedConversation],
     model: LoadedModel,
     *,
-    progress: bool = False,
     batch_tokens: int | None = None,
     padding_side: str = "right",
 ) -> dict[str, Column]:
@@ -96,8 +100,11 @@ def compute_reward(
     padding_side : "right" or "left"; the pair form keeps to the right, because classifiers like
         DeBERTa read their first position
     An empty response is scored too: the model has an opinion on silence. Over-long conversations
-    lose whole messages from the left, then the response's end, and the reasons say so.
+    lose whole messages from the left, then the response's end, and the reasons say so. A head
+    (`models/heads.py`) reads its base's own template, and has no score for an empty response.
     """
+    if isinstance(model, OpenHead):
+        return compute_by_head(conversations, model)
     turns = list(each_turn(conversations))
     oasst = model.form == "oasst"
     side = padding_side if oasst else "right"
@@ -106,7 +113,7 @@ def compute_reward(
     lengths = [len(row["input_ids"]) for row in filled]
     scores = iter(map_batches(
         lambda numbers: _forward(model, [filled[i] for i in numbers], side),
-        lengths, model.first_batch(batch_tokens), progress, "reward", on_halved=model.halved,
+        lengths, model.first_batch(batch_tokens), on_halved=model.halved,
     ))  # fmt: skip
     scores = [next(scores) if row["input_ids"] else Failed(NO_TOKEN) for row in rows]
     values = [np.nan if isinstance(score, Failed) else score for score in scores]

@@ -25,6 +25,7 @@ from ..config import REFERENCE_ROWS, InstructMiningError
 from ..data.records import row_hash
 from ..data.tokenization import clean_text, template_version
 from ..files import file_sha256
+from ..models.heads import HEAD_PREFIX, head_path, read_head
 from ..models.loading import open_tokenizer
 from . import ROLES, Indicator, chosen_indicators
 from .bank import ScoreCache, Scores, key_hash
@@ -172,6 +173,8 @@ class Models:
             "model": resolved.id, "revision": resolved.revision,
             "dtype": str(dtype).removeprefix("torch."), "stand_in": resolved.stand_in, "note": "",
         }  # fmt: skip
+        if ref.id.startswith(HEAD_PREFIX):
+            return about | {"note": read_head(head_path(ref.id)).note}
         if role == "ppl":
             tokenizer = open_tokenizer(ref, standins=self.standins).tokenizer
             about["template"] = template_version(tokenizer, self.template)

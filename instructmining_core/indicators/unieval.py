@@ -18,7 +18,10 @@ from transformers import AutoModelForSeq2SeqLM
 
 from ..config import InstructMiningError, ModelRef
 from ..models.batching import Failed, map_batches, pad
+from ..models.heads import HEAD_PREFIX
 from ..models.loading import LoadedModel, open_model
+from ..models.pooled import OpenHead, open_head
+from .perplexity import compute_by_head
 from .turns import (
     EMPTY,
     CheckedConversation,
@@ -44,7 +47,9 @@ QUESTIONS = {
 def load_evaluator(
     ref: ModelRef, *, device: str | None = None, standins: Path | None = None
 ) -> LoadedModel:
-    """Open an evaluator: an encoder-decoder whose tokenizer tells "Yes" from "No"."""
+    """Open an evaluator: an encoder-decoder whose tokenizer tells "Yes" from "No", or a head."""
+    if ref.id.startswith(HEAD_PREFIX):
+        return open_head(ref, tuple(QUESTIONS), device=device)
     opened = open_model(ref, AutoModelForSeq2SeqLM, device=device, standins=standins)
     opened.max_tokens = MAX_TOKENS
     answer_ids(opened.tokenizer)
@@ -65,7 +70,6 @@ def compute_unieval(
     conversations: Sequence[CheckedConversation],
     model: LoadedModel,
     *,
-    progress: bool = False,
     batch_tokens: int | None = None,
     padding_side: str = "right",
 ) -> dict[str, Column]:
@@ -76,13 +80,14 @@ def compute_unieval(
 
     batch_tokens : padded tokens of a batch, None for what memory holds (`LoadedModel.first_batch`)
     """
+    if isinstance(model, OpenHead):
+        return compute_by_head(conversations, model)
     turns = [turn for turn in each_turn(conversations) if turn.response]
     questions = [(name, turn) for turn in turns for name in QUESTIONS]
     ids, notes = _encode(questions, model)
     scores = map_batches(
         lambda rows: yes_share(model, [ids[i] for i in rows], padding_side),
-        [len(row) for row in ids], model.first_batch(batch_tokens), progress, "unieval",
-        on_halved=model.halved,
+        [len(row) for row in ids], model.first_batch(batch_tokens), on_halved=model.halved,
     )  # fmt: skip
     return _columns(conversations, scores, notes)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from ..config import InstructMiningError, ModelRef
 from ..files import file_sha256
 from .gguf import UNPACKED, unpacked
+from .heads import HEAD_PREFIX, head_path, read_head
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +68,8 @@ class Resolved:
 def resolve(ref: ModelRef, *, standins: Path | None = None) -> Resolved:
     """Pin a model reference: hub branch to commit, folder or GGUF file to the hash of its contents.
 
-    ref : `id` is a hub name, a folder, a `.gguf` file, "standin:base|reward|unieval", or
-        "package:NAME" for a model that an installed package carries.
+    ref : `id` is a hub name, a folder, a `.gguf` file, "standin:base|reward|unieval",
+        "package:NAME" for a model that an installed package carries, or "head:NAME".
     standins : folder that holds `base/`, `reward/`, `unieval/`, for "standin:" ids.
 
     Nothing of a hub model but its commit is fetched here. Offline, the commit is the one in the
@@ -76,6 +77,8 @@ def resolve(ref: ModelRef, *, standins: Path | None = None) -> Resolved:
     """
     if ref.id.startswith("package:"):
         return _package(ref.id)
+    if ref.id.startswith(HEAD_PREFIX):
+        return _head(ref.id)
     if ref.id.startswith("standin:"):
         folder = _standin_folder(ref.id, standins)
         return replace(_folder(folder, standins), id=ref.id, stand_in=True)
@@ -91,6 +94,9 @@ def resolve(ref: ModelRef, *, standins: Path | None = None) -> Resolved:
 
 def fetch(resolved: Resolved) -> Resolved:
     """The same model with its files in a folder of this disk: downloaded, or unpacked from GGUF."""
+    if resolved.id.startswith(HEAD_PREFIX):
+        raise HubError(f"{resolved.id} is a head on another model: it scores as a reward model or "
+                       "an evaluator, and is no model for other roles.")
     folder = resolved.folder or _download(resolved.id, resolved.revision)
     if folder.is_file():
         folder = unpacked(folder, resolved.revision)
@@ -230,6 +236,13 @@ def _folder(folder: Path, standins: Path | None) -> Resolved:
 
 def _gguf(model_id: str, file: Path) -> Resolved:
     return Resolved(model_id, f"sha256:{file_sha256(file)[:16]}", file, False)
+
+
+def _head(model_id: str) -> Resolved:
+    """A head: its file's hash and its base's revision, both of which its scores depend on."""
+    file = head_path(model_id)
+    base = resolve(ModelRef(read_head(file).base)).revision
+    return Resolved(model_id, f"sha256:{file_sha256(file)[:16]} on {base}", file, False)
 
 
 def _package(model_id: str) -> Resolved:

@@ -457,6 +457,8 @@ def _models(columns: Sequence[str], known: Mapping, base: Mapping | None) -> lis
             found[entry.role] = {"role": entry.role, "id": here["model"],
                                  "revision": here.get("revision") or None,
                                  "stand_in": bool(here.get("stand_in", False))}
+            if here.get("note", "").startswith("trained here"):
+                found[entry.role]["note"] = here["note"]
     return [found[role] for role in sorted(found)]
 
 

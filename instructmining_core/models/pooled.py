@@ -1,0 +1,180 @@
+"""What a head reads of an answer, computed in one pass of its frozen base and kept in the cache.
+
+The hidden states after some layers, averaged over the answer's tokens, and a few readings of how
+likely the base finds the answer. Heads on one base share what is kept, so a reward head and an
+evaluator cost one pass between them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import files
+from ..config import InstructMiningError, ModelRef
+from ..data.tokenization import Encoded, end_ids
+from . import hub
+from .attention import quickest
+from .batching import Failed, map_batches, pad
+from .causal_lm import LM, decoder, load_lm, unwrapped
+from .heads import HeadFile, head_path, read_head
+from .loading import LoadedModel
+from .state_store import StateStore
+from .trunk import digest
+
+READINGS = (  # of an answer of n tokens, log-likelihoods in nats a token
+    "log_tokens",  # log n
+    "ll", "ll_sd", "ll_least",  # mean, standard deviation and least after the question
+    "easy",  # share of tokens that were nearly certain, as repeated text is
+    "ll_first", "ll_end",  # of the first token, and of the token that ends the answer (0 if cut)
+    "ll_alone",  # mean with nothing before the answer
+)  # fmt: skip
+_EASY = 0.1  # nats that a nearly certain token costs at most
+_LAYOUT = 2  # of a kept row; raise it when what is computed changes
+NO_TOKEN = "no response token"
+
+
+@dataclass
+class OpenHead(LoadedModel):
+    """A head with its base. file : the head; lm : the base, shared by the heads that read it."""
+
+    file: HeadFile | None = None
+    lm: LM | None = None
+
+    def scores(self, rows: Sequence[Encoded]) -> tuple[np.ndarray, list[str]]:
+        """Scores of answers, shape (n, columns), NaN where the reason beside it is not ""."""
+        found, reasons = Pooled(self.lm, self.file.layers).features(rows)
+        width = len(found.T) - len(READINGS)
+        kept = [width + READINGS.index(name) for name in self.file.readings]
+        return self.file(found[:, [*range(width), *kept]]), reasons
+
+
+def open_head(ref: ModelRef, columns: Sequence[str], *, device: str | None = None) -> OpenHead:
+    """Open `head:NAME` and its base, whose dtype is the reference's.
+
+    columns : that the head must give
+    Raises InstructMiningError for another head, or where the base is not the one that it was
+    trained on.
+    """
+    resolved = hub.resolve(ref)
+    head = read_head(head_path(ref.id))
+    if head.columns != tuple(columns):
+        raise InstructMiningError(
+            f"{ref.id} gives {', '.join(head.columns)}; asked for is {', '.join(columns)}")
+    device = device or hub.pick_device()
+    lm = _base(head.base, head.base_revision, ref.dtype, device)
+    width = len(head.layers) * lm.config.hidden_size + len(head.readings)
+    if max(head.layers) > lm.config.num_hidden_layers or len(head.weights) != width:
+        raise InstructMiningError(f"{ref.id} does not fit its base {head.base}")
+    return OpenHead(lm.model, lm.tokenizer, resolved, lm.device, lm.dtype, lm.max_tokens,
+                    head.note, file=head, lm=lm)
+
+
+@lru_cache(maxsize=1)
+def _base(name: str, revision: str, dtype: str, device: str) -> LM:
+    lm = load_lm(ModelRef(name, dtype=dtype), device, template="chat")
+    if lm.resolved.revision != revision:
+        raise InstructMiningError(
+            f"the head was trained on {name} {revision}, and here it is {lm.resolved.revision}")
+    return lm
+
+
+class Pooled:
+    """Features of answers, computed once and kept in the cache.
+
+    layers : decoder layers, counted from 1, whose outputs are averaged over an answer's tokens
+    A kept row is of shape (`width`,), float32: the means, layer by layer, then `READINGS`. Its key
+    is the base's identity, the dtype and the row's token ids, so template and length count too.
+    """
+
+    def __init__(self, lm: LM, layers: Sequence[int]) -> None:
+        self.lm, self.layers = lm, tuple(layers)
+        self.width = len(self.layers) * int(lm.config.hidden_size) + len(READINGS)
+        what = json.dumps([lm.resolved.revision, str(lm.dtype), self.layers, _LAYOUT])
+        folder = files.cache() / "pooled" / hashlib.sha256(what.encode()).hexdigest()[:16]
+        self.store = StateStore(folder, self.width, np.float32)
+
+    def features(
+        self, rows: Sequence[Encoded], *, progress: bool = False
+    ) -> tuple[np.ndarray, list[str]]:
+        """Features, shape (n, width), NaN where the reason beside it is not ""."""
+        ends = end_ids(self.lm.tokenizer)
+        names = [digest(row) for row in rows]
+        usable = {name: row for name, row in zip(names, rows, strict=True) if _answer(row, ends)}
+        failed = self._fill(usable, ends, progress)
+        fine = [name for name in usable if name not in failed]
+        kept = dict(zip(fine, self.store.read(fine), strict=True))
+        nothing = np.full((1, self.width), np.nan, np.float32)
+        found = [nothing, *(kept.get(name, nothing) for name in names)]
+        reasons = ["" if name in kept else failed.get(name, NO_TOKEN) for name in names]
+        return np.concatenate(found)[1:], reasons
+
+    def _fill(self, rows: dict[bytes, Encoded], ends: frozenset[int], progress: bool):
+        """Compute and keep what is not there yet; returns why rows could not be computed."""
+        lacking, failed = self.store.missing(rows), {}
+        if not lacking:
+            return failed
+        self.lm.model.eval()
+
+        def keep(numbers: np.ndarray, found: Sequence[np.ndarray | Failed]) -> None:
+            made = {lacking[i]: one for i, one in zip(numbers, found, strict=True)}
+            failed.update((i, one.reason) for i, one in made.items() if isinstance(one, Failed))
+            self.store.write({i: one[None] for i, one in made.items() if i not in failed})
+
+        with quickest(unwrapped(self.lm.model), self.lm.device):
+            map_batches(
+                lambda numbers: self._computed([rows[lacking[i]] for i in numbers], ends),
+                [len(rows[name]) for name in lacking],
+                self.lm.first_batch(None, self.lm.config), progress,
+                f"pooled states of {len(lacking)} rows", on_batch=keep, on_halved=self.lm.halved,
+            )  # fmt: skip
+        return failed
+
+    @torch.inference_mode()
+    def _computed(self, rows: Sequence[Encoded], ends: frozenset[int]) -> list[np.ndarray]:
+        start = self.lm.tokenizer.bos_token_id
+        start = self.lm.tokenizer.eos_token_id if start is None else start
+        texts = [_answer(row, ends) for row in rows]
+        bare = [Encoded((start, *text), (False, *(True for _ in text))) for text in texts]
+        alone = [ll.mean() for _, ll in self._passed(bare)]
+        return [
+            np.concatenate([states[:, : len(text)].mean(1).flatten().cpu().numpy(),
+                            _readings(ll, len(text), bare_ll)]).astype(np.float32)
+            for (states, ll), text, bare_ll in zip(self._passed(rows), texts, alone, strict=True)
+        ]  # fmt: skip
+
+    def _passed(self, rows: Sequence[Encoded]) -> list[tuple[Tensor, np.ndarray]]:
+        """States, shape (layers, targets, width), and log-likelihoods of each row's targets."""
+        ids = torch.from_numpy(pad([row.ids for row in rows], self.lm.pad_id)[0])
+        ids, project = ids.to(self.lm.device), self.lm.head.project
+        out = decoder(self.lm.model)(input_ids=ids, use_cache=False, output_hidden_states=True)
+        step, found = int(self.lm.logit_rows()), []
+        for k, row in enumerate(rows):
+            places = [i for i, target in enumerate(row.targets) if target]
+            before = out.last_hidden_state[k, [i - 1 for i in places]]
+            nll = torch.cat([
+                nn.functional.cross_entropy(project(h).float(), goal, reduction="none")
+                for h, goal in zip(before.split(step), ids[k, places].split(step), strict=True)
+            ])
+            states = torch.stack([out.hidden_states[layer][k, places] for layer in self.layers])
+            found.append((states.float(), -nll.double().cpu().numpy()))
+        return found
+
+
+def _answer(row: Encoded, ends: frozenset[int]) -> list[int]:
+    """The answer's tokens without the one that ends it."""
+    ids = [token for token, target in zip(row.ids, row.targets, strict=True) if target]
+    return ids[:-1] if ids and row.targets[-1] and ids[-1] in ends else ids
+
+
+def _readings(ll: np.ndarray, tokens: int, alone: float) -> list[float]:
+    text = ll[:tokens]
+    return [np.log(tokens), text.mean(), text.std(), text.min(), (text > -_EASY).mean(), text[0],
+            ll[tokens] if len(ll) > tokens else 0.0, alone]  # fmt: skip
