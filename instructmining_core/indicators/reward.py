@@ -57,6 +57,7 @@ def load_reward_model(
     if form and form not in FORMS:
         raise InstructMiningError(f"input form {form!r}; known are {', '.join(FORMS)}")
     if ref.id.startswith(HEAD_PREFIX):
+        warnings.warn(f"{ref.id}: {OTHER_SCALE}", CoefficientWarning, stacklevel=2)
         return open_head(ref, ("reward",), device=device)
     opened = open_model(ref, AutoModelForSequenceClassification, device=device, standins=standins)
     config = opened.model.config

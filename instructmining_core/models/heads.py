@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from scipy.special import expit
 
 from ..config import InstructMiningError
 from ..files import write_atomic
@@ -54,13 +55,14 @@ class HeadFile:
     @property
     def note(self) -> str:
         """What a reader of the scores must know."""
-        return f"trained here: a linear head on pooled states of {self.base}"
+        return (f"trained here: a linear head on pooled states of {self.base}; another scale than "
+                "the paper's model's, so published coefficients do not carry over")
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Scores of rows; features : shape (n, features); returns shape (n, columns), float64."""
         scaled = (features.astype(np.float64) - self.mean) / self.scale
         scores = scaled @ self.weights.astype(np.float64) + self.bias
-        return 1 / (1 + np.exp(-scores)) if self.link == "sigmoid" else scores
+        return expit(scores) if self.link == "sigmoid" else scores
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
