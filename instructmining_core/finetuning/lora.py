@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,18 +40,13 @@ class PaddedRouting:
 class Routing:
     """Which places of the flattened batch go to which adapter, shared by all layers.
 
-    blocks : (adapter, first place, place after the last), covering all places in order; None
-        sends every place to `only`
+    blocks : (adapter, first place, place after the last), covering all places in order; the last
+        None for all there are
     padded : the same blocks for a GPU, where a product a block would be too many launches
     """
 
-    blocks: list[tuple[int, int, int]] | None = None
-    only: int = 0
+    blocks: Sequence[tuple[int, int, int | None]] = ((0, 0, None),)
     padded: PaddedRouting | None = None
-
-    def over(self, places: int) -> list[tuple[int, int, int]]:
-        """The blocks of a batch of so many places."""
-        return [(self.only, 0, places)] if self.blocks is None else self.blocks
 
 
 def padded_routing(blocks: list[tuple[int, int, int]], device: torch.device) -> PaddedRouting:
@@ -89,11 +84,6 @@ class MultiLoRALinear(nn.Module):
         return self.layer(x) + way.apply(x, self.trigger, self)
 
 
-def base_layer(layer: nn.Module) -> nn.Module:
-    """The frozen layer itself, with or without adapters on it."""
-    return layer.layer if isinstance(layer, MultiLoRALinear) else layer
-
-
 def shapes(layer: nn.Module) -> tuple[int, int]:
     """(d_in, d_out) of a linear layer: nn.Linear and its kin, or GPT-2's Conv1D."""
     if hasattr(layer, "in_features"):
@@ -108,7 +98,7 @@ class _BlockLoRA(torch.autograd.Function):
     def forward(ctx, x, trigger, layer):
         flat = x.reshape(-1, x.shape[-1])
         out = flat.new_empty((len(flat), layer.b.shape[-1]))
-        blocks = layer.routing.over(len(flat))
+        blocks = layer.routing.blocks
         inner = []
         for k, start, stop in blocks:
             inner.append(flat[start:stop] @ layer.a[k])
@@ -256,20 +246,14 @@ def set_first_values(wrapped: nn.Module, init_seed: int) -> None:
 
 
 def save_adapter(
-    folder: str | Path,
-    tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-    settings: LoraConfig,
+    folder: Path, tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], settings: LoraConfig
 ) -> None:
     """Write an adapter as peft does, for `PeftModel.from_pretrained`.
 
     tensors : layer name -> A, shape (rank, d_in), and B, shape (d_out, rank)
     settings : of `export_config`
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    flat = {}
-    for name, (a, b) in tensors.items():
-        flat[f"base_model.model.{name}.lora_A.weight"] = a.detach().float().cpu().contiguous()
-        flat[f"base_model.model.{name}.lora_B.weight"] = b.detach().float().cpu().contiguous()
-    save_file(flat, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings.save_pretrained(str(folder))
+    flat = {f"base_model.model.{name}.lora_{part}.weight": tensor.cpu().contiguous()
+            for name, pair in tensors.items() for part, tensor in zip("AB", pair, strict=True)}
+    save_file(flat, folder / "adapter_model.safetensors", metadata={"format": "pt"})

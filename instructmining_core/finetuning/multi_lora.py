@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -35,27 +34,14 @@ from .lora import (
 )
 
 
-@dataclass
-class AdamState:
-    """First and second moments, shape (K, numbers), and steps taken, shape (K, 1)."""
-
-    mean: torch.Tensor
-    square: torch.Tensor
-    steps: torch.Tensor
-
-
 class MultiLoRA:
     """K adapters on a model: values, gradients, optimiser; put on by `attach`, off by `detach`."""
 
     def __init__(
         self, model: nn.Module, config: FinetuneConfig, init_seeds: Sequence[int]
     ) -> None:
-        """Put nothing on the model yet; `attach` does.
-
-        config : of all K; init_seeds : one an adapter
-        """
-        self.model, self.config = unwrapped(model), config
-        self.count, self.routing = len(init_seeds), Routing()
+        """config : of all K; init_seeds : one an adapter"""
+        self.model, self.config, self.routing = unwrapped(model), config, Routing()
         self.layers = {name: MultiLoRALinear(layer, self.routing, scaling(config))
                        for name, layer in target_layers(self.model, config).items()}
         self.exported = export_config(config, self.model, self.layers)
@@ -65,21 +51,14 @@ class MultiLoRA:
         self.dtype = sample.dtype if sample.dtype.is_floating_point else torch.float32
         self._spans = _spans(self.layers, config.rank)
         size = self._spans[-1][-1]
-        new = lambda: torch.zeros(self.count, size, device=self.device)  # noqa: E731
-        self.values, self.gradients = new(), new()
-        self.adam = AdamState(new(), new(), torch.zeros(self.count, 1, device=self.device))
-        self._start(init_seeds)
-        self.work = self.values.to(self.dtype) if self.dtype != torch.float32 else self.values
-        self._bind()
-
-    def _start(self, init_seeds: Sequence[int]) -> None:
-        rank = self.config.rank
+        self.values, self.gradients, self._mean, self._square = torch.zeros(
+            4, len(init_seeds), size, device=self.device)
+        self._steps = torch.zeros(len(init_seeds), 1, device=self.device)
         for (name, layer), (a, b, _) in zip(self.layers.items(), self._spans, strict=True):
             for k, seed in enumerate(init_seeds):
-                first = first_values(name, rank, shapes(layer.layer)[0], seed)
+                first = first_values(name, config.rank, shapes(layer.layer)[0], seed)
                 self.values[k, a:b] = first.t().reshape(-1).to(self.device)
-
-    def _bind(self) -> None:
+        self.work = self.values.to(self.dtype)  # the values themselves in float32
         trigger = torch.zeros((), device=self.device, requires_grad=True)
         for layer, span in zip(self.layers.values(), self._spans, strict=True):
             layer.a, layer.b = self._views(self.work, layer, span)
@@ -124,7 +103,7 @@ class MultiLoRA:
 
     def use(self, adapter: int) -> None:
         """Send every row to one adapter, for evaluation and generation."""
-        self.routing.blocks, self.routing.padded, self.routing.only = None, None, adapter
+        self.routing.blocks, self.routing.padded = [(adapter, 0, None)], None
 
     def step(self, rates: np.ndarray) -> torch.Tensor:
         """Clip each adapter's gradient, take one AdamW step, clear the gradients.
@@ -134,7 +113,7 @@ class MultiLoRA:
 
         As `torch.optim.AdamW` (eps 1e-8) after `clip_grad_norm_`, adapter by adapter.
         """
-        gradients, state = self.gradients, self.adam
+        gradients = self.gradients
         norms = gradients.norm(dim=1)
         if self.config.clip > 0:
             gradients.mul_((self.config.clip / (norms + 1e-6)).clamp(max=1)[:, None])
@@ -142,13 +121,13 @@ class MultiLoRA:
         active = ~rate.isnan()
         rate = rate.nan_to_num()
         first, second = self.config.betas
-        state.steps += active
-        state.mean.lerp_(gradients, 1 - first)
-        state.square.mul_(second).addcmul_(gradients, gradients, value=1 - second)
+        self._steps += active
+        self._mean.lerp_(gradients, 1 - first)
+        self._square.mul_(second).addcmul_(gradients, gradients, value=1 - second)
         self.values.mul_(1 - rate * self.config.weight_decay)
-        ago = state.steps.clamp(min=1)
-        size = (state.square / (1 - second**ago)).sqrt_().add_(1e-8)
-        self.values.addcdiv_(state.mean * (-rate / (1 - first**ago)), size)
+        ago = self._steps.clamp(min=1)
+        size = (self._square / (1 - second**ago)).sqrt_().add_(1e-8)
+        self.values.addcdiv_(self._mean * (-rate / (1 - first**ago)), size)
         gradients.zero_()
         if self.work is not self.values:
             self.work.copy_(self.values)
@@ -165,7 +144,7 @@ class MultiLoRA:
     def save(self, adapter: int, folder: str | Path, base: str) -> None:
         """Write one adapter as peft does; `PeftModel.from_pretrained` loads it."""
         self.exported.base_model_name_or_path = base
-        save_adapter(folder, self.tensors(adapter), self.exported)
+        save_adapter(Path(folder), self.tensors(adapter), self.exported)
 
 
 def _spans(layers: dict[str, MultiLoRALinear], rank: int) -> list[tuple[int, int, int]]:
