@@ -11,6 +11,7 @@ number of processes on any machines that see the folder may work on one ledger.
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 from filelock import FileLock, SoftFileLease, Timeout
 
 from ..config import InstructMiningError
@@ -151,11 +153,14 @@ class Ledger:
         """Whether a lease is dead though filelock leaves it alone.
 
         It never frees one whose owner was killed before it wrote its name, nor any on a file
-        system that cannot swap two names (NFS): there the wait is half as long again.
+        system that cannot swap two names (NFS): there the wait is half as long again. A killed
+        process whose parent has not looked at it yet it takes for alive.
         """
         try:
             state = lease.owner, Path(lease.lock_file).stat().st_mtime_ns
         except FileNotFoundError:  # its owner has just ended well
+            return True
+        if _is_zombie(lease.owner):
             return True
         before, since = self._seen.setdefault(lease.lock_file, (state, time.monotonic()))
         if state != before:
@@ -168,6 +173,15 @@ def _still_held(lease: SoftFileLease) -> bool:
     """Whether a lease that this process took was not taken for dead and passed on since."""
     owner = lease.owner
     return owner is not None and owner.token == lease.token
+
+
+def _is_zombie(owner) -> bool:
+    """Whether an owner on this machine has ended and only its entry is left."""
+    try:
+        here = owner is not None and owner.hostname.partition("?")[0] == socket.gethostname()
+        return here and psutil.Process(owner.pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def settled(record: Record | None, tried: int | None = None) -> bool:

@@ -10,11 +10,10 @@ import importlib.metadata
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 
 from ..config import InstructMiningError
 from ..data.tokenization import Encoded
-from ..models.causal_lm import LM
+from ..models.causal_lm import COLUMNS, LM
 from ..models.loss import evaluate
 from ..models.trunk import on_trunk
 from .finetune import Meter, can_share_a_pass, check_rows, finetune
@@ -56,21 +55,18 @@ def check_run(spec: RunSpec, lm: LM, rows: Rows, evals: EvalSets) -> None:
 
 
 def run_one(
-    spec: RunSpec, lm: LM, rows: Rows, evals: EvalSets, *,
-    by_epoch: Collection[str] = (), keep: str | Path | None = None,
-) -> Record:  # fmt: skip
+    spec: RunSpec, lm: LM, rows: Rows, evals: EvalSets, *, by_epoch: Collection[str] = ()
+) -> Record:
     """Finetune and evaluate one specification.
 
     rows : row hash -> encoded training row; must hold every row of the specification
     evals : encoded evaluation rows; names and hashes must be the specification's
     by_epoch : run_ids that are also evaluated after each epoch; changes no other number
-    keep : folder where `<run_id>/` gets the adapter as peft saves it (a fully trained model as
-        transformers does); None keeps none
 
     returns : the run's record, with `status` "done" or "diverged"; see `Ledger`
     """
     if can_share_a_pass(spec.finetune):
-        return run_together([spec], lm, rows, evals, by_epoch=by_epoch, keep=keep)[0]
+        return run_together([spec], lm, rows, evals, by_epoch=by_epoch)[0]
     check_run(spec, lm, rows, evals)
     started, epochs = now(), _Epochs(spec, evals, by_epoch)
     data, base = [rows[h] for h in spec.row_hashes], _base_losses(lm, evals)
@@ -80,8 +76,6 @@ def run_one(
         begun = time.perf_counter()
         losses, examples = _losses(tuned.lm, {} if tuned.diverged else evals)
         evaluated = time.perf_counter() - begun
-        if keep is not None and not tuned.diverged:
-            _keep(Path(keep) / spec.run_id, tuned.save)
     finally:
         tuned.close()
     seconds = {"train": tuned.seconds - epochs.seconds, "evaluate": evaluated + epochs.seconds}
@@ -91,7 +85,7 @@ def run_one(
 
 def run_together(
     specs: Sequence[RunSpec], lm: LM, rows: Rows, evals: EvalSets, *,
-    by_epoch: Collection[str] = (), keep: str | Path | None = None,
+    by_epoch: Collection[str] = (),
 ) -> list[Record]:  # fmt: skip
     """The same for several specifications in one pass over the base; records in their order.
 
@@ -122,9 +116,6 @@ def run_together(
                 found.append(_losses(lm, {} if plan.diverged else evals))
         evaluated = (time.perf_counter() - begun) / len(specs)
         _, peak = meter.read()
-    for k, spec in enumerate(specs):
-        if keep is not None and not trained.schedules[k].diverged:
-            _keep(Path(keep) / spec.run_id, lambda to, k=k: adapters.save(k, to, lm.resolved.id))
     tokens = [sum(len(row) for row in job.rows) for job in jobs]
     return [
         _record(spec, lm, trained.curve(k), *found[k], epochs[k].with_last(found[k][0]), started,
@@ -166,11 +157,9 @@ def _losses(lm: LM, evals: Mapping[str, Sequence[Encoded]]) -> tuple[dict, dict]
     """Losses and example lists by evaluation set."""
     losses, examples = {}, {}
     tokens = EVAL_TOKENS["cuda" if str(lm.device).startswith("cuda") else "cpu"]
-    columns = ("nll", "tokens", "nll_first64", "tokens_first64", "nll_eos", "tokens_eos",
-               "nll_first", "tokens_first")
     for name, part in evals.items():
         losses[name], frame = evaluate(lm, part, batch_tokens=tokens)
-        examples[name] = {one: np.round(frame[one].to_numpy(), 6).tolist() for one in columns}
+        examples[name] = {one: np.round(frame[one].to_numpy(), 6).tolist() for one in COLUMNS[:-1]}
     return losses, examples
 
 
@@ -180,15 +169,6 @@ def _base_losses(lm: LM, evals: EvalSets) -> dict[str, dict]:
     if key not in evals.of_base:
         evals.of_base[key] = _losses(lm, evals)[0]
     return evals.of_base[key]
-
-
-def _keep(folder: Path, save: Callable[[Path], None]) -> None:
-    """Save into a folder that is there whole or not at all; one lease a run, so one writer."""
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    save(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
 
 
 def _head(spec: RunSpec, lm: LM, started: str) -> Record:
@@ -243,9 +223,7 @@ def hardware(device: str) -> dict[str, Any]:
     import torch
 
     found = {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "processor": _processor(), "cores": cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.machine()}",
@@ -258,6 +236,11 @@ def hardware(device: str) -> dict[str, Any]:
 def without_paths(text: str) -> str:
     """`text` with each absolute path cut to its last part: a record names no user's folders."""
     return _PATH.sub("", text)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @functools.cache

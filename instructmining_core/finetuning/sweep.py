@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -25,32 +24,16 @@ from .ledger import Ledger, over_prompts, settled, tidy
 from .run import Rows, check_run
 from .run_spec import EvalSets, Record, RunSpec
 from .trainer import adapters_per_pass
-from .workers import (
-    WORTH,
-    Workers,
-    do_group,
-    guessed_seconds,
-    one_thread,
-    sweep_job,
-    worker_devices,
-)
+from .workers import WORTH, Workers, do_group, one_thread, sweep_job, worker_devices
 
 LOOK = 0.2  # seconds between looks at the runs of other processes
 
 
 def run_sweep(
-    specs: Sequence[RunSpec],
-    lm: LM,
-    rows: Rows,
-    evals: EvalSets,
-    ledger: Ledger,
-    *,
-    together: int | None = None,
-    workers: int | None = None,
-    by_epoch: Collection[str] = (),
-    keep: str | Path | None = None,
+    specs: Sequence[RunSpec], lm: LM, rows: Rows, evals: EvalSets, ledger: Ledger, *,
+    together: int | None = None, workers: int | None = None, by_epoch: Collection[str] = (),
     progress: bool = False,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Do every run that the ledger does not hold.
 
     specs : the runs; one that is named twice is done once
@@ -59,8 +42,6 @@ def run_sweep(
     workers : processes beside this one; None takes the machine's further cores or GPUs when the
         sweep is long enough; no number of a run depends on it beyond float rounding
     by_epoch : run_ids that are also evaluated after each epoch
-    keep : folder where `<run_id>/` gets each adapter as peft saves it; runs that the ledger holds
-        already are not done again for that
     progress : a bar with runs done, time left, best and worst loss so far
 
     returns : one row a specification, in their order, with its own label (see `ledger.tidy`)
@@ -76,10 +57,10 @@ def run_sweep(
         check_run(spec, lm, rows, evals)
     devices = worker_devices(lm, workers) if len(todo) > 2 else []
     groups = groups_of(todo, lm, together, processes=1 + len(devices))
-    options = {"by_epoch": by_epoch, "keep": keep, "tried": watch.tried}
+    options = {"by_epoch": by_epoch, "tried": watch.tried}
     job = sweep_job(groups, lm, rows, evals, ledger, **options) if devices else {}
     crew = Workers(devices, job)
-    if workers or (devices and guessed_seconds(groups, lm, rows, evals) > WORTH):
+    if workers or "cpu" not in devices:  # a GPU's share is a group of its own, not one run of many
         crew.start()
     do = partial(do_group, lm=lm, rows=rows, evals=evals, ledger=ledger, **options)
     try:

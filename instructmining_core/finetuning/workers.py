@@ -34,25 +34,21 @@ from ..data.tokenization import Encoded
 from ..models.causal_lm import LM, load_lm
 from ..models.memory import is_out_of_memory
 from .ledger import Ledger, Taken
-from .run import Rows, failure, run_one, run_together, without_paths
+from .run import Rows, cores, failure, run_one, run_together, without_paths
 from .run_spec import EvalSets, Record, RunSpec
 
 WORTH = 30.0  # seconds of work left that make a worker's start (5 to 8 s of imports) worth it
-RATES = {  # FLOP/s of small models on one core of an EPYC, all between the products included; a GPU
-    "cpu": 5e10, "cuda": 5e12,
-}  # fmt: skip
 MOST = 8  # processes of a sweep on one CPU
 COMMAND = (sys.executable, "-m", "instructmining_core.finetuning.workers")
 
 
 def do_group(
     group: Sequence[RunSpec], lm: LM, rows: Rows, evals: EvalSets, ledger: Ledger, *,
-    by_epoch: Collection[str] = (), keep: str | Path | None = None,
-    tried: Mapping[str, int] | None = None,
+    by_epoch: Collection[str] = (), tried: Mapping[str, int] | None = None,
 ) -> int:  # fmt: skip
     """Take the runs of a group, do them, write their records; how many were done or failed.
 
-    by_epoch, keep : see `run_one`
+    by_epoch : see `run_one`
     tried : attempts of each run_id when the sweep began, so that a run that has failed since is
         left alone; None tries failed runs again
     """
@@ -60,7 +56,7 @@ def do_group(
             if ledger.lock_run(spec, tried=None if tried is None else tried.get(spec.run_id, 0))]
     written = 0
     try:
-        for record in _attempt(mine, lm, rows, evals, {"by_epoch": by_epoch, "keep": keep}):
+        for record in _attempt(mine, lm, rows, evals, by_epoch):
             try:
                 ledger.write(record)
             except Taken:  # this process was taken for dead; the record of who took over stands
@@ -72,15 +68,15 @@ def do_group(
     return written
 
 
-def _attempt(mine, lm, rows, evals, options) -> Iterator[Record]:
+def _attempt(mine, lm, rows, evals, by_epoch) -> Iterator[Record]:
     """Records of a group; out of memory halves it, after another error each runs alone."""
     if not mine:
         return
     try:
         if len(mine) == 1:
-            records = [run_one(mine[0], lm, rows, evals, **options)]
+            records = [run_one(mine[0], lm, rows, evals, by_epoch=by_epoch)]
         else:
-            records = run_together(mine, lm, rows, evals, **options)
+            records = run_together(mine, lm, rows, evals, by_epoch=by_epoch)
     except Exception as error:
         if len(mine) == 1:
             yield failure(mine[0], lm, error)
@@ -91,7 +87,7 @@ def _attempt(mine, lm, rows, evals, options) -> Iterator[Record]:
         yield from records
         return
     for start in range(0, len(mine), size):
-        yield from _attempt(mine[start : start + size], lm, rows, evals, options)
+        yield from _attempt(mine[start : start + size], lm, rows, evals, by_epoch)
 
 
 def worker_devices(lm: LM, wanted: int | None) -> list[str]:
@@ -108,24 +104,7 @@ def worker_devices(lm: LM, wanted: int | None) -> list[str]:
         return [f"cuda:{k}" for k in range(torch.cuda.device_count()) if k != mine][:wanted]
     if device.type != "cpu":
         return []
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ["cpu"] * (min(cores or 1, MOST) - 1 if wanted is None else wanted)
-
-
-def guessed_seconds(
-    groups: Sequence[Sequence[RunSpec]], lm: LM, rows: Rows, evals: EvalSets
-) -> float:
-    """What the runs may take in one process, before any of them is measured.
-
-    Only good enough to tell a sweep of minutes, whose workers should start at once, from a short
-    one: the layers' products, 4 x the weights for a token trained and 2 for one evaluated.
-    """
-    runs = [spec for group in groups for spec in group]
-    trained = sum(s.finetune.epochs * sum(len(rows[h]) for h in s.row_hashes) for s in runs)
-    evaluated = len(runs) * sum(len(row) for part in evals.values() for row in part)
-    weights = sum(p.numel() for p in lm.model.parameters())
-    weights -= lm.model.get_input_embeddings().weight.numel()
-    return weights * (4 * trained + 2 * evaluated) / RATES[torch.device(lm.device).type]
+    return ["cpu"] * (min(cores(), MOST) - 1 if wanted is None else wanted)
 
 
 class Workers:
@@ -178,20 +157,12 @@ class Workers:
 
 
 def sweep_job(
-    groups: Sequence[Sequence[RunSpec]],
-    lm: LM,
-    rows: Rows,
-    evals: EvalSets,
-    ledger: Ledger,
-    *,
-    by_epoch: Collection[str],
-    keep: str | Path | None,
-    tried: Mapping[str, int],
-) -> Record:
+    groups: Sequence[Sequence[RunSpec]], lm: LM, rows: Rows, evals: EvalSets, ledger: Ledger, *,
+    by_epoch: Collection[str], tried: Mapping[str, int],
+) -> Record:  # fmt: skip
     """A sweep as JSON values: all that a process needs which sees the model's and ledger's folders.
 
-    `groups` are lists of (`RunSpec.content()`, label), each one pass over the base; by_epoch,
-    keep, tried: see `do_group`
+    `groups` are lists of (`RunSpec.content()`, label), each one pass; options as in `do_group`.
     """
     used = {h for group in groups for spec in group for h in spec.row_hashes}
     return {
@@ -202,8 +173,7 @@ def sweep_job(
         "rows": {h: _plain(rows[h]) for h in used},
         "evals": {name: [_plain(row) for row in part] for name, part in evals.items()},
         "ledger": str(ledger.folder.resolve()),
-        "options": {"by_epoch": list(by_epoch), "tried": dict(tried),
-                    "keep": None if keep is None else str(Path(keep).resolve())},
+        "options": {"by_epoch": list(by_epoch), "tried": dict(tried)},
     }  # fmt: skip
 
 
@@ -242,8 +212,6 @@ def one_thread() -> Iterator[None]:
 def _begin(device: str, parent: int) -> None:
     """A worker's process: the job comes on standard input."""
     job = json.load(sys.stdin)
-    if device == "cpu":
-        torch.set_num_threads(1)
     work_on(job, load_lm(ModelRef(**job["model"]), device), parent)
 
 

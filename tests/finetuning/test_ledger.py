@@ -203,8 +203,9 @@ def test_a_run_is_one_process_s_while_it_lives(tmp_path):
     assert not ledger.lock_run(spec())
     assert ledger.owner(spec().run_id).startswith(f"process {child.pid} on ")
     child.kill()
-    child.wait()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and a zombie until looked at
     assert ledger.lock_run(spec()) and not ledger.lock_run(spec())
+    child.wait()
     assert not Ledger(tmp_path).lock_run(spec())
     ledger.release(spec().run_id)
     assert ledger.owner(spec().run_id) is None
