@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +34,8 @@ def explanation(row_id: str, table: str, rule_name: str, allow_mismatch: bool) -
     found = ranked[ranked["id"].astype(str) == row_id].sort_index()
     scored = int(ranked["score"].notna().sum())
     pages = [explained(row, rule, scored) for _, row in found.iterrows()]
+    if len(found) > 1:
+        pages.insert(0, f"{len(found)} rows have the id {row_id!r}: it is not unique")
     if differences:
         pages.append("published form, other models or data; a ranking, no conclusion")
     return "\n\n".join(pages)
@@ -115,7 +118,12 @@ def table_material(runs: str, scores: str | None, names: list[str]) -> Material:
             "RUNS needs --scores: the rule is standardised on the pool's rows"
         )
     path = Path(runs)
-    table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    plain = path.name.lower().removesuffix(".gz")
+    if plain.endswith((".csv", ".tsv")):
+        packed = "gzip" if path.name.lower().endswith(".gz") else None
+        table = pd.read_csv(path, sep="\t" if plain.endswith(".tsv") else ",", compression=packed)
+    else:
+        table = pd.read_parquet(path)
     pool = read_scores(scores)
     columns = names or [c for c in pool.attrs.get("indicators", {}) if c in table]
     missing = [c for c in ("log_loss", *columns) if c not in table]
@@ -124,7 +132,67 @@ def table_material(runs: str, scores: str | None, names: list[str]) -> Material:
             f"{path} lacks {', '.join(missing) or 'every indicator'}: it holds one "
             "row a run with log_loss, share_<source> and the sets' means"
         )
+    table, notes = preflight(table, pool, columns)
+    sys.stderr.write("".join(f"{note}\n" for note in notes))
     return Material(table, pool, columns, {"note": f"{path.name}, scores of {scores}"})
+
+
+def preflight(
+    runs: pd.DataFrame, pool: pd.DataFrame, columns: list[str]
+) -> tuple[pd.DataFrame, list[str]]:
+    """The runs that can be fitted, with shares that sum to one, and what a reader must know.
+
+    Raises InstructMiningError where no run is left, or shares are neither parts nor per cent.
+    """
+    shares = [c for c in runs if str(c).startswith("share_")]
+    names = runs["set_id"].astype(str) if "set_id" in runs else runs.index.astype(str)
+    needed = ["log_loss", *columns, *shares]
+    numbers = runs[needed].apply(pd.to_numeric, errors="coerce")
+    numbers[shares] = numbers[shares].where(runs[shares].notna(), 0.0)
+    bad = ~np.isfinite(numbers.to_numpy(float))
+    notes = [f"run {names[i]} is left out: its {needed[j]} is {runs[needed[j]].iloc[i]}"
+             for i, j in np.argwhere(bad)]  # fmt: skip
+    keep = ~bad.any(axis=1)
+    notes.append(f"{len(runs)} runs read, {int(keep.sum())} used")
+    if not keep.any():
+        raise InstructMiningError("no run can be fitted:\n" + "\n".join(notes))
+    used = runs[keep].assign(**numbers[keep])
+    used, found = _shares_of_one(used, shares)
+    notes += found
+    if "set_id" in used and used["set_id"].duplicated().any():
+        repeats = int(used["set_id"].duplicated().sum())
+        notes.append(f"{repeats} runs repeat a set_id: the first of each set (by init_seed, "
+                     "order_seed) is fitted, the others only tell the noise")
+    for name in columns:
+        low, high = pool[name].min(), pool[name].max()
+        outside = int(((used[name] < low) | (used[name] > high)).sum())
+        if outside:
+            notes.append(f"{name} of {outside} runs lies outside the pool's rows ({low:.4g} to "
+                         f"{high:.4g}): are the set means in the units of the score table?")
+    return used, notes
+
+
+def _shares_of_one(runs: pd.DataFrame, shares: list[str]) -> tuple[pd.DataFrame, list[str]]:
+    """Runs with shares that sum to one: rounded ones and per cent are mended, others refused."""
+    sums = runs[shares].sum(axis=1)
+    notes = []
+    if shares and (sums - 100).abs().max() < 1:
+        notes.append("the shares are per cent: they are divided by 100")
+        sums = sums / 100
+        runs = runs.assign(**(runs[shares] / 100))
+    worst = (sums - 1).abs().max() if shares else 0
+    if worst > 0.01:
+        odd = sums[(sums - 1).abs().idxmax()]
+        raise InstructMiningError(f"the shares of a run sum to {odd:.4g}: they are parts of 1")
+    if worst > 1e-6:
+        notes.append(f"the shares are rounded (off by up to {worst:.2g}): scaled to sum to one")
+        runs = runs.assign(**runs[shares].div(sums, axis=0))
+    in_one = [c.removeprefix("share_") for c in shares if (runs[c] > 0).sum() == 1]
+    if in_one:
+        notes.append(f"only one run holds rows of {', '.join(in_one)}: nothing tells its error")
+    if sum((runs[c] > 0).any() for c in shares) == 1:
+        notes.append("all runs are of one source: no slope between sources can be fitted")
+    return runs, notes
 
 
 def fitted_card(

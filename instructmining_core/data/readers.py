@@ -216,10 +216,10 @@ def _records(name: str, stream: BinaryIO) -> Iterator[Raw]:
             raise InstructMiningError(f"{name}: looks like {coding}, but is not: {error}") from None
         stream = io.BufferedReader(io.BytesIO(text.encode("utf-8", "surrogatepass")))
         start = stream.peek(4096).lstrip()
-    if not start:
+    if not start and len(head) < 4096:
         return iter(())
     named_json = plain.endswith((".json", ".jsonl", ".ndjson"))
-    if plain.endswith((".csv", ".tsv")) or (start[:1] not in b"[{" and not named_json):
+    if plain.endswith((".csv", ".tsv")) or (start[:1] not in (b"[", b"{") and not named_json):
         return _csv(name, stream, "\t" if plain.endswith(".tsv") else ",")
     return _json(name, stream)
 
@@ -285,8 +285,15 @@ def _lines(stream: BinaryIO, first: int = 1) -> Iterator[tuple[int, bytes]]:
 
 def _json(name: str, stream: BinaryIO) -> Iterator[Raw]:
     """JSON lines; or, where the first line is not one of several values, a document."""
-    lines = _lines(stream)
-    number, first = next(lines)
+    number, first = 1, stream.readline(MAX_RECORD)
+    while first and not first.strip():
+        number, first = number + 1, stream.readline(MAX_RECORD)
+    if not first:
+        return
+    lines = _lines(stream, number + 1)
+    if len(first) == MAX_RECORD and first[:1] in b"[{":  # a document on one long line
+        yield from _document(name, first + _whole(name, stream))
+        return
     try:
         value = _values(first)
     except FormatError:

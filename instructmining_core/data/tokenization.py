@@ -101,7 +101,7 @@ def encode_many(
     if tokenizer.eos_token_id is None:
         raise InstructMiningError(
             "The tokenizer has no eos token, so the end of a response cannot be counted. "
-            "Set tokenizer.eos_token first."
+            "Name one as eos_token in the model's tokenizer_config.json, or take another model."
         )
     turns = [None] * len(conversations) if turns is None else turns
     cut = [_until_turn(m, t) for m, t in zip(conversations, turns, strict=True)]

@@ -107,8 +107,29 @@ def open_model(
             f"{ref.id} needs its own code, which is never run here, or its model type is not known "
             "to the installed transformers. Choose a model that transformers has."
         ) from error
+    except (ImportError, OSError, KeyError, AttributeError) as error:
+        why = next(iter(str(error).splitlines()), "")
+        raise hub.HubError(f"{ref.id} cannot be loaded: {type(error).__name__}: {why}") from error
+    _check_ids(ref.id, model, tokenizer)
     longest = token_limit(model, tokenizer)
     return LoadedModel(model.to(device).eval(), tokenizer, resolved, device, dtype, longest)
+
+
+def _check_ids(name: str, model, tokenizer) -> None:
+    """Raise HubError where a token that texts can give lies outside the model's embeddings.
+
+    A pad token outside is replaced (padding is masked), a missing eos by the token that ends a
+    text: perplexities leave it out.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.sep_token or tokenizer.pad_token
+    for what, last in (("vocabulary", tokenizer.vocab_size - 1), ("eos", tokenizer.eos_token_id)):
+        if last is not None and last >= rows:
+            raise hub.HubError(f"{name}: token {last} of the tokenizer ({what}) is outside the "
+                               f"model's {rows} embeddings")  # fmt: skip
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def open_tokenizer(ref: ModelRef, *, standins: Path | None = None) -> LoadedModel:
