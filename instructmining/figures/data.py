@@ -13,70 +13,52 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from .style import (
-    ARMS,
     BLUE,
     GREY,
     INK,
     LOG_SCALED,
     LOSSES,
     MUTED,
-    UNITS,
+    PAPER,
     WIDTH,
-    colours,
+    arm_colours,
     draw_interval,
     grid,
     label_of,
     losses_in,
     mean_interval,
     name_of,
-    require,
     rows_axis,
     styled,
     wrap,
 )
 
 
-@styled
-def plot_indicator_distributions(
-    scores: pd.DataFrame, columns: Sequence[str] | None = None
-) -> Figure:
+@styled("source")
+def plot_indicator_distributions(scores: pd.DataFrame, columns: Sequence[str]) -> Figure:
     """Spread of each indicator by source: box = quartiles, whiskers = 5th to 95th percentile.
 
     scores : one row an example, `source` and the indicator columns in their own units; NaN is left
-    out. columns : default, the known indicators that are there. Lengths and perplexity on a log
-    axis; the dotted line is the median over all rows.
+    out. Lengths and perplexity on a log axis; the dotted line is the median over all rows.
     """
-    columns = known_columns(scores, columns)
-    require(scores, ["source", *columns], "plot_indicator_distributions")
     source = scores["source"].astype(str)
     names = sorted(source.unique())
     figure, axes = grid(len(columns), 3, 0.85 + 0.2 * len(names), sharey=True)
     for ax, column in zip(axes, columns, strict=True):
-        groups = [scores.loc[source == n, column].dropna() for n in names]
-        _boxes(ax, groups)
+        ax.boxplot(
+            [scores.loc[source == n, column].dropna().to_numpy() for n in names],
+            positions=range(len(names)), orientation="horizontal", widths=0.62, whis=(5, 95),
+            showfliers=False, patch_artist=True, manage_ticks=False,
+            boxprops={"facecolor": BLUE, "alpha": 0.45, "edgecolor": BLUE},
+            medianprops={"color": INK, "lw": 1.4}, whiskerprops={"color": BLUE},
+            capprops={"color": BLUE},
+        )
         ax.axvline(scores[column].median(), color=MUTED, ls=":", lw=1.2, zorder=0)
         if column in LOG_SCALED and scores[column].min() > 0:
             _log_axis(ax)
         ax.set_title(label_of(column, 30))
         rows_axis(ax, names)
     return figure
-
-
-def known_columns(frame: pd.DataFrame, columns: Sequence[str] | None) -> list[str]:
-    """The columns asked for, or all known indicators that the frame has."""
-    if columns is not None:
-        return list(columns)
-    return [c for c in UNITS if c in frame and not c.startswith("loss")]
-
-
-def _boxes(ax: Axes, groups: list[pd.Series]) -> None:
-    ax.boxplot(
-        [g.to_numpy() for g in groups], positions=range(len(groups)), orientation="horizontal",
-        widths=0.62, whis=(5, 95), showfliers=False, patch_artist=True, manage_ticks=False,
-        boxprops={"facecolor": BLUE, "alpha": 0.45, "edgecolor": BLUE},
-        medianprops={"color": INK, "lw": 1.4}, whiskerprops={"color": BLUE},
-        capprops={"color": BLUE},
-    )
 
 
 def _log_axis(ax: Axes) -> None:
@@ -88,27 +70,25 @@ def _log_axis(ax: Axes) -> None:
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-@styled
-def plot_correlation_map(scores: pd.DataFrame, columns: Sequence[str] | None = None) -> Figure:
+@styled("source")
+def plot_correlation_map(scores: pd.DataFrame, columns: Sequence[str]) -> Figure:
     """Spearman correlations: above the diagonal over all rows, below it within sources.
 
     scores : one row an example, `source` and the indicator columns. Within sources: of ranks taken
     over all rows, less their mean in the source. A rule for single rows lives below the diagonal.
     """
-    columns = known_columns(scores, columns)
-    require(scores, ["source", *columns], "plot_correlation_map")
     ranks = scores[columns].rank()
     over_all = ranks.corr().to_numpy()
     inside = (ranks - ranks.groupby(scores["source"]).transform("mean")).corr().to_numpy()
     values = np.triu(over_all, 1) + np.tril(inside, -1)
     np.fill_diagonal(values, np.nan)
-    names = [name_of(c) for c in columns]
+    names = [wrap(name_of(c), 20) for c in columns]
     side = 0.46 * len(names)
     figure, ax = plt.subplots(figsize=(min(WIDTH, side + 2.9), side + 1.2))
     sns.heatmap(
         values, ax=ax, cmap="vlag", vmin=-1, vmax=1, annot=True, fmt=".2f",
-        annot_kws={"size": 7}, linewidths=0.8, linecolor="#fcfcfb", square=True,
-        xticklabels=[wrap(n, 20) for n in names], yticklabels=[wrap(n, 20) for n in names],
+        annot_kws={"size": 7}, linewidths=0.8, linecolor=PAPER, square=True,
+        xticklabels=names, yticklabels=names,
         cbar_kws={"label": "Spearman correlation", "shrink": 0.6},
     )
     ax.grid(False)
@@ -119,7 +99,7 @@ def plot_correlation_map(scores: pd.DataFrame, columns: Sequence[str] | None = N
     return figure
 
 
-@styled
+@styled("source")
 def plot_loss_by_source(runs: pd.DataFrame) -> Figure:
     """Loss after finetuning on sets of a single source: each run, and mean with 95 % interval.
 
@@ -128,7 +108,6 @@ def plot_loss_by_source(runs: pd.DataFrame) -> Figure:
     loss. The axis holds every run; the interval of a source with two or three runs may leave it.
     """
     losses = losses_in(runs)
-    require(runs, ["source", *losses], "plot_loss_by_source")
     source = runs["source"].fillna("").astype(str).replace("", "mixtures")
     means = runs.groupby(source)[losses[0]].mean().sort_values()
     order = [n for n in means.index if n != "mixtures"]
@@ -148,27 +127,24 @@ def plot_loss_by_source(runs: pd.DataFrame) -> Figure:
     return figure
 
 
-@styled
+@styled("arm", *LOSSES)
 def plot_two_losses(runs: pd.DataFrame) -> Figure:
     """Loss on one evaluation set against loss on the other, a point a run, coloured by arm.
 
-    runs : the two losses (nats per token) and, if there, `arm`.
+    runs : `arm` and the two losses (nats per token).
     """
-    losses = list(LOSSES)
-    require(runs, losses, "plot_two_losses")
     figure, ax = plt.subplots(figsize=(4.6, 4.0))
-    arms = runs["arm"].fillna("").astype(str) if "arm" in runs else pd.Series("", runs.index)
-    palette = colours(list(dict.fromkeys(arms)), ARMS)
-    for arm, colour in palette.items():
-        part = runs[arms == arm]
-        ax.scatter(
-            part[losses[0]], part[losses[1]], s=22, color=colour, alpha=0.75, ec="#fcfcfb",
-            lw=0.5, label=arm,
-        )
-    if len(palette) > 1:
-        ax.legend(title="arm", loc="best")
-    r = runs[losses].corr().iloc[0, 1]
-    ax.set_title(f"{len(runs)} runs, correlation {r:.2f}")
-    ax.set_xlabel(label_of(losses[0]))
-    ax.set_ylabel(label_of(losses[1]))
+    scatter_arms(ax, runs, *LOSSES, "best")
+    ax.set_title(f"{len(runs)} runs, correlation {runs[list(LOSSES)].corr().iloc[0, 1]:.2f}")
+    ax.set(xlabel=label_of(LOSSES[0]), ylabel=label_of(LOSSES[1]))
     return figure
+
+
+def scatter_arms(ax: Axes, runs: pd.DataFrame, x: str, y: str, corner: str) -> None:
+    """A point a run, in the colour of its arm; the arms' names in a corner if there are several."""
+    palette = arm_colours(runs)
+    for arm, colour in palette.items():
+        part = runs[runs["arm"] == arm]
+        ax.scatter(part[x], part[y], s=22, color=colour, alpha=0.75, ec=PAPER, lw=0.5, label=arm)
+    if len(palette) > 1:
+        ax.legend(title="arm", loc=corner)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
@@ -18,10 +17,9 @@ from .style import (
     PURPLE,
     TEAL,
     WIDTH,
-    colours,
+    arm_colours,
     grid,
     name_of,
-    require,
     styled,
 )
 
@@ -46,7 +44,7 @@ _ARROWS = [
 ]
 
 
-@styled
+@styled()
 def plot_procedure() -> Figure:
     """The study's course, from sources to verdict; the upper half is done once, to fit the rule."""
     figure, ax = plt.subplots(figsize=(WIDTH, 3.5))
@@ -62,64 +60,47 @@ def plot_procedure() -> Figure:
         ))
         ax.text(x, y, text, ha="center", va="center", fontsize=8, color=INK, zorder=3)
     for here, there in _ARROWS:
-        _arrow(ax, _BOXES[here][1:3], _BOXES[there][1:3])
+        (x0, y0), (x1, y1) = _BOXES[here][1:3], _BOXES[there][1:3]
+        # from the edge of one box to that of the next: to the right, or down and slanted
+        lean = 0.9 if x1 < x0 else 0
+        points = (((x0 + 1.33, y0), (x1 - 1.38, y1)) if y0 == y1 else
+                  ((x0 - lean, y0 - 0.58), (x1 + lean, y1 + 0.63)))  # fmt: skip
+        ax.add_patch(FancyArrowPatch(*points, arrowstyle="-|>", mutation_scale=11, color=MUTED,
+                                     lw=1.2, shrinkA=0, shrinkB=0))  # fmt: skip
     return figure
 
 
-def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    """From the edge of one box to that of the next: sideways in a row, else up or down."""
-    (x0, y0), (x1, y1) = start, end
-    if y0 == y1:
-        side = 1 if x1 > x0 else -1
-        points = (x0 + 1.33 * side, y0), (x1 - 1.38 * side, y1)
-    else:
-        side = 1 if y1 > y0 else -1
-        lean = 0.9 if x1 > x0 else -0.9 if x1 < x0 else 0
-        points = (x0 + lean, y0 + 0.58 * side), (x1 - lean, y1 - 0.63 * side)
-    ax.add_patch(FancyArrowPatch(
-        *points, arrowstyle="-|>", mutation_scale=11, color=MUTED, lw=1.2, shrinkA=0, shrinkB=0,
-    ))
-
-
-@styled
+@styled("runs", "coefficient", "half_width", "low", "high", "arm")
 def plot_design_half_widths(plan: pd.DataFrame) -> Figure:
     """Half-width of each slope's 95 % interval against the number of runs, with its band.
 
-    plan : columns runs, coefficient, half_width, low, high (log loss per sd; `Precision.table` of
-    the planner), and `arm` where designs are compared. Infinite widths (too few runs to fit) are
-    not drawn.
+    plan : columns runs, coefficient, half_width, low, high (log loss per sd), and `arm`, from
+    `pilot.planned_half_widths`. NaN widths (too few runs to fit) are not drawn.
     """
-    require(plan, ["runs", "coefficient", "half_width"], "plot_design_half_widths")
     names = list(dict.fromkeys(plan["coefficient"]))
-    arms = plan["arm"].astype(str) if "arm" in plan else pd.Series("", plan.index)
-    palette = colours(list(dict.fromkeys(arms)), {"": BLUE, "fusion": ORANGE, "designed": BLUE})
-    figure, axes = grid(len(names), 3, 1.75, sharex=True, sharey=True)
-    for i, (ax, name) in enumerate(zip(axes, names, strict=True)):
+    palette = arm_colours(plan, {"fusion": ORANGE, "designed": BLUE})
+    figure, axes = grid(len(names), 3, 1.75, "runs", sharex=True, sharey=True)
+    for ax, name in zip(axes, names, strict=True):
         for arm, colour in palette.items():
-            part = plan[(plan["coefficient"] == name) & (arms == arm)].sort_values("runs")
-            part = part[part["half_width"].abs() < float("inf")]
+            part = plan[(plan["coefficient"] == name) & (plan["arm"] == arm)].sort_values("runs")
+            part = part.dropna(subset="half_width")
             ax.plot(part["runs"], part["half_width"], "o-", ms=3, color=colour, label=arm)
-            if {"low", "high"} <= set(part):
-                ax.fill_between(part["runs"], part["low"], part["high"], color=colour, alpha=0.2,
-                                lw=0)
+            ax.fill_between(part["runs"], part["low"], part["high"], color=colour, alpha=0.2, lw=0)
         ax.set_yscale("log")
         ax.set_title(name_of(name))
-        if i >= len(names) - 3:
-            ax.set_xlabel("runs")
     figure.supylabel("half-width (log loss per sd), log scale", fontsize=9)
     if len(palette) > 1:
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper right", ncols=len(palette))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right",
+                      ncols=len(palette))  # fmt: skip
     return figure
 
 
-@styled
+@styled("step", "epoch", "loss", "lr")
 def plot_training_curve(curve: pd.DataFrame) -> Figure:
     """Training loss and learning rate of one finetune, step by step; dotted lines end an epoch.
 
     curve : columns step, epoch (from 1), loss (nats per target token) and lr.
     """
-    require(curve, ["step", "epoch", "loss", "lr"], "plot_training_curve")
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.6), width_ratios=(1.6, 1))
     left.plot(curve["step"], curve["loss"], "o-", ms=3, color=BLUE)
     left.set(xlabel="step", ylabel="training loss (nats/token)")

@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from ..paper import R_SQUARED
-from .data import known_columns
+from .data import scatter_arms
 from .style import (
-    ARMS,
     BLUE,
     GREY,
     INK,
@@ -25,70 +24,61 @@ from .style import (
     OTHERS,
     PAPER,
     WIDTH,
-    colours,
+    arm_colours,
     draw_interval,
     grid,
     label_of,
     name_of,
-    require,
     rows_axis,
     styled,
     wrap,
 )
 
 
-@styled
+@styled("log_loss", "arm")
 def plot_regression_panels(
-    runs: pd.DataFrame,
-    columns: Sequence[str] | None = None,
-    fit: pd.DataFrame | None = None,
+    runs: pd.DataFrame, columns: Sequence[str], fit: pd.DataFrame
 ) -> Figure:
     """One panel an indicator: log loss of each set against the set's mean, line with 95 % band.
 
     runs : one row a run, `log_loss` (log nats/token), the indicator columns (set means), `arm`,
     and `share_<source>`. Both axes are freed of the source shares (added-variable plot), so the
-    slope is that within sources; without share columns the raw values are drawn.
-    fit : optional, index or column name, estimate, low, high (per sd of a row): printed in the
-    panel's title. For the line to be that of a table, give the runs that the table was fitted to.
+    slope is that within sources.
+    fit : by column, estimate, low, high (per sd of a row): printed in the panel's title. For the
+    line to be that of a table, give the runs that the table was fitted to.
     """
-    columns = known_columns(runs, columns)
-    require(runs, ["log_loss", *columns], "plot_regression_panels")
-    shares = [c for c in runs if c.startswith("share_")]
-    arms = runs["arm"].astype(str) if "arm" in runs else pd.Series("", runs.index)
-    palette = colours(list(dict.fromkeys(arms)), ARMS)
-    y = _given(runs["log_loss"], runs[shares])
+    shares = runs.filter(regex="^share_")
+    palette = arm_colours(runs)
+    y = _given(runs["log_loss"], shares)
     figure, axes = grid(len(columns), 3, 2.15, sharey=True)
     for ax, column in zip(axes, columns, strict=True):
-        x = _given(runs[column], runs[shares])
+        x = _given(runs[column], shares)
         for arm, colour in palette.items():
-            ax.scatter(x[arms == arm], y[arms == arm], s=9, color=colour, alpha=0.6, lw=0,
-                       label=arm)
-        _line(ax, x.to_numpy(), y.to_numpy(), len(shares))
+            own = runs["arm"] == arm
+            ax.scatter(x[own], y[own], s=9, color=colour, alpha=0.6, lw=0, label=arm)
+        _line(ax, x.to_numpy(), y.to_numpy(), shares.shape[1])
         ax.set_xlabel(label_of(column, 30))
-        ax.set_title(_slope_title(fit, column), fontsize=8)
+        found = fit.loc[column]
+        ax.set_title(f"{found['estimate']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}] per sd",
+                     fontsize=8)
     if len(palette) > 1:
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper right", ncols=len(palette),
-                      markerscale=1.6)
-    given = ", less what the source shares explain" if shares else ""
-    figure.supylabel(f"log loss (log nats/token){given}", fontsize=9)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right",
+                      ncols=len(palette), markerscale=1.6)  # fmt: skip
+    figure.supylabel("log loss (log nats/token), less what the source shares explain", fontsize=9)
     return figure
 
 
 def _given(values: pd.Series, shares: pd.DataFrame) -> pd.Series:
-    values = values.astype(float)
-    if shares.shape[1] == 0:
-        return values
     design = shares.fillna(0).to_numpy(float)
     known = values.notna().to_numpy()
-    beta, *_ = np.linalg.lstsq(design[known], values[known], rcond=None)
-    return values - design @ beta
+    beta, *_ = np.linalg.lstsq(design[known], values[known].astype(float), rcond=None)
+    return values.astype(float) - design @ beta
 
 
 def _line(ax: Axes, x: np.ndarray, y: np.ndarray, spent: int) -> None:
     both = np.isfinite(x) & np.isfinite(y)
     x, y = x[both], y[both]
-    df = len(x) - 1 - max(spent, 1)
+    df = len(x) - 1 - spent
     if df < 1 or x.std() == 0:
         return
     slope, intercept = np.polyfit(x, y, 1)
@@ -101,36 +91,23 @@ def _line(ax: Axes, x: np.ndarray, y: np.ndarray, spent: int) -> None:
     ax.fill_between(at, middle - reach, middle + reach, color=INK, alpha=0.15, lw=0)
 
 
-def _slope_title(fit: pd.DataFrame | None, column: str) -> str:
-    if fit is None:
-        return ""
-    row = fit.set_index("name").loc[column] if "name" in fit else fit.loc[column]
-    return f"{row['estimate']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}] per sd"
-
-
-@styled
+@styled("name", "estimate", "low", "high", "kind")
 def plot_coefficients(estimates: pd.DataFrame) -> Figure:
     """Coefficients with 95 % intervals, one row an indicator, one colour a kind of estimate.
 
-    estimates : columns name, estimate, low, high (log loss per sd of the indicator) and, where
-    there are several kinds of estimate, `kind`. Indicators that a procedure did not choose have no
-    mark.
+    estimates : columns name, estimate, low, high (log loss per sd of the indicator) and kind.
+    Indicators that a procedure did not choose have no mark.
     """
-    frame = estimates if "kind" in estimates else estimates.assign(kind="ours")
-    require(frame, ["name", "estimate", "low", "high"], "plot_coefficients")
-    kinds, names = list(dict.fromkeys(frame["kind"])), list(dict.fromkeys(frame["name"]))
+    kinds, names = (list(dict.fromkeys(estimates[column])) for column in ("kind", "name"))
     height = 1.1 + len(names) * (0.16 + 0.1 * len(kinds))
     figure, ax = plt.subplots(figsize=(WIDTH, height))
     ax.axvline(0, color=MUTED, lw=1)
     palette = kind_colours(kinds)
     for k, kind in enumerate(kinds):
-        rows = frame[frame["kind"] == kind].set_index("name")
         shift = (k - (len(kinds) - 1) / 2) * 0.7 / len(kinds)
-        for y, name in enumerate(names):
-            if name in rows.index:
-                row = rows.loc[name]
-                draw_interval(ax, y + shift, row["estimate"], row["low"], row["high"],
-                              palette[kind])
+        for row in estimates[estimates["kind"] == kind].itertuples():
+            y = names.index(row.name) + shift
+            draw_interval(ax, y, row.estimate, row.low, row.high, palette[kind])
         ax.plot([], [], "o-", color=palette[kind], lw=2.2, ms=5.5, label=wrap(kind, 34))
     rows_axis(ax, [name_of(n) for n in names], 26)
     ax.set_xlabel("change of log loss per sd of the indicator (95 % interval)")
@@ -144,45 +121,35 @@ def kind_colours(kinds: Sequence[str]) -> dict[str, str]:
     return {k: ORANGE if "paper" in k.lower() else next(ours, GREY) for k in kinds}
 
 
-@styled
-def plot_predicted_measured(predictions: pd.DataFrame, *, title: str = "") -> Figure:
+@styled("predicted", "log_loss", "arm")
+def plot_predicted_measured(runs: pd.DataFrame, title: str) -> Figure:
     """Measured log loss against the predicted one, a point a run, with the line of equality.
 
-    predictions : columns predicted and measured (or `log_loss`), both log nats/token, and `arm`
-    if there. The title counts runs; say by `title` whether they were held out. No R² is printed:
-    one number without an interval, and in sample, is what this study argues against.
+    runs : columns predicted and log_loss, both log nats/token, and `arm`. The title counts runs,
+    and says whether they were held out. No R² is printed: one number without an interval, and in
+    sample, is what this study argues against.
     """
-    measured = "measured" if "measured" in predictions else "log_loss"
-    require(predictions, ["predicted", measured], "plot_predicted_measured")
-    arms = predictions.get("arm", pd.Series("", predictions.index)).astype(str)
-    palette = colours(list(dict.fromkeys(arms)), ARMS)
     figure, ax = plt.subplots(figsize=(4.7, 4.4))
-    x, y = predictions["predicted"], predictions[measured]
-    ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+    both = runs[["predicted", "log_loss"]]
+    ends = [both.min(axis=None), both.max(axis=None)]
     ax.plot(ends, ends, color=MUTED, lw=1.2, ls="--", zorder=1)
-    for arm, colour in palette.items():
-        here = arms == arm
-        ax.scatter(x[here], y[here], s=22, color=colour, alpha=0.75, ec=PAPER, lw=0.5, label=arm)
-    if len(palette) > 1:
-        ax.legend(title="arm", loc="upper left")
-    ax.set_title(f"{title + ': ' if title else ''}{len(x)} runs")
+    scatter_arms(ax, runs, "predicted", "log_loss", "upper left")
+    ax.set_title(f"{title}: {len(runs)} runs")
     ax.set_xlabel("predicted log loss (log nats/token)")
     ax.set_ylabel("measured log loss (log nats/token)")
     ax.set_aspect("equal", adjustable="datalim")
     return figure
 
 
-@styled
+@styled("fitted", "residual", "studentised", "leverage", "cook", "arm")
 def plot_residual_page(page: pd.DataFrame) -> Figure:
     """Residuals against fit, normal quantiles, leverage, and Cook's distance by run.
 
-    page : columns fitted, residual (log loss), studentised, leverage, cook, and `arm` if there
-    (`inference.residual_page`). A page to look at; nothing is dropped for what it shows.
+    page : columns fitted, residual (log loss), studentised, leverage, cook, and `arm`
+    (`inference.influence_table`). A page to look at; nothing is dropped for what it shows.
     """
-    require(page, ["fitted", "residual", "studentised", "leverage", "cook"], "plot_residual_page")
-    arms = page.get("arm", pd.Series("", page.index)).astype(str)
-    palette = colours(list(dict.fromkeys(arms)), ARMS)
-    tint = arms.map(palette).tolist()
+    palette = arm_colours(page)
+    tint = page["arm"].map(palette).tolist()
     figure, axes = grid(4, 2, 2.5)
     dots = {"s": 13, "alpha": 0.7, "lw": 0}
     axes[0].scatter(page["fitted"], page["residual"], c=tint, **dots)
@@ -205,15 +172,13 @@ def plot_residual_page(page: pd.DataFrame) -> Figure:
     return figure
 
 
-@styled
+@styled("n_sources", "r2", "all_significant", "repeat_rank_correlation")
 def plot_design_failure(null: pd.DataFrame) -> Figure:
     """R² of the paper's procedure over simulated studies in which no indicator has any effect.
 
-    null : one row a simulated study, columns n_sources, r2, all_significant (every chosen term
-    has p < 0.05) and, if there, repeat_rank_correlation (from `null_r2`). Right: how often
-    everything chosen is "significant", and how well two repeats agree on new sources.
+    null : from `null_r2`, one row a simulated study. Right: how often everything chosen is
+    "significant" (p < 0.05), and how well two repeats agree on new sources.
     """
-    require(null, ["n_sources", "r2", "all_significant"], "plot_design_failure")
     counts = sorted(null["n_sources"].unique())
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(WIDTH, 1.35 + 0.75 * len(counts)), width_ratios=(1.9, 1), sharey=True
@@ -232,13 +197,12 @@ def plot_design_failure(null: pd.DataFrame) -> Figure:
     for y, share in enumerate(shares):
         right.annotate(f"{100 * share:.0f} %", (0, y), (4, 0), textcoords="offset points",
                        va="center", ha="left", fontsize=8)
-    if "repeat_rank_correlation" in null:
-        agree = groups["repeat_rank_correlation"].median().reindex(counts)
-        right.plot(agree, range(len(counts)), "D", color=BLUE, ms=6, mec=PAPER,
-                   label="median rank correlation of two repeats, on new sources")
-        right.plot([], [], "s", color=ORANGE, ms=7, alpha=0.7,
-                   label="share of studies with every chosen term “significant”")
-        figure.legend(loc="outside lower center", ncols=1)
+    agree = groups["repeat_rank_correlation"].median().reindex(counts)
+    right.plot(agree, range(len(counts)), "D", color=BLUE, ms=6, mec=PAPER,
+               label="median rank correlation of two repeats, on new sources")
+    right.plot([], [], "s", color=ORANGE, ms=7, alpha=0.7,
+               label="share of studies with every chosen term “significant”")
+    figure.legend(loc="outside lower center", ncols=1)
     right.set(xlim=(min(0, right.get_xlim()[0]), 1.02), xlabel="share, correlation")
     rows_axis(right, counts)
     rows_axis(left, [f"{n} sources" for n in counts])

@@ -66,33 +66,34 @@ _RC = {
 }
 
 
-def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Run a figure function under the house style, whatever the caller's settings are.
+def styled(*columns: str) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
+    """Make a figure function run under the house style, whatever the caller's settings are.
 
-    The figure has its own light background, so it reads in a light and in a dark page. It is
-    closed in pyplot: a notebook shows it once, as the value of its cell or by `display`.
+    columns : that its frame must have, else InstructMiningError. The figure has its own light
+    background, so it reads in a light and in a dark page. It is closed in pyplot: a notebook shows
+    it once, as the value of its cell or by `display`.
     """
-    @functools.wraps(draw)
-    def wrapped(*args, **kwargs) -> Figure:
-        # Pyplot wakes its backend at the first figure, and in a notebook that sets "interactive":
-        # woken inside the context, the setting would be undone for the reader's own figures too.
-        plt.draw_if_interactive()
-        with sns.axes_style("whitegrid"), plt.rc_context(_RC):
-            figure = draw(*args, **kwargs)
-            # Ticks made while drawing take the settings of that moment: draw while ours hold.
-            figure.draw_without_rendering()
-        plt.close(figure)
-        return figure
+    def decorate(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+        @functools.wraps(draw)
+        def wrapped(*args, **kwargs) -> Figure:
+            missing = [c for c in columns if c not in args[0]]
+            if missing or (args and len(args[0]) == 0):
+                problem = f"lacks the columns {missing}" if missing else "has no rows"
+                raise InstructMiningError(f"the frame for {draw.__name__} {problem}")
+            # Pyplot wakes its backend at the first figure, and in a notebook that sets
+            # "interactive": woken inside the context, the setting would be undone for the
+            # reader's own figures too.
+            plt.draw_if_interactive()
+            with sns.axes_style("whitegrid"), plt.rc_context(_RC):
+                figure = draw(*args, **kwargs)
+                # Ticks made while drawing take the settings of that moment: draw while ours hold.
+                figure.draw_without_rendering()
+            plt.close(figure)
+            return figure
 
-    return wrapped
+        return wrapped
 
-
-def require(frame: pd.DataFrame, columns: Iterable[str], what: str) -> None:
-    """Raise InstructMiningError if the frame is empty or lacks one of the columns."""
-    missing = [c for c in columns if c not in frame]
-    if missing or len(frame) == 0:
-        problem = f"lacks the columns {missing}" if missing else "has no rows"
-        raise InstructMiningError(f"the frame for {what} {problem}")
+    return decorate
 
 
 def losses_in(runs: pd.DataFrame) -> list[str]:
@@ -130,27 +131,31 @@ def colours(names: Sequence[str], known: dict[str, str] = METHODS) -> dict[str, 
     }
 
 
+def arm_colours(frame: pd.DataFrame, known: dict[str, str] = ARMS) -> dict[str, str]:
+    """A colour for each of the frame's arms, in the order in which they come."""
+    return colours(list(dict.fromkeys(frame["arm"])), known)
+
+
 def mean_interval(values: Iterable[float]) -> tuple[float, float, float]:
     """Mean and 95 % t interval; the bounds are NaN for fewer than two values."""
-    values = np.asarray(list(values), float)
-    values = values[np.isfinite(values)]
-    if len(values) < 2:
-        mean = float(values.mean()) if len(values) else float("nan")
-        return mean, float("nan"), float("nan")
-    reach = stats.t.isf(0.025, len(values) - 1) * stats.sem(values)
-    return float(values.mean()), float(values.mean() - reach), float(values.mean() + reach)
+    values = pd.Series(values, dtype=float).dropna()
+    mean, n = values.mean(), len(values)
+    reach = stats.t.isf(0.025, n - 1) * values.sem() if n > 1 else np.nan
+    return mean, mean - reach, mean + reach
 
 
 def draw_interval(
-    ax: Axes, y: float, centre: float, low: float, high: float, colour: str, size: float = 5.5
+    ax: Axes, y: float, centre: float, low: float, high: float, colour: str
 ) -> None:
     """A point with a horizontal interval; a NaN bound leaves the point alone."""
     if np.isfinite([low, high]).all():
         ax.plot([low, high], [y, y], color=colour, lw=2.2, solid_capstyle="butt", zorder=3)
-    ax.plot(centre, y, "o", color=colour, ms=size, mec=PAPER, mew=0.9, zorder=4)
+    ax.plot(centre, y, "o", color=colour, ms=5.5, mec=PAPER, mew=0.9, zorder=4)
 
 
-def grid(n: int, columns: int, height: float, **kwargs) -> tuple[Figure, list[Axes]]:
+def grid(
+    n: int, columns: int, height: float, xlabel: str = "", **kwargs
+) -> tuple[Figure, list[Axes]]:
     """A figure of page width with `n` panels in `columns` columns; `height` inches a row."""
     columns = min(columns, n)
     rows = -(-n // columns)
@@ -162,6 +167,7 @@ def grid(n: int, columns: int, height: float, **kwargs) -> tuple[Figure, list[Ax
         ax.remove()
     for ax in flat[max(n - columns, 0) : n]:
         ax.tick_params(axis="x", labelbottom=True)  # also above a panel that is not there
+        ax.set_xlabel(xlabel)
     return figure, flat[:n]
 
 

@@ -32,14 +32,13 @@ from .style import (
     losses_in,
     mean_interval,
     name_of,
-    require,
     rows_axis,
     styled,
     wrap,
 )
 
 
-@styled
+@styled("pool", "method", "size")
 def plot_selected_random(runs: pd.DataFrame) -> Figure:
     """Loss of each method's runs by pool, with mean and 95 % interval; grey band: random's.
 
@@ -47,7 +46,6 @@ def plot_selected_random(runs: pd.DataFrame) -> Figure:
     row of a panel is a method, and its size where the pool has several.
     """
     losses = losses_in(runs)
-    require(runs, ["pool", "method", "size", *losses], "plot_selected_random")
     pools = list(dict.fromkeys(runs["pool"]))
     lines = {pool: _lines(runs[runs["pool"] == pool]) for pool in pools}
     heights = [0.55 + 0.26 * len(lines[p]) for p in pools]
@@ -96,7 +94,7 @@ def _method_rows(
     rows_axis(ax, list(lines), 24)
 
 
-@styled
+@styled("pool", "method", "size")
 def plot_size_curve(runs: pd.DataFrame) -> Figure:
     """Loss against set size, selected and random, each run and the mean with 95 % interval.
 
@@ -104,7 +102,6 @@ def plot_size_curve(runs: pd.DataFrame) -> Figure:
     `size_means`: the noise of a curve is pooled over its sizes.
     """
     losses = losses_in(runs)
-    require(runs, ["pool", "method", "size", *losses], "plot_size_curve")
     pools = list(dict.fromkeys(runs["pool"]))
     figure, axes = plt.subplots(
         len(pools), len(losses), figsize=(WIDTH, 2.7 * len(pools) + 0.3), squeeze=False,
@@ -118,8 +115,8 @@ def plot_size_curve(runs: pd.DataFrame) -> Figure:
         row[0].set_title(wrap(pool, 60))
     for ax in axes[-1]:
         ax.set_xlabel("rows in the training set")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(palette))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right",
+                  ncols=len(palette))  # fmt: skip
     return figure
 
 
@@ -146,14 +143,13 @@ def size_axis(ax: Axes, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-@styled
+@styled("trial", "size", "loss", "best_loss", "best_size")
 def plot_search_trials(trials: pd.DataFrame) -> Figure:
     """The search step by step: loss of each trial with the best so far, and the size tried.
 
     trials : from `blendsearch`, columns trial, size (rows), loss, best_loss (nats/token),
     best_size. The paper's Fig. 2 (v3). Diverged trials have a size but no loss.
     """
-    require(trials, ["trial", "size", "loss", "best_loss", "best_size"], "plot_search_trials")
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.9))
     best = trials["best_loss"].replace(np.inf, np.nan)
     left.step(trials["trial"], best, where="post", color=TEAL, label="best so far")
@@ -172,81 +168,69 @@ def plot_search_trials(trials: pd.DataFrame) -> Figure:
     return figure
 
 
-@styled
+@styled("kind", "dose", "loss_eval_1")
 def plot_dose_response(
-    runs: pd.DataFrame, harms: Sequence[str] = (), seen: Sequence[str] = ()
+    runs: pd.DataFrame, harms: Sequence[str], seen: Sequence[str]
 ) -> Figure:
     """Loss against the share of rows replaced by defective twins, a panel a kind of defect.
 
-    runs : columns kind, dose (share in [0, 1] or per cent), seed and loss_eval_1 (nats/token).
-    Points are runs, the line joins means, bars are 95 % intervals. harms : the kinds that raise
-    the loss, by `ground_truth.dose_effects`: red; the others are the negative controls: grey. Runs
-    of kind "clean" or "" (dose 0) are shared by all panels. seen : kinds that the stand-in models
-    were trained on, marked so.
+    runs : columns kind, dose (share in [0, 1]) and loss_eval_1 (nats/token). Points are runs, the
+    line joins means, bars are 95 % intervals; runs of kind "clean" (dose 0) are shared by all
+    panels. harms : the kinds that raise the loss, by `ground_truth.dose_effects`: red; the others
+    are the negative controls: grey. seen : kinds that the stand-in models were trained on, marked
+    so.
     """
-    require(runs, ["kind", "dose", "seed", "loss_eval_1"], "plot_dose_response")
-    of = runs["kind"].fillna("").astype(str).replace("clean", "")
-    kinds = [kind for kind in dict.fromkeys(of) if kind]
-    percent = 100 if runs["dose"].max() <= 1 else 1
+    kinds = [kind for kind in dict.fromkeys(runs["kind"]) if kind != "clean"]
     columns = 4 if len(kinds) > 6 else 3
-    figure, axes = grid(len(kinds), columns, 2.1, sharex=True, sharey=True)
+    figure, axes = grid(len(kinds), columns, 2.1, "defective rows (%)", sharex=True, sharey=True)
     for i, (ax, kind) in enumerate(zip(axes, kinds, strict=True)):
-        part = runs[of.isin([kind, ""])].dropna(subset=["loss_eval_1"])
-        dose, loss = percent * part["dose"], part["loss_eval_1"]
+        part = runs[runs["kind"].isin([kind, "clean"])].dropna(subset=["loss_eval_1"])
+        dose, loss = 100 * part["dose"], part["loss_eval_1"]
         colour = RED if kind in set(harms) else GREY
         ax.scatter(dose, loss, s=11, color=colour, alpha=0.45, lw=0)
         rows = [(d, *mean_interval(g)) for d, g in loss.groupby(dose)]
         x, centre, low, high = np.array(rows, float).T
         ax.plot(x, centre, "o-", ms=4, color=colour)
         ax.vlines(x, low, high, color=colour, lw=1.6)
-        mark = " (seen)" if kind in seen else ""
-        ax.set_title(wrap(name_of(kind) + mark, 26))
+        ax.set_title(wrap(name_of(kind) + (" (seen)" if kind in seen else ""), 26))
         ax.set_xticks(sorted(set(x)))
         if i % columns == 0:
             ax.set_ylabel("loss (nats/token)")
-        if i >= len(kinds) - columns:
-            ax.set_xlabel("defective rows (%)")
     return figure
 
 
-@styled
+@styled("kind", "scorer", "auc", "low", "high", "seen")
 def plot_twin_auc(truth: pd.DataFrame) -> Figure:
     """How often each scorer puts the clean twin before the defective one, by kind of defect.
 
-    truth : columns kind, scorer, auc, low, high (in [0, 1], 95 % over libraries) and, if there,
-    seen (bool: the stand-in models were trained on this kind). The line at ½ is chance.
+    truth : columns kind, scorer, auc, low, high (in [0, 1], 95 % over libraries), seen (bool: the
+    stand-in models were trained on this kind). The line at ½ is chance.
     """
-    require(truth, ["kind", "scorer", "auc", "low", "high"], "plot_twin_auc")
-    seen = set(truth.loc[truth["seen"].astype(bool), "kind"]) if "seen" in truth else set()
+    seen = set(truth.loc[truth["seen"].astype(bool), "kind"])
     kinds = sorted(dict.fromkeys(truth["kind"]), key=lambda kind: kind in seen)
     scorers = list(dict.fromkeys(truth["scorer"]))
-    columns = 4 if len(kinds) > 6 else 3
-    figure, axes = grid(len(kinds), columns, 0.75 + 0.2 * len(scorers), sharex=True, sharey=True)
+    figure, axes = grid(len(kinds), 4 if len(kinds) > 6 else 3, 0.75 + 0.2 * len(scorers),
+                        "AUC within twins", sharex=True, sharey=True)  # fmt: skip
     palette = colours(scorers)
-    for i, (ax, kind) in enumerate(zip(axes, kinds, strict=True)):
+    for ax, kind in zip(axes, kinds, strict=True):
         ax.axvline(0.5, color=MUTED, lw=1)
-        rows = truth[truth["kind"] == kind].set_index("scorer")
-        for y, scorer in enumerate(scorers):
-            if scorer in rows.index:
-                draw_interval(ax, y, *rows.loc[scorer, ["auc", "low", "high"]], palette[scorer])
+        for row in truth[truth["kind"] == kind].itertuples():
+            draw_interval(ax, scorers.index(row.scorer), row.auc, row.low, row.high,
+                          palette[row.scorer])  # fmt: skip
         ax.set_title(wrap(name_of(kind) + (" (seen)" if kind in seen else ""), 26))
         ax.set(xlim=(-0.03, 1.03), xticks=[0, 0.5, 1])
-        if i >= len(kinds) - columns:
-            ax.set_xlabel("AUC within twins")
         rows_axis(ax, [name_of(s) for s in scorers])
     return figure
 
 
-@styled
+@styled("pair", "outcome")
 def plot_judge_bars(judged: pd.DataFrame) -> Figure:
     """Wins, ties and losses of each pair of models, and the net win with its 95 % interval.
 
     judged : from `judge_pairs` with the selected model first, columns pair, prompt_id, score,
     outcome, consistent. A bar speaks of its two models only.
     """
-    require(judged, ["pair", "prompt_id", "score", "outcome", "consistent"], "plot_judge_bars")
     table = win_tie_lose(judged)
-    names = [f"pair {p}" if isinstance(p, (int, np.integer)) else str(p) for p in table.index]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(WIDTH, 1.25 + 0.38 * len(table)), width_ratios=(2, 1), sharey=True
     )
@@ -269,7 +253,7 @@ def plot_judge_bars(judged: pd.DataFrame) -> Figure:
     for y, row in enumerate(table.itertuples()):
         draw_interval(right, y, row.net, row.low, row.high, PURPLE)
     right.set_xlabel("net win (share)")
-    rows_axis(right, names)
-    rows_axis(left, names)
+    for ax in (right, left):
+        rows_axis(ax, [f"pair {pair}" for pair in table.index])
     figure.legend(loc="outside upper left", ncols=4)
     return figure

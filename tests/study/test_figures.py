@@ -130,17 +130,18 @@ def every_figure() -> dict[str, Figure]:
     curve = pd.DataFrame({"step": range(1, 25), "epoch": np.repeat([1, 2, 3], 8),
                           "loss": np.linspace(5, 4, 24), "lr": np.linspace(1e-3, 0, 24)})
     return {
-        "plot_indicator_distributions": figures.plot_indicator_distributions(data["scores"]),
-        "plot_correlation_map": figures.plot_correlation_map(data["scores"]),
+        "plot_indicator_distributions": figures.plot_indicator_distributions(data["scores"], COLUMNS),
+        "plot_correlation_map": figures.plot_correlation_map(data["scores"], COLUMNS),
         "plot_loss_by_source": figures.plot_loss_by_source(data["runs"]),
         "plot_two_losses": figures.plot_two_losses(data["runs"]),
         "plot_regression_panels": figures.plot_regression_panels(
-            data["runs"], COLUMNS, data["fit"]),
+            data["runs"], COLUMNS, data["fit"].set_index("name")),
         "plot_coefficients": figures.plot_coefficients(pd.concat([
             data["fit"].assign(kind="ours"),
             data["fit"].iloc[:4].assign(kind="the paper's procedure")])),
         "plot_predicted_measured": figures.plot_predicted_measured(
-            data["runs"].assign(predicted=data["runs"]["log_loss"] + 0.01)),
+            data["runs"].assign(predicted=data["runs"]["log_loss"] + 0.01),
+            "in sample"),
         "plot_residual_page": figures.plot_residual_page(data["page"]),
         "plot_design_failure": figures.plot_design_failure(null),
         "plot_procedure": figures.plot_procedure(),
@@ -149,7 +150,7 @@ def every_figure() -> dict[str, Figure]:
         "plot_selected_random": figures.plot_selected_random(comparison()),
         "plot_size_curve": figures.plot_size_curve(sizes()),
         "plot_search_trials": figures.plot_search_trials(trials),
-        "plot_dose_response": figures.plot_dose_response(doses(), seen=KINDS[:1]),
+        "plot_dose_response": figures.plot_dose_response(doses(), harms=[], seen=KINDS[:1]),
         "plot_twin_auc": figures.plot_twin_auc(truth),
         "plot_judge_bars": figures.plot_judge_bars(judged()),
     }
@@ -291,7 +292,8 @@ def test_regression_panels_draw_the_slope_within_sources():
     shares = [c for c in runs if c.startswith("share_")]
     design = np.column_stack([runs[shares], runs["len_out"]])
     slope = np.linalg.lstsq(design, runs["log_loss"], rcond=None)[0][-1]
-    line = figures.plot_regression_panels(runs, ["len_out"]).axes[0].get_lines()[0]
+    fit = frames()["fit"].set_index("name")
+    line = figures.plot_regression_panels(runs, ["len_out"], fit).axes[0].get_lines()[0]
     drawn = np.polyfit(line.get_xdata(), line.get_ydata(), 1)[0]
     assert drawn == pytest.approx(slope)
 
