@@ -1,4 +1,4 @@
-"""Train the shipped heads on real data: `python -m instructmining.heads --data FOLDER`.
+"""Train the shipped heads on real data: `python -m bench.heads --data FOLDER`.
 
 A reward head on pairs of answers, and an evaluator's three on pseudo-data as UniEval's authors made
 theirs (Zhong et al. 2022, arXiv 2210.07197): good answers against answers worsened in a way that
