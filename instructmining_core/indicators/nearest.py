@@ -10,8 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-CHUNK_BYTES = 1 << 27  # of one block of products: with it and the arrays 1,000,000 x 384 rows fit
-_COLUMNS = 1 << 15  # reference rows of one block of products
+CHUNK_BYTES = 1 << 28  # of one block of products, some queries by the whole reference
 _SPARE = 4  # candidates beyond k: the gap to the last of them shows that none is missing
 _REFINED = 256  # queries whose candidates are gathered at a time: they stay in the cache
 _DIFFERENCES = 1 << 14  # reference rows subtracted at a time where a whole cluster is rescored
@@ -40,25 +39,20 @@ def nearest(
     queries, reference = (np.ascontiguousarray(a, dtype=np.float32) for a in (queries, reference))
     half = _half_norms(reference)
     error = _product_error(queries, reference)
-    columns = min(m, _COLUMNS)
-    rows = max(1, min(n, CHUNK_BYTES // (4 * columns), 4096))
+    rows = max(1, min(n, CHUNK_BYTES // (4 * m), 4096))
     # One buffer for all blocks: fresh pages would cost a fifth of the time.
-    buffer = np.empty(rows * columns, dtype=np.float32)
+    buffer = np.empty((rows, m), dtype=np.float32)
     own = np.full(n, -1, dtype=np.int64) if own is None else np.asarray(own, dtype=np.int64)
     for start in range(0, n, rows):
-        here = slice(start, min(start + rows, n))
-        part, mine = queries[here], own[here]
-        best, found = _candidates(part, reference, half, mine, k + _SPARE, columns, buffer)
+        here = slice(start, start + rows)
+        part = queries[here]
+        scores = _products(part, reference, half, own[here], buffer[: len(part)])
+        best, found = _top(torch.from_numpy(scores), k + _SPARE)
         distances[here], positions[here] = _refine(part, reference, found, k)
         least, unsure = _unsure(best, k, 2 * error[here])
-        together = max(1, buffer.size // m)
-        for some in np.split(unsure, range(together, len(unsure), together)):
-            scores = _products(part[some], reference, half, mine[some])
-            for row, score in zip(some, scores, strict=True):
-                near = np.flatnonzero(score >= least[row])
-                distances[start + row], positions[start + row] = _first(
-                    part[row], reference, near, k
-                )
+        for row in unsure:
+            near = np.flatnonzero(scores[row] >= least[row])
+            distances[start + row], positions[start + row] = _first(part[row], reference, near, k)
     return distances, positions
 
 
@@ -81,61 +75,42 @@ def _product_error(queries: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return unit * longest * (lengths.astype(np.float64) + longest) + 1e-6 * (longest > 0)
 
 
-def _candidates(
-    part: np.ndarray, reference: np.ndarray, half, own: np.ndarray, wanted: int, columns: int,
-    buffer: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """The `wanted` best scores of each query, descending, and their positions, -1 for none."""
-    best, where = [], []
-    for first in range(0, len(reference), columns):
-        block = slice(first, min(first + columns, len(reference)))
-        wide = block.stop - first
-        out = buffer[: len(part) * wide].reshape(len(part), wide)
-        some = None if half is None else half[block]
-        scores = _products(part, reference[block], some, own - first, out)
-        values, places = _top(torch.from_numpy(scores), wanted)
-        best.append(values)
-        where.append(places + first)
-    values, places = torch.cat(best, 1), torch.cat(where, 1)
-    if len(best) > 1:
-        values, order = values.topk(min(wanted, values.shape[1]), dim=1)
-        places = places.gather(1, order)
-    return values.numpy(), places.masked_fill(values == -torch.inf, -1).numpy()
-
-
 def _products(
-    part: np.ndarray, block: np.ndarray, half: np.ndarray | None, own: np.ndarray, out=None
-) -> np.ndarray:
+    part: np.ndarray, reference: np.ndarray, half: np.ndarray | None, own: np.ndarray,
+    out: np.ndarray,
+) -> np.ndarray:  # fmt: skip
     """q . r - |r|^2 / 2 of each pair: the larger, the nearer. The query itself gets -inf.
 
     The products are NumPy's: on AMD processors its BLAS is a third faster than PyTorch's.
     """
-    scores = np.matmul(part, block.T, out=out)
+    scores = np.matmul(part, reference.T, out=out)
     if half is not None:
         scores -= half
-    inside = np.flatnonzero((own >= 0) & (own < len(block)))
+    inside = np.flatnonzero(own >= 0)
     scores[inside, own[inside]] = -np.inf
     return scores
 
 
-def _top(scores: torch.Tensor, wanted: int, group: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest scores of each row: the best lie in the `wanted` groups with the largest maxima.
+def _top(scores: torch.Tensor, wanted: int, group: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """The largest scores of each row, descending, and their positions, -1 for none.
 
-    One pass for the maxima of groups and a small sort is several times faster than a sort of all.
+    The best lie in the `wanted` groups with the largest maxima: one pass for the maxima and a small
+    sort is several times faster than a sort of all.
     """
     rows, columns = scores.shape
     whole = columns // group
     if whole <= 2 * wanted:
-        return scores.topk(min(wanted, columns), dim=1)
-    grouped = scores[:, : whole * group].unflatten(1, (whole, group))
-    chosen = grouped.amax(2).topk(wanted, dim=1, sorted=False).indices
-    inside = grouped.gather(1, chosen[:, :, None].expand(-1, -1, group)).flatten(1)
-    places = (chosen[:, :, None] * group + torch.arange(group)).flatten(1)
-    rest = torch.arange(whole * group, columns).expand(rows, -1)
-    inside = torch.cat([inside, scores[:, whole * group :]], 1)
-    places = torch.cat([places, rest], 1)
-    values, order = inside.topk(wanted, dim=1)
-    return values, places.gather(1, order)
+        values, places = scores.topk(min(wanted, columns), dim=1)
+    else:
+        grouped = scores[:, : whole * group].unflatten(1, (whole, group))
+        chosen = grouped.amax(2).topk(wanted, dim=1, sorted=False).indices
+        inside = grouped.gather(1, chosen[:, :, None].expand(-1, -1, group)).flatten(1)
+        places = (chosen[:, :, None] * group + torch.arange(group)).flatten(1)
+        rest = torch.arange(whole * group, columns).expand(rows, -1)
+        inside = torch.cat([inside, scores[:, whole * group :]], 1)
+        values, order = inside.topk(wanted, dim=1)
+        places = torch.cat([places, rest], 1).gather(1, order)
+    return values.numpy(), places.masked_fill(values == -torch.inf, -1).numpy()
 
 
 def _refine(
