@@ -57,8 +57,8 @@ def compare_with_random(
     at a size of its own ("full") meets the primary size.
 
     Returns columns pool, role, method, versus, size, size_versus, n, n_versus, lost, mean,
-    mean_versus (nats), difference, low, high (relative, 95 %), p, p_holm, p_margin, detectable,
-    df, low_prompts, high_prompts, verdict. `detectable` is the relative difference found with
+    mean_versus (nats), p_holm, difference, low, high (relative, 95 %), p, p_margin, detectable, df,
+    low_prompts, high_prompts, verdict. `detectable` is the relative difference found with
     80 % power; p_margin below 0.05 says that the difference is smaller than the margin of 1 %.
     """
     groups, lost = _groups(runs, loss)
@@ -73,6 +73,7 @@ def compare_with_random(
             "size": here[2], "size_versus": there[2], "n": len(groups[here]),
             "n_versus": len(groups[there]), "lost": lost.get(here, 0) + lost.get(there, 0),
             "mean": groups[here].mean(), "mean_versus": groups[there].mean(),
+            "p_holm": np.nan,
             **vars(contrast(groups[here], groups[there], alpha=alpha)),
             **_by_prompts(per_example, here, there),
         })
@@ -146,16 +147,8 @@ def _with_verdicts(table: pd.DataFrame) -> pd.DataFrame:
     for p, adjusted in (("p", "p_holm"), ("p_margin", "p_margin")):
         table.loc[first, adjusted] = multipletests(table.loc[first, p], method="holm")[1]
     judged = table["p_holm"].where(first, table["p"])
-    table["verdict"] = [
-        verdict(*one)
-        for one in zip(table["difference"], judged, table["p_margin"], strict=True)
-    ]
-    columns = [
-        "pool", "role", "method", "versus", "size", "size_versus", "n", "n_versus", "lost",
-        "mean", "mean_versus", "difference", "low", "high", "p", "p_holm", "p_margin",
-        "detectable", "df", "low_prompts", "high_prompts", "verdict",
-    ]
-    return table[columns]
+    found = zip(table["difference"], judged, table["p_margin"], strict=True)
+    return table.assign(verdict=[verdict(*one) for one in found])
 
 
 def by_budget(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -167,9 +160,7 @@ def by_budget(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     tokens = runs["method"].str.endswith(TOKENS)
     equal = runs[tokens | (runs["method"] == "selected")]
     equal = equal.assign(method=equal["method"].str.removesuffix(TOKENS))
-    return {"equal rows": runs[~tokens], "equal tokens": equal} if tokens.any() else {
-        "equal rows": runs
-    }
+    return {"equal rows": runs[~tokens]} | ({"equal tokens": equal} if tokens.any() else {})
 
 
 def compare_budgets(

@@ -106,7 +106,8 @@ def intervals(card: RuleCard, scores: pd.DataFrame) -> pd.DataFrame:
                                   "intervals): no prediction interval can be given")
     Z = card.standardise(scores).to_numpy(float)
     mean = card.predict(scores).to_numpy(float)
-    centre, these, own = _these(card, known, Z, mean, _sources(scores))
+    sources = scores["source"] if "source" in scores else pd.Series("", scores.index)
+    centre, these, own = _these(card, known, Z, mean, sources.astype(str).to_numpy())
     new = np.full(len(Z), np.nan)
     if known.new_sources_covariance is not None and known.source_sd is not None:
         variance = _quadratic(Z, known.new_sources_covariance) + known.sigma ** 2
@@ -135,11 +136,6 @@ def row_intervals(card: RuleCard, scores: pd.DataFrame) -> pd.DataFrame:
     kinds = np.select([found["own_source"], new], ["its own source", "a new source"],
                       "these sources")
     return frame.assign(interval=kinds)
-
-
-def _sources(scores: pd.DataFrame) -> np.ndarray:
-    return (scores["source"].astype(str).to_numpy() if "source" in scores
-            else np.full(len(scores), ""))
 
 
 def _these(card: RuleCard, known: Uncertainty, Z: np.ndarray, mean: np.ndarray, names: np.ndarray,
