@@ -19,8 +19,7 @@ def designed_arm(scores: pd.DataFrame, config: DesignConfig,
                  columns: Sequence[str]) -> list[TrainingSet]:
     """The designed sets that a study runs: a plain draw, or chosen where `candidates` is set.
 
-    scores : the candidate rows with `row_hash`, `source` and the columns. Errors: where the
-    pool can't deliver; RankError where the sets are too few to choose by information.
+    scores : the candidate rows with `row_hash`, `source` and the columns
     """
     if not config.candidates:
         return drawn(scores, config, columns)

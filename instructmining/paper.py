@@ -9,7 +9,6 @@ from __future__ import annotations
 import pandas as pd
 
 RUNS, SET_SIZE, R_SQUARED = 129, 1000, 0.522  # v3, section 3; R² as quoted second-hand
-BEST_SIZE = {"OpenOrca": 2532, "Dolly": 2648}  # BlendSearch, v3
 RISE_FROM = 10_000  # rows at which the loss is said to rise again, v3, Fig. 4
 JUDGE = {"win": 34, "tie": 19, "lose": 27}  # of 80; an inference from v1's 42.5 %
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
@@ -66,15 +66,12 @@ def sweep_noise(study: Study) -> tuple[SeedVariance | None, RuleFit | None]:
     if not study.has_own("runs/sweep.json"):
         return None, None
     runs, columns = study.sweep(), study.profile.rule_columns()
-    try:
+    seeds = fit = None
+    with suppress(RunsError):
         seeds = seed_variance(runs)
-    except RunsError:
-        seeds = None
-    try:
-        constants = Standardizer.fit(study.candidate_scores, columns)
-        return seeds, fit_rule(runs, columns, constants)
-    except RunsError:
-        return seeds, None
+    with suppress(RunsError):
+        fit = fit_rule(runs, columns, Standardizer.fit(study.candidate_scores, columns))
+    return seeds, fit
 
 
 def assumed(sigma: float) -> SeedVariance:
@@ -91,14 +88,15 @@ def noise_table(seeds: SeedVariance, fit: RuleFit | None = None) -> pd.DataFrame
     residual sd, which also holds what a straight line in the set means misses. The second decides
     the half-widths; the first is its least possible value and all that a pilot can know.
     """
-    used = seeds if fit is None else replan(seeds, fit)
     rows = {"between seeds": seeds}
     if fit is not None:
         rows["left by the line"] = replan(SeedVariance(0.0, 0, 0.0, 0.0), fit)
-    frame = pd.DataFrame({name: vars(one) for name, one in rows.items()}).T
-    frame["used"] = ["yes" if (one.sd, one.df) == (used.sd, used.df) else ""
-                     for one in rows.values()]
-    return frame.astype({"df": int})
+    used = seeds if fit is None else replan(seeds, fit)
+    marks = {(used.sd, used.df): "yes"}
+    return pd.DataFrame(
+        [{**vars(one), "used": marks.get((one.sd, one.df), "")} for one in rows.values()],
+        index=list(rows),
+    )
 
 
 def arm_plan(study: Study, frame: pd.DataFrame, noise: SeedVariance, arm: str = "designed",
@@ -170,27 +168,21 @@ def replanned(study: Study, frame: pd.DataFrame, sweep: pd.DataFrame,
     order = [s for s in running_order(study, frame, "designed")["set_id"] if s in done.index]
     noise, parts = pilot, []
     for N in sorted({*range(REPLAN_EVERY, len(order), REPLAN_EVERY), len(order)}):
-        runs = done.loc[order[:N]].reset_index(drop=True)
         try:
-            fit = fit_rule(runs, columns, constants)
+            fit = fit_rule(done.loc[order[:N]].reset_index(drop=True), columns, constants)
         except RankError:
             continue
-        parts.append(_against(fit, noise, columns).assign(runs=N))
+        plan = plan_runs(fit.controls, fit.indicators, columns, noise, [N]).table
+        table = fit.table()
+        parts.append(plan.rename(columns={"half_width": "planned"}).assign(
+            noise=noise.sd, residual_sd=fit.sigma,
+            realised=half_widths(fit.ols.model.exog, fit.sigma)[-len(columns):],
+            hc3=((table["high"] - table["low"]) / 2).to_numpy(), runs=N,
+        ))  # fmt: skip
         noise = replan(pilot, fit)
     if not parts:
         raise RunsError(f"{len(order)} designed runs are too few to fit {len(columns)} slopes")
     return pd.concat(parts, ignore_index=True)
-
-
-def _against(fit: RuleFit, noise: SeedVariance, columns: Sequence[str]) -> pd.DataFrame:
-    N, p = len(fit.runs), len(columns)
-    plan = plan_runs(fit.controls, fit.indicators, columns, noise, [N]).table
-    table = fit.table()
-    return plan.rename(columns={"half_width": "planned"}).assign(
-        noise=noise.sd, residual_sd=fit.sigma,
-        realised=half_widths(fit.ols.model.exog, fit.sigma)[-p:],
-        hc3=((table["high"] - table["low"]) / 2).to_numpy(),
-    )
 
 
 def in_medians(table: pd.DataFrame) -> pd.DataFrame:

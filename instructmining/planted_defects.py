@@ -22,11 +22,6 @@ ORDER = ["rule", "longest", "shortest", "lowest_ppl", "compression", "reward", "
          "loss_oracle", "oracle"]  # fmt: skip
 
 
-def planted(study: Study) -> bool:
-    """Whether this study's rows carry planted defects, so that there is a truth to ask for."""
-    return study.profile.data.kind == "embedded"
-
-
 def dose_runs(study: Study) -> pd.DataFrame:
     """Finetune on sets in which a growing share of the rows is replaced by its defective twin.
 
@@ -39,10 +34,7 @@ def dose_runs(study: Study) -> pd.DataFrame:
         doses=config.dose_levels, seeds=range(config.dose_seeds),
     )  # fmt: skip
     plans = [
-        PlannedRun(
-            tuple(part["row_hash"]), {"kind": kind, "dose": dose, "seed": seed},
-            init_seed=seed, order_seed=seed,
-        )
+        PlannedRun(tuple(part["row_hash"]), {"kind": kind, "dose": dose, "seed": seed}, seed, seed)
         for (kind, dose, seed), part in table.groupby(["set_kind", "dose", "seed"], sort=False)
     ]  # fmt: skip
     return study.run("dose", plans, tables=(table,))
@@ -57,17 +49,15 @@ def auc_of_study(study: Study, rule: RuleCard, effects: pd.DataFrame) -> pd.Data
     told = study.data.everything.drop_duplicates("id").set_index("id")[["kind", "twin"]]
     scores = study.scores.drop_duplicates("id").join(told, on="id").reset_index(drop=True)
     rules = {"rule": rule.predict(scores), **ground_truth.rivals(scores, effects)}
-    roles = study.frame("roles.parquet")
-    return apart(scores, rules, set(roles.loc[roles["role"] == "candidates", "id"]))
+    return apart(scores, rules, set(study.candidate_scores["id"]))
 
 
 def apart(
     scores: pd.DataFrame, rules: Mapping[str, pd.Series], fitted: Set[str]
 ) -> pd.DataFrame:
     """`ground_truth.twin_auc` of the rows whose id is in `fitted`, and of the others."""
-    own = scores["id"].isin(fitted)
     parts = []
-    for name, part in ((FITTED, scores[own]), (UNSEEN, scores[~own])):
+    for name, part in scores.groupby(scores["id"].isin(fitted).map({True: FITTED, False: UNSEEN})):
         if ((part["kind"] != "") & part["twin"].isin(part["id"])).any():
             parts.append(ground_truth.twin_auc(part, rules).assign(rows=name))
     if not parts:

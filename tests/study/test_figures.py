@@ -130,7 +130,8 @@ def every_figure() -> dict[str, Figure]:
     curve = pd.DataFrame({"step": range(1, 25), "epoch": np.repeat([1, 2, 3], 8),
                           "loss": np.linspace(5, 4, 24), "lr": np.linspace(1e-3, 0, 24)})
     return {
-        "plot_indicator_distributions": figures.plot_indicator_distributions(data["scores"], COLUMNS),
+        "plot_indicator_distributions": figures.plot_indicator_distributions(
+            data["scores"], COLUMNS),
         "plot_correlation_map": figures.plot_correlation_map(data["scores"], COLUMNS),
         "plot_loss_by_source": figures.plot_loss_by_source(data["runs"]),
         "plot_two_losses": figures.plot_two_losses(data["runs"]),
