@@ -40,19 +40,19 @@ NUMBERS = (
 MAX_CODE_CELLS = 14
 PACKAGES = Path(__file__).resolve().parent.parent  # the folder that holds both packages
 TABLES = "instructmining*/*/*.json"  # what modules read: published rules, hashes of the corpus
-FRONT_FIGURE = "08_selection.ipynb"  # whose first figure is on the front page: selected, random
-BESIDE = ("06_finetune_sweep.ipynb", "08_selection.ipynb")  # whose first figures a summary shows
+BESIDE = ("06_finetune_sweep.ipynb", "08_selection.ipynb")  # a summary shows their first figures
+FRONT_FIGURE = {"front.png": BESIDE[1]}  # on the front page: selected, random
 
 
 def build_book(folder: Path, profile: Profile) -> Path:
     """Build the book from a staged copy, so that the committed pages stay as they are."""
     stage = folder / "stage"
     shutil.rmtree(stage, ignore_errors=True)
-    shutil.copytree(files.root() / "book", stage / "book", ignore=_not_notebooks)
+    shutil.copytree(files.root() / "book", stage / "book", ignore=shutil.ignore_patterns("notebooks"))
     for executed in (folder / "notebooks").glob("*.ipynb"):
         write_page(executed, stage / "book" / "notebooks" / executed.name)
     shutil.copy2(files.root() / "_config.yml", stage / "_config.yml")
-    write_front_page(folder, profile, stage / "book")
+    write_summary(folder, profile, stage / "book", "front", FRONT_FIGURE)
     tool = Path(sys.executable).parent / "jupyter-book"  # of this environment, on PATH or not
     command = [str(tool), "build", "book", "-n", "-W", "--keep-going"]
     log = folder / "book.log"
@@ -68,23 +68,14 @@ def build_book(folder: Path, profile: Profile) -> Path:
     return html / "index.html"
 
 
-def write_front_page(folder: Path, profile: Profile, book: Path) -> None:
-    """The generated part of the front page, and its figure, into `book/_generated/`."""
-    _generate(folder, profile, book, "front", {"front.png": FRONT_FIGURE})
-
-
-def write_summary(folder: Path, profile: Profile, book: Path) -> None:
-    """What a run beside the book's own found: `book/_generated/<profile>.md` and its figures.
-
-    No text of the data is in it, so a run on others' data may be shown.
-    """
-    figures = {f"{profile.name}_{notebook[:2]}.png": notebook for notebook in BESIDE}
-    _generate(folder, profile, book, profile.name, figures)
-
-
-def _generate(
+def write_summary(
     folder: Path, profile: Profile, book: Path, name: str, figures: dict[str, str]
 ) -> None:
+    """What a run found, as `book/_generated/<name>.md`, and the first figures of some notebooks.
+
+    figures : file name -> notebook. No text of the data is in it, so a run on others' data may be
+    shown.
+    """
     import pandas as pd
 
     from .reports import front_page
@@ -92,8 +83,11 @@ def _generate(
     page = front_page(pd.read_csv(folder / "verdict.csv"), profile.name, profile.description)
     files.write_atomic(book / "_generated" / f"{name}.md", page)
     for figure, notebook in figures.items():
-        image = _first_figure(folder / "notebooks" / notebook)
-        files.write_atomic(book / "_generated" / figure, image)
+        cells = json.loads((folder / "notebooks" / notebook).read_text(encoding="utf-8"))["cells"]
+        outputs = (output for cell in cells for output in cell.get("outputs", []))
+        images = (output["data"]["image/png"] for output in outputs
+                  if "image/png" in output.get("data", {}))  # fmt: skip
+        files.write_atomic(book / "_generated" / figure, base64.b64decode(next(images)))
 
 
 def write_page(executed: Path, target: Path) -> None:
@@ -101,8 +95,8 @@ def write_page(executed: Path, target: Path) -> None:
     import nbformat
 
     book = nbformat.read(executed, as_version=4)
-    book.metadata.pop("papermill", None)
-    book.metadata.pop("widgets", None)
+    for key in ("papermill", "widgets"):
+        book.metadata.pop(key, None)
     for cell in book.cells:
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
@@ -112,21 +106,9 @@ def write_page(executed: Path, target: Path) -> None:
     files.write_atomic(target, text)
 
 
-def _first_figure(notebook: Path) -> bytes:
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    outputs = (output for cell in cells for output in cell.get("outputs", []))
-    images = (output["data"]["image/png"] for output in outputs
-              if "image/png" in output.get("data", {}))  # fmt: skip
-    return base64.b64decode(next(images))
-
-
 def _is_noise(output: dict) -> bool:
     widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
     return widget or output.get("name") == "stderr"
-
-
-def _not_notebooks(folder: str, names: list[str]) -> list[str]:
-    return [n for n in names if n == "notebooks"]
 
 
 def notebooks() -> list[Path]:
@@ -219,7 +201,7 @@ def run(name_or_yaml: str, only: list[str] | None = None, with_book: bool = True
         if only and notebook.stem[:2] not in only:
             continue
         stamp = folder / "stamps" / f"{notebook.stem}.json"
-        if _stamped(stamp) == wanted:
+        if stamp.is_file() and json.loads(stamp.read_text())["hash"] == wanted:
             _say(f"{notebook.stem}: done before, nothing has changed")
             continue
         started = time.monotonic()
@@ -247,16 +229,16 @@ def publish(name_or_yaml: str, beside: bool = False) -> None:
         raise InstructMiningError(
             f"{folder} lacks {missing[0]}; run `make study PROFILE={name_or_yaml}`."
         )
+    book = files.root() / "book"
     if beside:
-        write_summary(folder, profile, files.root() / "book")
+        figures = {f"{profile.name}_{notebook[:2]}.png": notebook for notebook in BESIDE}
+        write_summary(folder, profile, book, profile.name, figures)
     else:
         for notebook in notebooks():
-            name = notebook.name
-            write_page(folder / "notebooks" / name, files.root() / "book" / "notebooks" / name)
-        write_front_page(folder, profile, files.root() / "book")
+            write_page(folder / "notebooks" / notebook.name, book / "notebooks" / notebook.name)
+        write_summary(folder, profile, book, "front", FRONT_FIGURE)
     shutil.rmtree(evidence, ignore_errors=True)
-    shutil.copytree(folder / "ledger", evidence / "ledger", ignore=_not_json)
-    for part in ("claims", "runs"):
+    for part in ("ledger", "claims", "runs"):
         shutil.copytree(folder / part, evidence / part, ignore=_not_json)
     for name in NUMBERS:
         if (folder / name).is_file():
@@ -277,43 +259,35 @@ def check_notebooks() -> None:
         raise InstructMiningError("\n".join(breaches))
 
 
-def repository_url() -> str:
-    """The one constant that names the repository, from `_config.yml`."""
+def _breaches(notebook: Path) -> list[str]:
+    import jupytext
     import yaml
 
     config = yaml.safe_load((files.root() / "_config.yml").read_text(encoding="utf-8"))
-    return config["repository"]["url"]
-
-
-def _breaches(notebook: Path) -> list[str]:
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
-    text = "".join("".join(cell["source"]) for cell in cells)
-    slug = repository_url().removeprefix("https://github.com/")
+    url = config["repository"]["url"]
+    slug = url.removeprefix("https://github.com/")
     badge = f"https://colab.research.google.com/github/{slug}/blob/main/notebooks/{notebook.name}"
+    cells = jupytext.read(notebook).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    text = "".join(cell.source for cell in cells)
+    script = notebook.with_suffix(".py")
+
+    def sources(path: Path) -> list[tuple[str, str]]:
+        return [(cell.cell_type, cell.source.strip()) for cell in jupytext.read(path).cells]
+
     found = {
-        "no paired percent script": not notebook.with_suffix(".py").is_file(),
-        "outputs in a source notebook": any(cell.get("outputs") for cell in code),
+        "no paired percent script": not script.is_file(),
+        "outputs in a source notebook": any(cell.outputs for cell in code),
         f"more than {MAX_CODE_CELLS} code cells": len(code) > MAX_CODE_CELLS,
         "no cell tagged `parameters`": not any(
-            "parameters" in cell["metadata"].get("tags", []) for cell in code
+            "parameters" in cell.metadata.get("tags", []) for cell in code
         ),
         f"no badge {badge}": badge not in text,
-        f"no Colab cell cloning {repository_url()}": f" {repository_url()} " not in text,
+        f"no Colab cell cloning {url}": f" {url} " not in text,
+        "percent script and .ipynb differ; run `make sync`":
+            script.is_file() and sources(notebook) != sources(script),
     }
-    script = notebook.with_suffix(".py")
-    if script.is_file() and not _in_step(notebook, script):
-        found["percent script and .ipynb differ; run `make sync`"] = True
     return [f"{notebook.name}: {what}" for what, broken in found.items() if broken]
-
-
-def _in_step(notebook: Path, script: Path) -> bool:
-    import jupytext
-
-    def cells(path: Path) -> list[tuple[str, str]]:
-        return [(c.cell_type, c.source.strip()) for c in jupytext.read(path).cells]
-
-    return cells(notebook) == cells(script)
 
 
 def _execute(notebook: Path, folder: Path, profile: str) -> None:
@@ -344,10 +318,6 @@ def _data_files(profile: Profile) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def _stamped(stamp: Path) -> str:
-    return json.loads(stamp.read_text())["hash"] if stamp.is_file() else ""
-
-
 def _not_json(folder: str, names: list[str]) -> list[str]:
     return [n for n in names if not n.endswith(".json") and not (Path(folder) / n).is_dir()]
 
@@ -356,7 +326,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _command() -> int:
+def _command() -> None:
     """The command behind `make study`, `make publish` and a part of `make lint`."""
     parser = argparse.ArgumentParser(prog="instructmining.book", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -375,10 +345,8 @@ def _command() -> int:
         else:
             check_notebooks()
     except InstructMiningError as error:
-        _say(f"error: {error}")
-        return 1
-    return 0
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    sys.exit(_command())
+    _command()

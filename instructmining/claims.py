@@ -20,6 +20,10 @@ from .study import MissingInput, Study
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 
 
+def _by_interval(low: float, high: float) -> str:
+    return HOLDS if low > 0 else FAILS if high < 0 else UNDECIDED
+
+
 def percent(value: float, low: float, high: float) -> str:
     """A relative change with its interval, in per cent; a narrow one with a second decimal.
 
@@ -50,21 +54,23 @@ def contrasts_claim(
     with_refits : the same contrast of rules refitted on bootstrapped sweeps (`refits`), told
     beside it, since the claim is about what the procedure selects and not about one rule.
     """
+    primary = contrasts[contrasts["role"] == "primary"]
+    budgets = primary["budget"] if "budget" in primary else pd.Series("", primary.index)
+    parts = {budget: {
+        "ours": "; ".join(f"{r.pool}: {percent(r.difference, r.low, r.high)}"
+                          for r in part.itertuples()) + _other_prompts(part),
+        "detectable": _of_loss(part["detectable"].max()), "verdict": overall(part["verdict"]),
+    } for budget, part in primary.groupby(budgets, sort=False)}  # fmt: skip
+    found = next(iter(parts.values())).copy()
+    for key in found if len(parts) > 1 else ():
+        if key != "verdict" or len({part[key] for part in parts.values()}) > 1:
+            found[key] = "; ".join(f"at {budget} {part[key]}" for budget, part in parts.items())
     if with_refits is not None:
-        found, again = contrasts_claim(contrasts), with_refits[with_refits["role"] == "primary"]
+        again = with_refits[with_refits["role"] == "primary"]
         least, most = again["low"].min(), again["high"].max()
         found["ours"] += (f"; with the rule refitted {overall(again['verdict'])}, intervals from "
                           f"{100 * least:+.1f} to {100 * most:+.1f} %")  # fmt: skip
-        return found
-    primary = contrasts[contrasts["role"] == "primary"]
-    if "budget" in primary and primary["budget"].nunique() > 1:
-        return _two_budgets(primary)
-    return {
-        "ours": "; ".join(f"{r.pool}: {percent(r.difference, r.low, r.high)}"
-                          for r in primary.itertuples()) + _other_prompts(primary),
-        "detectable": _of_loss(primary["detectable"].max()),
-        "verdict": overall(primary["verdict"]),
-    }  # fmt: skip
+    return found
 
 
 def _other_prompts(primary: pd.DataFrame) -> str:
@@ -73,19 +79,6 @@ def _other_prompts(primary: pd.DataFrame) -> str:
         return ""
     clear = (primary["low_prompts"] * primary["high_prompts"] > 0).sum()
     return f"; for other prompts too {clear} of {len(primary)} intervals leave out 0"
-
-
-def _two_budgets(primary: pd.DataFrame) -> dict[str, str]:
-    parts = {
-        budget: contrasts_claim(part.drop(columns="budget"))
-        for budget, part in primary.groupby("budget", sort=False)
-    }
-    words = [part["verdict"] for part in parts.values()]
-    return {
-        key: words[0] if key == "verdict" and len(set(words)) == 1
-        else "; ".join(f"at {budget} {part[key]}" for budget, part in parts.items())
-        for key in ("ours", "detectable", "verdict")
-    }
 
 
 def length_claim(
@@ -97,23 +90,16 @@ def length_claim(
     which serves better on these pools; where equal rows and equal tokens give different ones, it
     names both.
     """
-    hardest = _hardest(against)
-    found = {
-        "ours": _ends(against),
-        "detectable": _of_loss(hardest.detectable),
-        "verdict": hardest.answer,
-    }
+    hardest = max(against.values(), key=lambda answer: answer.difference)
+    found = {"ours": _ends(against), "detectable": _of_loss(hardest.detectable),
+             "verdict": hardest.answer}  # fmt: skip
     if at_tokens:
-        hardest_there = _hardest(at_tokens)
-        found["ours"] += f"; at equal tokens {_ends(at_tokens)}"
-        found["detectable"] += f", at equal tokens {_of_loss(hardest_there.detectable)}"
-        if hardest_there.answer != hardest.answer:
-            found["verdict"] += f" at equal rows; {hardest_there.answer} at equal tokens"
+        there = length_claim(at_tokens)
+        found["ours"] += f"; at equal tokens {there['ours']}"
+        found["detectable"] += f", at equal tokens {there['detectable']}"
+        if there["verdict"] != found["verdict"]:
+            found["verdict"] += f" at equal rows; {there['verdict']} at equal tokens"
     return found
-
-
-def _hardest(against: Mapping[str, LengthAnswer]) -> LengthAnswer:
-    return max(against.values(), key=lambda answer: answer.difference)
 
 
 def _ends(against: Mapping[str, LengthAnswer]) -> str:
@@ -194,7 +180,7 @@ def judge_claim(net) -> dict[str, str]:
 
     With fewer than three pairs it is a finding about these models and none about the method.
     """
-    verdict = HOLDS if net.low > 0 else FAILS if net.high < 0 else UNDECIDED
+    verdict = _by_interval(net.low, net.high)
     if verdict != UNDECIDED and net.scope != "the method":
         verdict = f"{verdict}, for {net.scope}"
     return {
@@ -229,15 +215,12 @@ def transfer_claim(held: pd.DataFrame) -> dict[str, str]:
         return {"ours": "too few sets within a source to hold one out", "detectable": "-",
                 "verdict": NOT_ASKED}  # fmt: skip
     r2, slope = held.loc["r2"], held.loc["slope"]
-    verdict = HOLDS if slope["low"] > 0 and r2["low"] > 0 else UNDECIDED
-    if slope["high"] < 0:
-        verdict = FAILS
     return {
         "ours": f"held-out R² {r2['mean']:.2f} [{r2['low']:.2f}, {r2['high']:.2f}], calibration "
         f"slope {slope['mean']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}], "
         f"{slope['sources']:.0f} sources",
         "detectable": f"a slope of {_seen(slope['low'], slope['high'], slope['sources'] - 1):.2f}",
-        "verdict": verdict,
+        "verdict": _by_interval(slope["low"] if r2["low"] > 0 else -np.inf, slope["high"]),
     }
 
 
@@ -253,7 +236,7 @@ def dose_claim(effects: pd.DataFrame) -> dict[str, str]:
                for r in effects.sort_values("slope", ascending=False).itertuples()]  # fmt: skip
     return {
         "ours": f"change of the loss at a full dose: {'; '.join(changes)}",
-        "detectable": f"{100 * np.expm1(seen):.1f} % of the loss" if seen > 0 else "nothing",
+        "detectable": _of_loss(np.expm1(seen)),
         "verdict": verdict,
     }
 
@@ -261,7 +244,7 @@ def dose_claim(effects: pd.DataFrame) -> dict[str, str]:
 def defects_claim(found: Mapping) -> dict[str, str]:
     """Does the rule find planted defects better than length? (`planted_defects.defects_found`)"""
     low, high = found["low"], found["high"]
-    verdict = HOLDS if low > 0 else FAILS if high < 0 else UNDECIDED
+    verdict = _by_interval(low, high)
     word = {HOLDS: "better than", FAILS: "worse than"}.get(verdict, "not told from")
     # a scorer by length wins a pair where the defective row is at the other end
     end = "longer" if found["rival"] == "shortest" else "shorter"
@@ -289,12 +272,11 @@ def clean_pool_claim(pools: pd.DataFrame) -> dict[str, str]:
         return {"ours": "no pool is free of defects", "detectable": "-", "verdict": NOT_ASKED}
     row = clean.iloc[0]
     better = row["verdict"].startswith("better")
-    word = FAILS if better else UNDECIDED if row["verdict"] == "undecided" else HOLDS
     return {
         "ours": f"selected against random without any defect: "
         f"{percent(row['difference'], row['low'], row['high'])}, {row['verdict']}",
-        "detectable": f"{100 * row['detectable']:.1f} % of the loss",
-        "verdict": word,
+        "detectable": _of_loss(row["detectable"]),
+        "verdict": FAILS if better else UNDECIDED if row["verdict"] == "undecided" else HOLDS,
     }
 
 
@@ -307,15 +289,11 @@ def _seen(low: float, high: float, df: float) -> float:
 
 def verdicts(study: Study) -> pd.DataFrame:
     """Every claim of the paper with this run's finding; claims that no notebook asked are named."""
-    found = {}
     try:
-        folder = study.find("claims")
+        paths = sorted(study.find("claims").glob("*.json"))
     except MissingInput:
-        folder = None
-    for path in sorted(folder.glob("*.json")) if folder else []:
-        found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-    rows = []
-    for claim in paper.claims().to_dict("records"):
-        ours = found.get(claim["claim"], {"ours": "-", "detectable": "-", "verdict": NOT_ASKED})
-        rows.append({**claim, **{k: ours[k] for k in ("ours", "detectable", "verdict")}})
-    return pd.DataFrame(rows)
+        paths = []
+    found = pd.DataFrame([json.loads(path.read_text(encoding="utf-8")) for path in paths],
+                         columns=["claim", "ours", "detectable", "verdict"])  # fmt: skip
+    table = paper.claims().merge(found, how="left", on="claim")
+    return table.fillna({"ours": "-", "detectable": "-", "verdict": NOT_ASKED})

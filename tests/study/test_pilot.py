@@ -125,12 +125,13 @@ def test_half_widths_of_both_arms_and_the_runs_a_target_needs(study):
     last = table.query("arm == 'designed' and runs == 90")
     assert last["half_width"].to_numpy() == pytest.approx(by_hand)
     cells = pilot.in_cells(table)
-    assert cells.at["ppl", ("designed", 90)].startswith(f"{by_hand[3]:.4f} [")
+    assert cells.at["log_ppl", ("designed", 90)].startswith(f"{by_hand[3]:.4f} [")
     plan = pilot.arm_plan(study, frame, noise, every=10)
-    target = float(plan.table.query("runs == 70 and coefficient == 'ppl'")["half_width"].iloc[0])
+    row = plan.table.query("runs == 70 and coefficient == 'log_ppl'").iloc[0]
+    target = float(row["half_width"])
     needed = pilot.runs_needed(plan, target)
-    assert needed.at["ppl", "expected"] == 70
-    assert needed.at["ppl", "safe"] > 70 or np.isnan(needed.at["ppl", "safe"])
+    assert needed.at["log_ppl", "expected"] == 70
+    assert needed.at["log_ppl", "safe"] > 70 or np.isnan(needed.at["log_ppl", "safe"])
 
 
 def test_the_table_of_noise_shows_both_and_says_which_is_used(study):
@@ -176,7 +177,6 @@ def test_no_candidates_is_the_plain_draw_of_before():
     before = designed_sets(world, 60, 30, 100, 1.5, 1, columns=COLUMNS, min_sources=8,
                            sets_per_source=6)
     assert designed_arm(world, DESIGN, COLUMNS) == before
-    assert load_profile("laptop").design.candidates == 0
     assert load_profile("colab").design.candidates >= 1000
 
 
