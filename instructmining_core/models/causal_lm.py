@@ -78,21 +78,16 @@ def find_head(model: nn.Module) -> Head:
             if not torch.isfinite(own).all():
                 raise InstructMiningError(
                     "The model's logits are not finite on a plain input; its weights are broken, "
-                    "or its dtype overflows (try float32)."
-                )
-            return _matching(inner, ids, own)
+                    "or its dtype overflows (try float32).")
+            linear = inner.get_output_embeddings()
+            if linear is not None and inner.base_model is not inner:
+                hidden = inner.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+                for way, project in _candidates(inner, linear):
+                    if hidden.shape[-1] == linear.weight.shape[-1] and _same(project(hidden), own):
+                        return Head(way, project)
+            return Head("forward", None)
     finally:
         inner.train(training)
-
-
-def _matching(inner: nn.Module, ids: Tensor, own: Tensor) -> Head:
-    linear = inner.get_output_embeddings()
-    if linear is not None and inner.base_model is not inner:
-        hidden = inner.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        for way, project in _candidates(inner, linear):
-            if hidden.shape[-1] == linear.weight.shape[-1] and _same(project(hidden), own):
-                return Head(way, project)
-    return Head("forward", None)
 
 
 def _same(ours: Tensor, own: Tensor) -> bool:
@@ -166,14 +161,10 @@ def load_lm(
 
 
 def response_nll(
-    lm: LM,
-    rows: Sequence[Encoded],
-    *,
-    batch_tokens: int | None = None,
-    progress: bool = False,
+    lm: LM, rows: Sequence[Encoded], *, batch_tokens: int | None = None, progress: bool = False,
     padding_side: str = "right",
     on_batch: Callable[[np.ndarray, Sequence[tuple]], None] | None = None,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Negative log-likelihood of each row's target tokens.
 
     rows : token ids with target marks; `tokenization.encode` makes them.
@@ -199,7 +190,7 @@ def response_nll(
     lm.model.eval()
     limit, ends = lm.max_positions(), end_ids(lm.tokenizer)
     found = [_nan(_unusable(row, limit)) for row in rows]
-    chosen = np.array([i for i, row in enumerate(rows) if not _unusable(row, limit)], dtype=int)
+    chosen = np.flatnonzero([not reason for *_, reason in found])
     lengths = [len(rows[i].ids) for i in chosen]
 
     def batch(numbers: np.ndarray) -> list[tuple]:

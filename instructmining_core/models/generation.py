@@ -6,8 +6,8 @@ An answer does not depend on which prompts share its batch, up to ties that roun
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
-import numpy as np
 import torch
 
 from ..config import InstructMiningError
@@ -20,11 +20,7 @@ _BATCH_TOKENS = 8192  # padded tokens of a batch, prompts and answers; halved wh
 
 
 def generate(
-    lm: LM,
-    prompts: Sequence[Sequence[Message]],
-    max_new_tokens: int,
-    *,
-    progress: bool = False,
+    lm: LM, prompts: Sequence[Sequence[Message]], max_new_tokens: int, *, progress: bool = False
 ) -> list[str]:
     """The model's answer to each prompt, until the token that ends an answer.
 
@@ -39,13 +35,12 @@ def generate(
     encoded = encode_many(lm.tokenizer, prompts, max_tokens=max(1, limit), template=lm.template)
     for number, row in enumerate(encoded):
         if row.truncated:
-            raise InstructMiningError(
-                f"Prompt {number}'s last message has more than {limit} tokens."
-            )
-    lengths = np.array([len(row) + max_new_tokens for row in encoded], dtype=np.int64)
+            text = f"Prompt {number}'s last message has more than {limit} tokens."
+            raise InstructMiningError(text)
     answers = map_batches(
         lambda rows: _answers(lm, [encoded[i].ids for i in rows], max_new_tokens),
-        lengths, _BATCH_TOKENS, progress, f"answers to {len(prompts)} prompts",
+        [len(row) + max_new_tokens for row in encoded], _BATCH_TOKENS, progress,
+        f"answers to {len(prompts)} prompts",
     )  # fmt: skip
     for number, answer in enumerate(answers):
         if isinstance(answer, Failed):
@@ -61,18 +56,9 @@ def _answers(lm: LM, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list
     out = unwrapped(lm.model).generate(
         input_ids=torch.from_numpy(ids).to(device),
         attention_mask=torch.from_numpy(mask).to(device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        eos_token_id=sorted(ends),
-        pad_token_id=lm.pad_id,
-    )
-    new = [_until(row, ends) for row in out[:, ids.shape[1] :].tolist()]
+        max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), pad_token_id=lm.pad_id,
+        do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
+    )  # fmt: skip
+    new = [list(takewhile(lambda token: token not in ends, row))
+           for row in out[:, ids.shape[1] :].tolist()]
     return lm.tokenizer.batch_decode(new, skip_special_tokens=True)
-
-
-def _until(row: list[int], ends: frozenset[int]) -> list[int]:
-    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]

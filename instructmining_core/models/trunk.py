@@ -77,8 +77,14 @@ class Trunk:
     @contextmanager
     def from_states(self, states: Tensor) -> Iterator[None]:
         """A forward pass of the decoder inside the block starts at the cut, with these states."""
-        with skipped(self.layers[: self.cut]), replaced_input(self.layers[self.cut], states):
+        below = self.layers[: self.cut]
+        for layer in below:
+            layer.forward = lambda *_, **__: states
+        try:
             yield
+        finally:
+            for layer in below:
+                del layer.forward
 
     @contextmanager
     def of_rows(self, rows: Sequence[Encoded], side: str) -> Iterator[None]:
@@ -167,33 +173,5 @@ def entering(layer: nn.Module) -> Iterator[list[Tensor]]:
     try:
         with suppress(_Reached):
             yield seen
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """These layers hand on what they get, inside the block."""
-    layers = list(layers)
-    for layer in layers:
-        layer.forward = lambda hidden_states, *_, **__: hidden_states
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-@contextmanager
-def replaced_input(layer: nn.Module, states: Tensor) -> Iterator[None]:
-    """The layer gets these hidden states, inside the block."""
-    def put(_, arguments, options):
-        if arguments:
-            return (states, *arguments[1:]), options
-        return (), options | {"hidden_states": states}
-
-    hook = layer.register_forward_pre_hook(put, with_kwargs=True)
-    try:
-        yield
     finally:
         hook.remove()
