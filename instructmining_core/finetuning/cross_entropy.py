@@ -22,11 +22,7 @@ KEPT_LOGITS = 1 << 25  # beyond so many at once they are computed a second time 
 
 
 def weighted_nll(
-    hidden: torch.Tensor,
-    head: Head,
-    output: nn.Module,
-    labels: torch.Tensor,
-    weights: torch.Tensor,
+    hidden: torch.Tensor, head: Head, output: nn.Module, labels: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted sum of the targets' negative log-likelihoods.
 
@@ -47,26 +43,23 @@ def weighted_nll(
 def _in_chunks(head, hidden, labels, weights, size) -> tuple[torch.Tensor, torch.Tensor]:
     """`plain_nll` of a head that autograd goes through, `size` targets at a time.
 
-    Autograd would keep the logits of every chunk (and, of a capped head, several copies), so each
-    is computed again when its gradient is wanted.
+    Autograd would keep every chunk's logits, so they are computed again for the gradient.
     """
     def chunk(part_hidden, part_labels, part_weights):
         return plain_nll(head.project(part_hidden), part_labels, part_weights)
 
-    parts = [x.split(size) for x in (hidden, labels, weights)]
-    if len(parts[0]) == 1:
+    if len(labels) <= size:
         return chunk(hidden, labels, weights)
-    sums, each = zip(*(
-        checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(*parts, strict=True)
-    ), strict=True)
+    parts = zip(*(x.split(size) for x in (hidden, labels, weights)), strict=True)
+    sums, each = zip(*(checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False)
+                       for part in parts), strict=True)
     return torch.stack(sums).sum(), torch.cat(each)
 
 
 def plain_nll(
     logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same from logits, shape (targets, vocabulary), for an output matrix that is trained."""
+    """The same from logits, shape (targets, vocabulary)."""
     each = F.cross_entropy(logits.float(), labels, reduction="none")
     return (each * weights).sum(), each.detach()
 

@@ -83,17 +83,10 @@ class RunSpec:
 
     @classmethod
     def of(
-        cls,
-        purpose: str,
-        lm: LM,
-        finetune: FinetuneConfig,
-        row_hashes: Sequence[str],
-        evals: EvalSets,
-        *,
-        init_seed: int = 0,
-        order_seed: int = 0,
+        cls, purpose: str, lm: LM, finetune: FinetuneConfig, row_hashes: Sequence[str],
+        evals: EvalSets, *, init_seed: int = 0, order_seed: int = 0,
         label: Mapping[str, Any] | None = None,
-    ) -> RunSpec:
+    ) -> RunSpec:  # fmt: skip
         """The specification of a run of a loaded model on encoded evaluation sets."""
         dtype = str(lm.dtype).removeprefix("torch.")
         base = ModelRef(lm.resolved.id, lm.resolved.revision, dtype)

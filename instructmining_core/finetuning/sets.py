@@ -42,14 +42,13 @@ class TrainingSet:
     anchor: bool = False
 
     def as_dict(self) -> dict:
-        """Plain types only; `from_dict` gives an equal set back."""
-        return {**asdict(self), "row_hashes": list(self.row_hashes), "tilt": list(self.tilt)}
+        """Plain types only; `from_dict` gives an equal set back, also through JSON."""
+        return asdict(self) | {"row_hashes": list(self.row_hashes), "tilt": list(self.tilt)}
 
     @classmethod
     def from_dict(cls, record: Mapping) -> TrainingSet:
-        """The set that `as_dict` described, also after a trip through JSON."""
-        lists = {k: tuple(record[k]) for k in ("row_hashes", "tilt")}
-        return cls(**{**record, **lists})
+        """The set that `as_dict` described."""
+        return cls(**{**record, **{k: tuple(record[k]) for k in ("row_hashes", "tilt")}})
 
 
 def largest_remainder(shares: np.ndarray, size: int) -> np.ndarray:
@@ -80,8 +79,7 @@ def fusion_sets(scores: pd.DataFrame, n: int, size: int, seed: int) -> list[Trai
     """
     rng = np.random.default_rng(seed)
     pool = _hashes(rows_by_source(scores))
-    names = list(pool)
-    have = np.array([len(pool[s]) for s in names])
+    names, have = list(pool), np.array([len(rows) for rows in pool.values()])
     made = []
     for _ in range(n):
         for _ in range(1 + REDRAWS):
@@ -138,7 +136,7 @@ def tilted_order(values: np.ndarray, strength: float, rng: np.random.Generator) 
 def within_space(rows: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
     """Indicators standardised over one source's rows: shape (rows, columns).
 
-    A missing value counts as the source's mean (0), a constant indicator as 0: neither tilts.
+    A missing value and a constant indicator count as 0: neither tilts.
     """
     raw = rows[list(columns)].to_numpy(float)
     finite = np.where(np.isfinite(raw), raw, np.nan)

@@ -64,17 +64,6 @@ class Schedule:
         last = step + 1 == len(self.steps)
         return last or self.epoch[step + 1] != self.epoch[step]
 
-    def curve(self, losses: np.ndarray) -> pd.DataFrame:
-        """step (from 1), epoch (from 1), lr, loss (nats per target token), tokens (targets).
-
-        losses : of each step, before its update
-        """
-        n = len(self.steps) if self.ended is None else self.ended
-        return pd.DataFrame({
-            "step": np.arange(1, n + 1), "epoch": self.epoch[:n] + 1, "lr": self.rates[:n],
-            "loss": losses[:n], "tokens": self.tokens[:n],
-        })
-
 
 @dataclass
 class Trained:
@@ -88,8 +77,13 @@ class Trained:
     losses: np.ndarray = field(repr=False)
 
     def curve(self, adapter: int) -> pd.DataFrame:
-        """An adapter's `Schedule.curve`."""
-        return self.schedules[adapter].curve(self.losses[adapter])
+        """step (from 1), epoch (from 1), lr, loss (nats per target token), tokens (targets)."""
+        plan = self.schedules[adapter]
+        n = len(plan.steps) if plan.ended is None else plan.ended
+        return pd.DataFrame({
+            "step": np.arange(1, n + 1), "epoch": plan.epoch[:n] + 1, "lr": plan.rates[:n],
+            "loss": self.losses[adapter, :n], "tokens": plan.tokens[:n],
+        })
 
 
 def schedule(job: TrainingJob, config: FinetuneConfig) -> Schedule:
@@ -170,23 +164,18 @@ class MicroBatcher:
         backward : adds the step's gradients, given the tokens of a micro-batch
         clear : takes back what an attempt that broke off has added
         """
+        longest = max(lengths)
         while True:
+            tried = min(self.tokens, sum(lengths))
             try:
                 return backward(self.tokens)
             except (RuntimeError, MemoryError) as error:
-                if not (is_out_of_memory(error) and self._halve(lengths)):
+                if not is_out_of_memory(error) or tried <= longest:
                     raise
             # outside the block above: the error's traceback holds the micro-batch's tensors
+            self.tokens = max(longest, tried // 2)
             clear()
             free_gpu_cache()
-
-    def _halve(self, lengths: Sequence[int]) -> bool:
-        """Halve, but not below the longest row; False where that changes nothing."""
-        longest, total = max(lengths), sum(lengths)
-        if min(self.tokens, total) <= longest:
-            return False
-        self.tokens = max(longest, min(self.tokens, total) // 2)
-        return True
 
 
 def adapters_per_pass(lm: LM, config: FinetuneConfig) -> int:
@@ -205,12 +194,9 @@ def adapters_per_pass(lm: LM, config: FinetuneConfig) -> int:
 
 
 def train(
-    adapters: MultiLoRA,
-    model: PackedModel,
-    jobs: Sequence[TrainingJob],
-    *,
+    adapters: MultiLoRA, model: PackedModel, jobs: Sequence[TrainingJob], *,
     on_epoch: Callable[[int, int], bool | None] | None = None,
-) -> Trained:
+) -> Trained:  # fmt: skip
     """Train adapters that are attached to the model, each on its job.
 
     on_epoch : called with adapter and epoch (from 1) after each; a true answer ends the adapter
@@ -229,13 +215,13 @@ def train(
         if not active:
             break
         _gradients(adapters, model, schedules, active, step, losses[:, step], micro)
-        rates = np.full(len(schedules), np.nan)
-        for k in active:
-            rates[k] = schedules[k].rates[step]
-        adapters.step(rates)
+        adapters.step(np.array([s.rates[step] if s.active(step) else np.nan for s in schedules]))
         ending = [k for k in active if schedules[k].epoch_ends(step)]
         if each_step or ending:
-            _stop_diverged(schedules, active, losses, step)
+            finite = torch.isfinite(losses[:, : step + 1]).all(dim=1).tolist()
+            for k in active:
+                if not finite[k]:
+                    schedules[k].ended, schedules[k].diverged = step + 1, True
         for k in ending:
             epoch = int(schedules[k].epoch[step]) + 1
             if schedules[k].ended is None and on_epoch is not None and on_epoch(k, epoch):
@@ -283,10 +269,3 @@ def loss_scale(tokens: int, dtype: torch.dtype) -> float:
         four decimal places free above. Other types have the range, and their scale is 1.
     """
     return 2.0 ** math.floor(math.log2(tokens)) if dtype == torch.float16 and tokens else 1.0
-
-
-def _stop_diverged(schedules, active, losses, step) -> None:
-    bad = ~torch.isfinite(losses[:, : step + 1]).all(dim=1).cpu().numpy()
-    for k in active:
-        if bad[k]:
-            schedules[k].ended, schedules[k].diverged = step + 1, True

@@ -1,14 +1,7 @@
 """Who does the runs: take them in the ledger, train, write records; further processes do the same.
 
-One run is one function of one specification (`run.run_one`), safe to try again. Whatever drives the
-runs (the sweep itself, its workers, another engine) makes the same three calls:
-
-    ledger.lock_run(spec)                 # False: finished, or somebody has it
-    record = run_one(spec, lm, rows, evals)
-    ledger.write(record)                  # whole or not at all; gives the lease back
-
-`do_group` is that, for runs that may share a pass, with failures recorded. Any number of processes
-may do so on one ledger, and one that is killed costs the runs it was at.
+Any number of processes may do so on one ledger (`do_group`: `Ledger.lock_run`, `run.run_one`,
+`Ledger.write`), and one that is killed costs the runs it was at.
 
 The operations of a small model are too short to be worth two threads each, so on a CPU two
 processes of one thread do nearly twice the runs of one process of two. On GPUs each has its own.
@@ -49,8 +42,7 @@ def do_group(
     """Take the runs of a group, do them, write their records; how many were done or failed.
 
     by_epoch : see `run_one`
-    tried : attempts of each run_id when the sweep began, so that a run that has failed since is
-        left alone; None tries failed runs again
+    tried : attempts of each run_id when the sweep began: what failed since is left alone
     """
     mine = [spec for spec in group
             if ledger.lock_run(spec, tried=None if tried is None else tried.get(spec.run_id, 0))]
@@ -97,13 +89,11 @@ def worker_devices(lm: LM, wanted: int | None) -> list[str]:
     none, as a worker could not load it.
     """
     device = torch.device(lm.device)
-    if lm.resolved.folder is None:
+    if lm.resolved.folder is None or device.type not in ("cpu", "cuda"):
         return []
     if device.type == "cuda":
         mine = torch.cuda.current_device() if device.index is None else device.index
         return [f"cuda:{k}" for k in range(torch.cuda.device_count()) if k != mine][:wanted]
-    if device.type != "cpu":
-        return []
     return ["cpu"] * (min(cores(), MOST) - 1 if wanted is None else wanted)
 
 
