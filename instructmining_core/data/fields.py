@@ -315,7 +315,10 @@ class Record:
 
         texts : whether plain texts are turns. Raises FormatError naming the entry.
         """
-        entries = structured(self.fields.get(key))
+        entries = self.fields.get(key)
+        if not texts and isinstance(entries, str) and entries.lstrip()[:1] not in ("[", "{"):
+            return None
+        entries = structured(entries)
         if isinstance(entries, str | bytes) and texts:
             raise FormatError(f"a list in {key!r}", entries)
         if isinstance(entries, dict) and len(entries) == 1:

@@ -133,8 +133,8 @@ def _opened(name: str, stdin: BinaryIO | None) -> BinaryIO:
         stream = io.BufferedReader(stdin or sys.stdin.buffer)
     else:
         if Path(name).is_dir():
-            inside = [str(p) for kind in ("*.arrow", "*.parquet", "*.json*", "*/*.arrow")
-                      for p in sorted(Path(name).glob(kind)) if "_info" not in p.name]  # fmt: skip
+            inside = [str(one) for kind in ("*.arrow", "*.parquet", "*.jsonl", "*/*.arrow")
+                      for one in sorted(Path(name).glob(kind))]  # fmt: skip
             files = f": {', '.join(inside[:3])}" if inside else ""
             raise InstructMiningError(
                 f"{name}: expected a file, got a folder; name the files in it{files}"

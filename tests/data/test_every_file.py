@@ -17,6 +17,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from instructmining.what_is_read import page
 from instructmining_core.config import InstructMiningError
 from instructmining_core.data import fields, readers
 from instructmining_core.data.duplicates import Kept
@@ -24,6 +25,7 @@ from instructmining_core.data.export import write_rows
 from instructmining_core.data.fields import MARKINGS, FormatError, marked
 from instructmining_core.data.formats import FORMS, conversations
 from instructmining_core.data.records import iter_records, read_records, row_hash
+from instructmining_core.files import root
 
 
 def said(*texts, system=None):
@@ -410,3 +412,8 @@ def test_any_bytes_are_read_or_refused(name, data):
         else:
             content[at:at] = data.draw(st.sampled_from([b'"', b"\n", b"\0", b"[", b"{", b"\xff"]))
     read_or_refused(name, bytes(content))
+
+
+def test_the_page_of_the_book_is_made_from_the_tables():
+    written = root() / "book" / "what_is_read.md"
+    assert written.read_text() == page(), "run `python -m instructmining.what_is_read`"

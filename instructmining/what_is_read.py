@@ -1,0 +1,65 @@
+"""The book's page "What is read, and how", written from the tables by which files are read.
+
+`python -m instructmining.what_is_read` writes it anew.
+"""
+
+from __future__ import annotations
+
+import json
+
+from instructmining_core.data.fields import MEDIA, NOT_TO_LEARN, REASONING, ROLES, SYSTEM
+from instructmining_core.data.formats import FORMS, conversations
+from instructmining_core.data.readers import FOREIGN, PACKED, SUFFIXES
+from instructmining_core.files import root, write_atomic
+
+PAGE = """# What is read, and how
+
+A file is read by its content; its name only helps.
+Containers: {suffixes}, also out of {packed}, from a pipe, or a set of the hub; JSON may also be one list, one object around a list, several values one after the other, or a table by columns.
+UTF-16 is read by its mark; CSV may have semicolons, tabs or a line `sep=;`.
+Refused in one sentence: {foreign}, a spreadsheet, an archive of several files.
+
+A field counts where it is *filled*: null, NaN, blanks, `[]` and `{{}}` do not.
+Case and blanks of names do not count.
+Lists and objects may stand as JSON text or Python literals, as in CSV.
+Other names of columns are told with `--columns question=input,answer=target`; only these are read then.
+
+## Forms, the first that fits
+
+{forms}
+
+## In every form
+
+- System text: {system}.
+- Roles: {roles}. A tool's output is the user's side.
+- Reasoning ({reasoning}) of a message stands before its text in `<think>` marks; a tool call follows it as JSON of its name and arguments.
+- Not read, but part of the row's identity, and counted: {media}, and parts of a content that are no text.
+- Counted where they say no, and read as any other: {off}.
+- Any other field that bears text is counted in one note at the end of `score`, unless it says again what the row says.
+"""  # noqa: E501  one sentence a line
+
+
+def page() -> str:
+    """The page as Markdown."""
+    forms = []
+    for form in FORMS:
+        talk = "\n".join(f"{m['role']}: {m['content']}" for m in conversations(form.example)[0][0])
+        forms.append(f"### {form.name}\n\n{form.fields}.\n\n```json\n{json.dumps(form.example)}\n"
+                     f"```\n\n```text\n{talk}\n```")  # fmt: skip
+    roles = {role: [name for name, own in ROLES.items() if own == role] for role in ROLES.values()}
+    return PAGE.format(
+        suffixes=_code(name for name in SUFFIXES if name not in PACKED), packed=_code(PACKED),
+        foreign="; ".join(dict.fromkeys(what.partition(",")[0].partition(":")[0].partition(" (")[0]
+                                        for _, what in FOREIGN)),
+        forms="\n\n".join(forms), system=_code(SYSTEM), reasoning=_code(REASONING),
+        roles="; ".join(f"{role}: {_code(names)}" for role, names in roles.items()),
+        media=_code(MEDIA), off=_code(NOT_TO_LEARN),
+    )  # fmt: skip
+
+
+def _code(names) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+if __name__ == "__main__":
+    write_atomic(root() / "book" / "what_is_read.md", page())
