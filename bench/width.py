@@ -60,12 +60,9 @@ def train_once(world: World, lm, count: int) -> tuple[float, float]:
     held = 0 if world.device != "cpu" else _held()
     meter = Meter(world.device)
     adapters = MultiLoRA(lm.model, world.config, [0] * count)
-    adapters.attach()
-    try:
+    with adapters.attached():
         train(adapters, PackedModel(lm), jobs)
         seconds, peak = meter.read()
-    finally:
-        adapters.detach()
     tokens = world.config.epochs * sum(len(one) for job in jobs for one in job.rows)
     return tokens / seconds, (peak - held) / 2**20
 

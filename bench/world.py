@@ -123,11 +123,8 @@ def train_seconds(lm, config, rows) -> tuple[float, object]:
     from instructmining_core.finetuning.trainer import TrainingJob, train
 
     adapters = MultiLoRA(lm.model, config, [0])
-    adapters.attach()
-    model = PackedModel(lm)
-    start = time.perf_counter()
-    try:
+    with adapters.attached():
+        model = PackedModel(lm)
+        start = time.perf_counter()
         train(adapters, model, [TrainingJob(rows, 0, 0)])
         return time.perf_counter() - start, adapters
-    finally:
-        adapters.detach()

@@ -15,6 +15,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,14 +55,9 @@ class Finetuned:
 
 
 def finetune(
-    lm: LM,
-    rows: Sequence[Encoded],
-    config: FinetuneConfig,
-    *,
-    init_seed: int,
-    order_seed: int,
-    on_epoch: OnEpoch | None = None,
-) -> Finetuned:
+    lm: LM, rows: Sequence[Encoded], config: FinetuneConfig, *,
+    init_seed: int, order_seed: int, on_epoch: OnEpoch | None = None,
+) -> Finetuned:  # fmt: skip
     """Finetune on rows.
 
     lm : the base; frozen, and given back untouched by `Finetuned.close`
@@ -102,19 +98,15 @@ def _by_multi_lora(lm, job, config, on_epoch) -> Finetuned:
         adapters.use(0)
         return on_epoch and on_epoch(tuned, epoch)
 
-    adapters.attach()
     meter = Meter(lm.device)
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(adapters.attached())
         with on_trunk(lm, config.layers, job.rows):
             trained = train(adapters, PackedModel(lm), [job], on_epoch=after_epoch)
-    except BaseException:
-        adapters.detach()
-        raise
-    adapters.use(0)
-    return Finetuned(
-        tuned, trained.curve(0), *meter.read(), trained.schedules[0].diverged,
-        lambda folder: adapters.save(0, folder, lm.resolved.id), adapters.detach,
-    )
+        adapters.use(0)
+        return Finetuned(tuned, trained.curve(0), *meter.read(), trained.schedules[0].diverged,
+                         lambda folder: adapters.save(0, folder, lm.resolved.id),
+                         stack.pop_all().close)
 
 
 class Meter:

@@ -35,7 +35,7 @@ from .lora import (
 
 
 class MultiLoRA:
-    """K adapters on a model: values, gradients, optimiser; put on by `attach`, off by `detach`."""
+    """K adapters on a model: values, gradients, optimiser; on it inside `attached`."""
 
     def __init__(
         self, model: nn.Module, config: FinetuneConfig, init_seeds: Sequence[int]
@@ -70,24 +70,16 @@ class MultiLoRA:
         a, b, end = span
         return matrix[:, a:b].view(-1, d_in, rank), matrix[:, b:end].view(-1, rank, d_out)
 
-    def attach(self) -> None:
-        """Put the adapters on the model."""
-        for name, layer in self.layers.items():
-            self.model.set_submodule(name, layer)
-
-    def detach(self) -> None:
-        """Give the model its own layers back; the values stay here."""
-        for name, layer in self.layers.items():
-            self.model.set_submodule(name, layer.layer)
-
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The adapters are on the model inside the block."""
-        self.attach()
+        """The adapters are on the model inside the block; their values stay here after it."""
+        for name, layer in self.layers.items():
+            self.model.set_submodule(name, layer)
         try:
             yield
         finally:
-            self.detach()
+            for name, layer in self.layers.items():
+                self.model.set_submodule(name, layer.layer)
 
     def send(self, owners: Sequence[int], slots: Sequence[int]) -> None:
         """Send each row of a batch to its adapter.

@@ -137,10 +137,9 @@ def gradients_of_adapters(lm: LM) -> torch.Tensor:
     adapters.work.copy_(adapters.values)
     found = []
     adapters.step = lambda rates: found.append(adapters.gradients.clone())
-    adapters.attach()
-    train(adapters, PackedModel(lm),
-          [TrainingJob(rows_of(60), 0, 0), TrainingJob(rows_of(9, seed=1), 1, 0)])
-    adapters.detach()
+    with adapters.attached():
+        train(adapters, PackedModel(lm),
+              [TrainingJob(rows_of(60), 0, 0), TrainingJob(rows_of(9, seed=1), 1, 0)])
     return found[0]
 
 

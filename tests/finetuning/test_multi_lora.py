@@ -73,15 +73,12 @@ def together(lm, jobs, config=CONFIG, *, padded=False):
     """
     adapters = MultiLoRA(lm.model, config, [job.init_seed for job in jobs])
     adapters.padded = padded
-    adapters.attach()
-    try:
+    with adapters.attached():
         trained = train(adapters, PackedModel(lm), jobs)
         after = []
         for k in range(len(jobs)):
             adapters.use(k)
             after.append(seen(lm))
-    finally:
-        adapters.detach()
     return [trained.curve(k)["loss"].to_numpy() for k in range(len(jobs))], after, adapters
 
 
@@ -134,13 +131,10 @@ def test_company_does_not_change_a_run(lm, monkeypatch):
 def test_a_diverging_neighbour_does_no_harm(lm):
     first, second = jobs_of(2)
     adapters = MultiLoRA(lm.model, CONFIG, [0, 1])
-    adapters.attach()
     adapters.values[1].fill_(float("inf"))
     adapters.work.copy_(adapters.values)
-    try:
+    with adapters.attached():
         trained = train(adapters, PackedModel(lm), [first, second])
-    finally:
-        adapters.detach()
     assert trained.schedules[1].diverged and trained.schedules[1].ended == 1
     assert not trained.schedules[0].diverged
     expected = alone(lm, first)[0]
@@ -336,13 +330,10 @@ def test_numbers_that_are_none_stay_with_their_adapter(lm, padded):
     jobs = jobs_of(3)
     adapters = MultiLoRA(lm.model, CONFIG, [0, 1, 0])
     adapters.padded = padded
-    adapters.attach()
     adapters.values[0].fill_(float("nan"))
     adapters.work.copy_(adapters.values)
-    try:
+    with adapters.attached():
         trained = train(adapters, PackedModel(lm), jobs)
-    finally:
-        adapters.detach()
     assert [c.diverged for c in trained.schedules] == [True, False, False]
     assert trained.schedules[0].ended == 1
     for k in (1, 2):
@@ -353,12 +344,9 @@ def test_numbers_that_are_none_stay_with_their_adapter(lm, padded):
 def test_an_epoch_s_end_can_end_one_of_three(lm):
     jobs, seen = jobs_of(3), []
     adapters = MultiLoRA(lm.model, CONFIG, [job.init_seed for job in jobs])
-    adapters.attach()
-    try:
+    with adapters.attached():
         trained = train(adapters, PackedModel(lm), jobs,
                         on_epoch=lambda k, epoch: seen.append((k, epoch)) or k == 1)
-    finally:
-        adapters.detach()
     assert sorted(seen) == [(0, 1), (0, 2), (1, 1), (2, 1), (2, 2)]
     assert [len(trained.curve(k)) for k in range(3)] == [4, 3, 8]
     for k, job in enumerate(jobs):
