@@ -100,14 +100,9 @@ class SubsetSearch:
 
 @dataclass(frozen=True)
 class PaperFit:
-    """What the paper's procedure gives on these runs.
-
-    fit : RuleFit of the chosen columns, kind "pooled"; candidates : DataFrame, one row a subset in
-    reach of the best R²: columns (str), r2, largest_p, chosen
-    """
+    """What the paper's procedure gives: `fit`, of the chosen columns, kind "pooled"."""
 
     fit: RuleFit
-    candidates: pd.DataFrame
 
     def table(self) -> pd.DataFrame:
         """The chosen terms as in RuleFit.table, p-values and bounds labelled as not valid."""
@@ -127,13 +122,5 @@ def fit_paper(runs: pd.DataFrame, columns: Sequence[str],
     X = standardised(picked, columns, standardizer)
     y = picked["log_loss"].to_numpy(float)[:, None]
     search = SubsetSearch(X, np.ones((len(X), 1)), size, smaller=True)
-    chosen = int(search.choose(y).subset[0])
-    r2 = search.r2(y)[0]
-    rows = []
-    for g in np.flatnonzero(r2 >= r2.max() - NEAR_BEST):
-        one = SubsetSearch(X[:, search.members(g)], np.ones((len(X), 1)), search.size)
-        rows.append({"columns": ", ".join(columns[i] for i in search.members(g)), "r2": r2[g],
-                     "largest_p": float(one.choose(y).p.max()), "chosen": bool(g == chosen)})
-    names = [columns[i] for i in search.members(chosen)]
-    candidates = pd.DataFrame(rows).sort_values("r2", ascending=False, ignore_index=True)
-    return PaperFit(fit_pooled(picked, names, standardizer), candidates)
+    names = [columns[i] for i in search.members(search.choose(y).subset[0])]
+    return PaperFit(fit_pooled(picked, names, standardizer))

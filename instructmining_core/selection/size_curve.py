@@ -12,14 +12,13 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 from scipy import stats
-from sklearn.isotonic import isotonic_regression
 
 from ..config import InstructMiningError
 
 LEVEL = 0.95  # of the intervals of the means
 ALPHA = 0.05  # of the test
 DRAWS = 20_000  # simulated curves a boundary shape
-STUDIES = 4_000  # simulated studies of a power, and curves of the isotonic null
+STUDIES = 4_000  # simulated studies of a power
 _CHUNK = 2_000
 _FAR = 100.0  # a step "as large as you like", in standard errors
 
@@ -31,8 +30,7 @@ class SizeCurveTest:
     statistic : the largest, over four sizes a < b < c < d, of the *smallest* of the three steps
     (fall a→b, rise b→c, fall c→d), in standard errors; critical, p : simulated at the worst shape
     that is no such curve; sizes : the four, in rows; rise : of the loss from b to c, relative
-    (0.03 is 3 %), the largest of many and so flattering. isotonic_statistic, isotonic_p : against
-    "only ever falls", which a plain U rejects as well. sd : pooled sd of log loss, with df.
+    (0.03 is 3 %), the largest of many and so flattering. sd : pooled sd of log loss, with df.
     """
 
     statistic: float
@@ -41,8 +39,6 @@ class SizeCurveTest:
     falls_rises_falls: bool
     sizes: tuple[int, int, int, int]
     rise: float
-    isotonic_statistic: float
-    isotonic_p: float
     sd: float
     df: int
 
@@ -67,15 +63,12 @@ def size_curve_test(runs: pd.DataFrame, loss: str, *, seed: int = 0) -> SizeCurv
         _simulate(shape, counts, df, quads, DRAWS, rng) for shape in _boundary_shapes(len(sizes))
     ]
     critical = max(float(np.quantile(t, 1 - ALPHA)) for t in null)
-    p = max(_p(t, statistic[0]) for t in null)
-    isotonic = _isotonic(means[None], counts)[0] / variance
-    flat = rng.normal(size=(STUDIES, len(sizes))) / np.sqrt(counts)
-    null_isotonic = _isotonic(flat, counts) / (rng.chisquare(df, len(flat)) / df)
+    p = max(float((1 + (t >= statistic[0]).sum()) / (1 + len(t))) for t in null)
     best = quads[where[0]]
     return SizeCurveTest(
         float(statistic[0]), critical, p, bool(statistic[0] > critical),
         tuple(int(sizes[i]) for i in best), float(np.expm1(means[best[2]] - means[best[1]])),
-        float(isotonic), _p(null_isotonic, isotonic), float(scale), df,
+        float(scale), df,
     )
 
 
@@ -168,14 +161,3 @@ def _simulate(
         noise = np.sqrt(rng.chisquare(df, n) / df)
         out.append(_max_min(means / noise[:, None], counts, quads)[0])
     return np.concatenate(out)
-
-
-def _isotonic(means: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Weighted squared distance of each row of means from its best non-increasing fit."""
-    weights = counts.astype(float)
-    fits = [isotonic_regression(row, sample_weight=weights, increasing=False) for row in means]
-    return (counts * (means - np.array(fits)) ** 2).sum(1)
-
-
-def _p(null: np.ndarray, statistic: float) -> float:
-    return float((1 + (null >= statistic).sum()) / (1 + len(null)))

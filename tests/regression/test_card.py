@@ -192,8 +192,8 @@ def test_check_accepts_its_own_table_and_names_every_difference(card):
         card.check(other)
     text = str(caught.value)
     for part in ("reward: model is 'org/else' in the table, 'org/reward' in the card",
-                 "log_ppl: revision", "mtld: version", "knn_6: reference hash", "coherence: stand-in",
-                 "len_in: the table does not say"):
+                 "log_ppl: revision", "mtld: version", "knn_6: reference hash",
+                 "coherence: stand-in", "len_in: the table does not say"):
         assert part in text
     assert len(card.check(other, allow_mismatch=True)) == 6
 

@@ -106,13 +106,13 @@ def fewer(monkeypatch):
 def test_double_descent_is_found_and_a_u_and_a_fall_are_not():
     double = [0.0, -0.04, -0.08, -0.02, 0.03, -0.03, -0.08, -0.12]
     found = size_curve_test(curve(double), LOSS)
-    assert found.falls_rises_falls and found.p < 0.01 and found.isotonic_p < 0.01
+    assert found.falls_rises_falls and found.p < 0.01
     assert found.sizes[1:3] == (512, 2048)
     assert found.rise == pytest.approx(math.expm1(0.11), abs=0.015)
     u = size_curve_test(curve([0.1, 0.05, 0.0, 0.0, 0.05, 0.1, 0.15, 0.2]), LOSS)
-    assert not u.falls_rises_falls and u.isotonic_p < 0.01
+    assert not u.falls_rises_falls
     fall = size_curve_test(curve(-0.02 * np.arange(8)), LOSS)
-    assert not fall.falls_rises_falls and fall.isotonic_p > 0.05
+    assert not fall.falls_rises_falls
     assert (fall.df, fall.sd) == (32, pytest.approx(0.01, rel=0.3))
 
 
