@@ -9,7 +9,7 @@ import pandas as pd
 
 from .inference import jackknife_sources
 from .intervals import r2_of
-from .rule import RuleFit, fit_rule, residualise
+from .rule import RuleFit, fit_rule
 from .run_table import DESIGNED, EQUAL_TOKENS, RunsError, Standardizer
 
 
@@ -49,16 +49,13 @@ def baseline_comparison(runs: pd.DataFrame, columns: Sequence[str], baselines: S
     models |= {"+ all baselines": list(baselines), "+ indicators": list(columns),
                "+ baselines and indicators": both}
     fits = {name: fit_rule(runs, terms, joint) for name, terms in models.items()}
-    any_fit = fits["+ indicators"]
-    left = residualise(any_fit.ols.model.endog[:, None], any_fit.controls)[:, 0]
-    free = len(left) - any_fit.controls.shape[1]
-    rows = []
+    rows = {}
     for name, fit in fits.items():
-        adjusted = 1 - fit.sigma**2 / (left @ left / free)
         r2, low, high = r2_of(fit)
-        rows.append({"model": name, "terms": len(fit.columns), "r2": r2, "r2_low": low,
-                     "r2_high": high, "r2_adjusted": adjusted})
-    frame = pd.DataFrame(rows).set_index("model")
+        terms = len(fit.columns)
+        rows[name] = {"terms": terms, "r2": r2, "r2_low": low, "r2_high": high,
+                      "r2_adjusted": 1 - (1 - r2) * (fit.df + terms) / fit.df}
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
     slopes = {}
     for word, name in (("without", "+ indicators"), ("with", "+ baselines and indicators")):
         table = fits[name].table().loc[list(columns)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -107,10 +108,9 @@ def held_out(runs: pd.DataFrame, columns: Sequence[str],
         guess = X[inside] @ beta
         guess, true = guess - guess.mean(), y[inside] - y[inside].mean()
         slope = (true @ guess) / (guess @ guess)
-        df = max(len(inside) - 2, 0)
-        error = (np.sqrt(((true - slope * guess) ** 2).sum() / df / (guess @ guess))
-                 if df else np.nan)
-        half = student.ppf(0.5 + LEVEL / 2, df) * error if df else np.nan
+        df = len(inside) - 2
+        error = np.sqrt(((true - slope * guess) ** 2).sum() / df / (guess @ guess))
+        half = student.ppf(0.5 + LEVEL / 2, df) * error
         rows.append({"source": name, "n_sets": len(inside),
                      "r2": 1 - ((true - guess) ** 2).sum() / (true**2).sum(),
                      "slope": slope, "slope_low": slope - half, "slope_high": slope + half})
@@ -122,16 +122,11 @@ def held_out(runs: pd.DataFrame, columns: Sequence[str],
 
 def over_sources(held: pd.DataFrame) -> pd.DataFrame:
     """r2 and slope of `held_out` over sources: mean, low, high by t(S−1), lowest, sources."""
-    rows = {}
-    for column in ("r2", "slope"):
-        values = held[column].dropna().to_numpy(float)
-        n = len(values)
-        half = (student.ppf(0.5 + LEVEL / 2, n - 1) * values.std(ddof=1) / np.sqrt(n)
-                if n > 1 else np.nan)
-        mean = values.mean() if n else np.nan
-        rows[column] = {"mean": mean, "low": mean - half, "high": mean + half,
-                        "lowest": values.min() if n else np.nan, "sources": n}
-    return pd.DataFrame(rows).T
+    values = held[["r2", "slope"]].astype(float)
+    n, mean = values.count(), values.mean()
+    half = student.ppf(0.5 + LEVEL / 2, n - 1) * values.sem()
+    return pd.DataFrame({"mean": mean, "low": mean - half, "high": mean + half,
+                         "lowest": values.min(), "sources": n})
 
 
 @dataclass(frozen=True)
@@ -186,7 +181,7 @@ def bootstrap_choice(runs: pd.DataFrame, columns: Sequence[str],
     y = runs["log_loss"].to_numpy(float)
     controls = share_matrix(runs)[0]
     rng = np.random.default_rng(0)
-    chosen, positive, sets = np.zeros(X.shape[1]), np.zeros(X.shape[1]), {}
+    chosen, positive, sets = np.zeros(X.shape[1]), np.zeros(X.shape[1]), Counter()
     for _ in range(n):
         draw = rng.integers(len(X), size=len(X))
         search = SubsetSearch(X[draw], controls[draw][:, controls[draw].any(axis=0)], size,
@@ -195,12 +190,11 @@ def bootstrap_choice(runs: pd.DataFrame, columns: Sequence[str],
         members = search.members(choice.subset[0])
         chosen[members] += 1
         positive[members] += choice.beta[0, : len(members)] > 0
-        name = ", ".join(columns[i] for i in members)
-        sets[name] = sets.get(name, 0) + 1
+        sets[", ".join(columns[i] for i in members)] += 1
     frame = pd.DataFrame({"frequency": chosen / n,
                           "sign_positive": positive / np.maximum(chosen, 1)}, list(columns))
     frame.loc[chosen == 0, "sign_positive"] = np.nan
-    frame.attrs["sets"] = dict(sorted(sets.items(), key=lambda item: -item[1]))
+    frame.attrs["sets"] = dict(sets.most_common())
     return frame
 
 

@@ -273,15 +273,14 @@ def mundlak_test(runs: pd.DataFrame, columns: Sequence[str], source_means: pd.Da
     contrast = np.hstack([np.zeros((p, 1)), -np.eye(p), np.eye(p)])
     cov = contrast @ errors @ contrast.T
     difference = pd.Series(contrast @ fit.params, list(columns))
-    table = interval_table(difference, np.sqrt(np.diag(cov)), df)
-    table = table.rename(columns={"estimate": "difference"})
-    for place, (name, start) in enumerate((("within", 1), ("between", p + 1))):
-        part = slice(start, start + p)
+    parts = []
+    for name, part in (("within", slice(1, p + 1)), ("between", slice(p + 1, None))):
         own = interval_table(pd.Series(fit.params[part], list(columns)),
                              np.sqrt(np.diag(errors))[part], df)
-        for i, column in enumerate(("estimate", "low", "high")):
-            label = name if column == "estimate" else f"{name}_{column}"
-            table.insert(3 * place + i, label, own[column])
+        parts.append(own[["estimate", "low", "high"]].set_axis(
+            [name, f"{name}_low", f"{name}_high"], axis=1))
+    told = interval_table(difference, np.sqrt(np.diag(cov)), df)
+    table = pd.concat([*parts, told.rename(columns={"estimate": "difference"})], axis=1)
     table["interval"] = THESE_SOURCES
     f = float(difference @ np.linalg.solve(cov, difference) / p)
     return MundlakTest(table, f, p, df, float(fisher.sf(f, p, df)))

@@ -187,7 +187,7 @@ class RuleCard(_Part):
     uncertainty: Uncertainty | None = None
     fitted_on: FittedOn
     not_for: str
-    auto_size: int | None = None
+    auto_size: Annotated[int, Field(ge=1)] | None = None
     made_at: str | None = None
     content_hash: str = ""
 
@@ -376,8 +376,9 @@ def load_rule(name_or_path: str | Path) -> RuleCard:
                                   "path of a rule.json")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        told = f"{path} is not JSON (line {error.lineno}: {error.msg})"
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, too deep
+        where = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
+        told = f"{path} is not JSON ({where}{getattr(error, 'msg', error)})"
         raise InstructMiningError(told) from error
     return RuleCard.from_dict(data, str(path))
 
