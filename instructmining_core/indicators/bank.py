@@ -26,8 +26,10 @@ _APPLICATION = 0x1357AC0E  # in the file's header: an SQLite file of another pro
 _FORMAT = 1
 _TABLES = f"""
 BEGIN IMMEDIATE;
-CREATE TABLE keys (id INTEGER PRIMARY KEY, hash TEXT NOT NULL UNIQUE, key TEXT NOT NULL);
-CREATE TABLE scores (
+CREATE TABLE IF NOT EXISTS keys (
+    id INTEGER PRIMARY KEY, hash TEXT NOT NULL UNIQUE, key TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS scores (
     key INTEGER NOT NULL, row_hash TEXT NOT NULL, data BLOB NOT NULL, reasons TEXT NOT NULL,
     checksum INTEGER NOT NULL, PRIMARY KEY (key, row_hash)
 ) WITHOUT ROWID;
@@ -94,16 +96,11 @@ class ScoreCache:
             )  # fmt: skip
 
     def _open(self) -> None:
-        """Make the tables of a new file; refuse one that is not ours."""
+        """Make the tables of a new file, unless another process does; refuse one not ours."""
         if self._marks() == (0, 0) and not self._file.execute(
             "SELECT count(*) FROM sqlite_master"
         ).fetchone()[0]:
-            try:
-                self._file.executescript(_TABLES)
-            except sqlite3.OperationalError:  # another process was first
-                self._file.rollback()
-                if self._marks() == (0, 0):
-                    raise
+            self._file.executescript(_TABLES)
         if self._marks() != (_APPLICATION, _FORMAT):
             raise InstructMiningError(
                 f"{self.path} is no score cache of this version; move it, or name another folder"

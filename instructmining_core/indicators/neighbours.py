@@ -88,14 +88,10 @@ def sample_reference(row_hashes: Sequence[str], size: int, seed: int) -> list[in
 
     It does not depend on the rows' order.
     """
-    first = {}
-    for position, name in enumerate(row_hashes):
-        first.setdefault(name, position)
-    names = sorted(first)
-    if len(names) > size:
-        chosen = np.random.default_rng(seed).choice(len(names), size, replace=False)
-        names = [names[i] for i in sorted(chosen)]
-    return [first[name] for name in names]
+    _, first = np.unique(np.asarray(row_hashes, dtype=str), return_index=True)
+    if len(first) > size:
+        first = first[np.sort(np.random.default_rng(seed).choice(len(first), size, replace=False))]
+    return first.tolist()
 
 
 def make_reference(

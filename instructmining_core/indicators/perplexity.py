@@ -60,8 +60,7 @@ def compute_perplexity(
     mean = mean_without_eos(given)
     found = {}
     if "ppl" in columns:
-        notes = map(_reason, turns, rows, given["reason"])
-        notes = list(notes)
+        notes = list(map(_reason, turns, rows, given["reason"]))
         found["ppl"] = mean_over_turns(conversations, np.exp(mean), notes)
         found["log_ppl"] = mean_over_turns(conversations, mean, notes)
     if "ifd" in columns:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import TracebackType
 
 import pandas as pd
 import pyarrow as pa
@@ -48,14 +47,10 @@ class ScoreWriter:
             )
         self._writer.write_table(table.cast(self._writer.schema))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:  # fmt: skip
-        if self._writer is None:
-            return
-        self._writer.close()
-        self._file.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._file.__exit__(*error)
 
 
 def write_scores(scores: pd.DataFrame, path: str | Path) -> None:

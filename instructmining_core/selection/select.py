@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -92,19 +93,16 @@ def top_rows(rule: RuleCard, top_k: int | str) -> int:
     """How many rows to keep: the number itself, or for "auto" the size that the rule's search
     found (`auto_size` on its card). Raises InstructMiningError.
     """
-    if top_k != "auto":
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+    if top_k == "auto":
+        if not rule.auto_size:
             raise InstructMiningError(
-                f"top_k is {top_k!r}; it is a number of rows above 0, or 'auto'"
+                "this rule card carries no `auto_size`: search the size on your own data first "
+                "(notebook 09) and write it on the card, or name a number"
             )
-        return top_k
-    size = rule.auto_size
-    if not isinstance(size, int) or size < 1:
-        raise InstructMiningError(
-            "this rule card carries no `auto_size`: search the size on your own data first "
-            "(notebook 09) and write it on the card, or name a number"
-        )
-    return size
+        return rule.auto_size
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise InstructMiningError(f"top_k is {top_k!r}; it is a number of rows above 0, or 'auto'")
+    return top_k
 
 
 def select(scores: pd.DataFrame, rule: RuleCard, top_k: int | str, texts: Texts) -> Selection:
@@ -165,15 +163,10 @@ def _exact_duplicates(scored: pd.DataFrame) -> tuple[list[int], dict[int, int]]:
     """Labels of the first row of each row hash, and {label of a repeat: label of the first}."""
     if "row_hash" not in scored:
         return list(scored.index), {}
-    seen: dict[str, int] = {}
-    firsts, repeats = [], {}
-    for label, own in scored["row_hash"].items():
-        first = seen.setdefault(own, label) if own else label
-        if first == label:
-            firsts.append(label)
-        else:
-            repeats[label] = first
-    return firsts, repeats
+    hashes = scored["row_hash"]
+    repeated = hashes.duplicated() & hashes.ne("")
+    first = scored.index.to_series().groupby(hashes).transform("first")
+    return list(scored.index[~repeated]), first[repeated].to_dict()
 
 
 def _with_texts(
@@ -284,13 +277,9 @@ def compare_rules(rules: Mapping[str, RuleCard], scores: pd.DataFrame,
     notes = {name: "; ".join(rule.check(scores.attrs, allow_mismatch=True))
              for name, rule in rules.items()}
     best = {name: set(ranks.index[ranks[name] <= top]) for name in rules}
-    names = list(rules)
-    pairs = []
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            pairs.append({"rule_1": a, "rule_2": b, "spearman": ranks[a].corr(ranks[b]),
-                          "jaccard": len(best[a] & best[b]) / max(len(best[a] | best[b]), 1),
-                          "notes_1": notes[a], "notes_2": notes[b]})
+    pairs = [{"rule_1": a, "rule_2": b, "spearman": ranks[a].corr(ranks[b]),
+              "jaccard": len(best[a] & best[b]) / max(len(best[a] | best[b]), 1),
+              "notes_1": notes[a], "notes_2": notes[b]} for a, b in combinations(rules, 2)]
     shared = (ranks - 1) / max(len(ranks) - 1, 1)
     shared = shared.assign(gap=shared.max(axis=1) - shared.min(axis=1))
     worst = shared.nlargest(top, "gap")

@@ -78,24 +78,20 @@ def _run(one: Callable, low: int, high: int, trials: int, seed: int) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back what FLAML and Optuna log, and give both back their levels afterwards."""
-    loggers = [logging.getLogger(name) for name in ("optuna", "flaml")]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flaml.automl is not available")
         import flaml.tune  # noqa: F401  (its import sets its loggers up)
         import optuna  # noqa: F401
 
-        levels = [logger.level for logger in loggers]
-        loggers += [
-            logging.getLogger(name) for name in logging.root.manager.loggerDict
-            if name.startswith("flaml.")
-        ]
-        levels += [logger.level for logger in loggers[len(levels):]]
+        theirs = [logging.getLogger(name) for name in logging.root.manager.loggerDict
+                  if name.split(".")[0] in ("flaml", "optuna")]  # fmt: skip
+        levels = {logger: logger.level for logger in theirs}
         try:
-            for logger in loggers:
+            for logger in levels:
                 logger.setLevel(logging.CRITICAL)
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
+            for logger, level in levels.items():
                 logger.setLevel(level)
 
 
