@@ -48,7 +48,8 @@ def build_book(folder: Path, profile: Profile) -> Path:
     """Build the book from a staged copy, so that the committed pages stay as they are."""
     stage = folder / "stage"
     shutil.rmtree(stage, ignore_errors=True)
-    shutil.copytree(files.root() / "book", stage / "book", ignore=shutil.ignore_patterns("notebooks"))
+    others = shutil.ignore_patterns("notebooks")
+    shutil.copytree(files.root() / "book", stage / "book", ignore=others)
     for executed in (folder / "notebooks").glob("*.ipynb"):
         write_page(executed, stage / "book" / "notebooks" / executed.name)
     shutil.copy2(files.root() / "_config.yml", stage / "_config.yml")
@@ -101,14 +102,12 @@ def write_page(executed: Path, target: Path) -> None:
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not _is_noise(output)]
+            cell.outputs = [
+                output for output in cell.outputs if output.get("name") != "stderr"
+                and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+            ]  # fmt: skip
     text = nbformat.writes(book).replace(str(files.root()), ".")
     files.write_atomic(target, text)
-
-
-def _is_noise(output: dict) -> bool:
-    widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
-    return widget or output.get("name") == "stderr"
 
 
 def notebooks() -> list[Path]:

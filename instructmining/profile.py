@@ -43,8 +43,9 @@ def _model(value: Any) -> Any:
 
 
 def _source(value: Any) -> Any:
-    named = isinstance(value, str)
-    return {"name": Path(value).name.split(".")[0], "where": value} if named else value
+    if isinstance(value, str):
+        return {"name": Path(value).name.split(".")[0], "where": value}
+    return value
 
 
 Model = Annotated[ModelRef, BeforeValidator(_model)]  # a YAML file may give the id alone
@@ -181,13 +182,9 @@ class Profile:
         """The indicators that enter the rule, in order."""
         return list(self.inference.columns or self.indicators)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain types only, as in the YAML file."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
     def hash(self) -> str:
         """First 16 hex digits of the sha256 of the whole profile."""
-        text = json.dumps(self.as_dict(), sort_keys=True)
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -175,9 +175,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-@dataclass(frozen=True)
-class PoolKind:
-    """What a pool is to a rule. name : one of the four above; why : str, what was compared."""
+class PoolKind(NamedTuple):
+    """What a pool is to a rule: one of the four names above, and what was compared."""
 
     name: str
     why: str
@@ -193,21 +192,21 @@ def pool_kind(
     hash. One fitted row makes the pool "fitted rows".
     """
     sources = set(card.fitted_on.sources)
+    rows = "the fitted rows are not at hand"
     if fitted is not None:
-        hashes = set(fitted["row_hash"]) - {""}
-        same = int(scores["row_hash"].isin(hashes).sum())
+        same = int(scores["row_hash"].isin(set(fitted["row_hash"]) - {""}).sum())
         if same:
-            why = f"{same} of {len(scores)} rows are among those that the rule's sets came from"
-            return PoolKind(FITTED, why)
+            return PoolKind(FITTED, f"{same} of {len(scores)} rows are among those that the rule's "
+                                    "sets came from")  # fmt: skip
         sources |= set(fitted["source"])
+        rows = "no row is the same"
     if not sources:
         return PoolKind(UNTOLD, "the card names no source, and its rows are not at hand")
     met = sorted(set(scores["source"]) & sources)
-    rows = "no row is the same" if fitted is not None else "the fitted rows are not at hand"
     if met:
         return PoolKind(KNOWN, f"the rule was fitted on rows of {', '.join(met)}; {rows}")
-    why = f"none of its sources is among the {len(sources)} that the rule was fitted on; {rows}"
-    return PoolKind(UNSEEN, why)
+    return PoolKind(UNSEEN, f"none of its sources is among the {len(sources)} that the rule was "
+                            f"fitted on; {rows}")  # fmt: skip
 
 
 def verdict_markdown(
@@ -236,21 +235,21 @@ def headline(table: pd.DataFrame) -> str:
 
     It begins with "No evidence that" unless every pool is better at every budget that was run.
     """
-    primary, better, found = _primary(table), {}, []
+    primary, failing, found = table[table["role"] == "primary"], [], []
+    better = primary["verdict"].str.startswith("better")
     for budget, part in primary.groupby("budget", sort=False):
-        better[budget] = int(part["verdict"].str.startswith("better").sum())
-        found.append(_found(part, better[budget], budget))
-    pools, numbers = primary["pool"].nunique(), "; ".join(found)
-    whole = "the selected rows train a better model than random rows"
-    if all(number == pools for number in better.values()):
+        found.append(f"at {budget} {_found(part)}")
+        if not better[part.index].all():
+            failing.append(budget)
+    numbers, whole = "; ".join(found), "the selected rows train a better model than random rows"
+    if not failing:
         all_tiny = primary["verdict"].str.contains("within").all()
         tiny = ", but by less than 1 %" if all_tiny else ""
         return f"{whole[0].upper()}{whole[1:]}{tiny}: {numbers}."
-    if not any(better.values()):
+    if not better.any():
         return f"No evidence that {whole}: {numbers}."
-    failing = " and at ".join(budget for budget, number in better.items() if number < pools)
-    where = " in every pool" if pools > 1 else ""
-    return f"No evidence that {whole}{where} at {failing}: {numbers}."
+    where = " in every pool" if primary["pool"].nunique() > 1 else ""
+    return f"No evidence that {whole}{where} at {' and at '.join(failing)}: {numbers}."
 
 
 def contrast_line(row: Mapping) -> str:
@@ -260,22 +259,18 @@ def contrast_line(row: Mapping) -> str:
             f"[{_signed(row['low'])}, {_signed(row['high'])}], {seen}")  # fmt: skip
 
 
-def _primary(table: pd.DataFrame) -> pd.DataFrame:
-    return table[table["role"] == "primary"]
-
-
-def _found(part: pd.DataFrame, better: int, budget: str) -> str:
+def _found(part: pd.DataFrame) -> str:
     if len(part) == 1:
-        return f"at {budget} {contrast_line(part.iloc[0])}"
-    worse = int(part["verdict"].str.startswith("worse").sum())
-    return (f"at {budget} better in {better} and worse in {worse} of {len(part)} pools, "
+        return contrast_line(part.iloc[0])
+    better, worse = (part["verdict"].str.startswith(word).sum() for word in ("better", "worse"))
+    return (f"better in {better} and worse in {worse} of {len(part)} pools, "
             f"differences {_signed(part['difference'].min())} to "
             f"{_signed(part['difference'].max())}, could have seen "
             f"{_percent(part['detectable'].max())} in each")  # fmt: skip
 
 
 def _what_it_means(table: pd.DataFrame) -> list[str]:
-    part = _primary(table)
+    part = table[table["role"] == "primary"]
     if part["verdict"].str.startswith("better").all():
         return []
     seen = part["detectable"].max()

@@ -170,15 +170,12 @@ class Study:
     @property
     def candidate_scores(self) -> pd.DataFrame:
         """The scores of the rows that the sets are drawn from."""
-        return self._of_role("candidates")
+        return self.pool_scores("candidates")
 
     def pool_scores(self, pool: str) -> pd.DataFrame:
         """The scores of one pool's rows."""
-        return self._of_role(pool)
-
-    def _of_role(self, role: str) -> pd.DataFrame:
         roles = self.frame("roles.parquet")
-        wanted = roles.loc[roles["role"] == role, "id"]
+        wanted = roles.loc[roles["role"] == pool, "id"]
         by_id = self.scores.drop_duplicates("id").set_index("id", drop=False)
         part = by_id.loc[wanted].reset_index(drop=True)
         part.attrs = self.scores.attrs
@@ -207,22 +204,19 @@ class Study:
     # Sets and runs
 
     def draw_sets(self) -> list[TrainingSet]:
-        """Draw the design: fusion, designed and equal-token sets, the anchors' further seeds."""
-        plan, scores = self.profile.design, self.candidate_scores
-        fusion = fusion_sets(scores, plan.fusion, plan.size, plan.seed)
-        designed = designed_arm(scores, plan, self.profile.rule_columns())
-        further = range(1, plan.anchor_seeds + 1)
-        repeats = anchors(designed, plan.anchors, tuple(further))
-        return fusion + designed + self._equal_tokens() + repeats
+        """Draw the design: fusion, designed and equal-token sets, the anchors' further seeds.
 
-    def _equal_tokens(self) -> list[TrainingSet]:
-        """Sets of as many response tokens as an average set of the design's number of rows."""
+        Equal-token sets have as many response tokens as an average set of the design's size.
+        """
         plan, scores = self.profile.design, self.candidate_scores
-        if not plan.tokens:
-            return []
-        tokens = round(plan.size * float(scores["len_out"].mean()))
-        return equal_token_sets(scores, plan.tokens, tokens, plan.strength, plan.seed,
-                                columns=self.profile.rule_columns())
+        columns = self.profile.rule_columns()
+        designed = designed_arm(scores, plan, columns)
+        sets = fusion_sets(scores, plan.fusion, plan.size, plan.seed) + designed
+        if plan.tokens:
+            tokens = round(plan.size * float(scores["len_out"].mean()))
+            sets += equal_token_sets(scores, plan.tokens, tokens, plan.strength, plan.seed,
+                                     columns=columns)  # fmt: skip
+        return sets + anchors(designed, plan.anchors, tuple(range(1, plan.anchor_seeds + 1)))
 
     @cached_property
     def sets(self) -> list[TrainingSet]:
