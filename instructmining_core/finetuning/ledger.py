@@ -102,13 +102,9 @@ class Ledger:
             self._put(record, before)
             lease.release()
 
-    def records(self) -> list[Record]:
-        """Every record, by run_id."""
-        return [self.read(path.stem) for path in sorted(self.folder.glob("*.json"))]
-
     def load(self) -> pd.DataFrame:
         """One row a run, sorted by run_id; `tidy` tells the columns."""
-        return tidy(self.records())
+        return tidy([self.read(path.stem) for path in sorted(self.folder.glob("*.json"))])
 
     def clear(self) -> None:
         """Remove what killed processes left: half-written files, leases of finished runs."""

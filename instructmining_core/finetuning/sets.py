@@ -78,7 +78,7 @@ def fusion_sets(scores: pd.DataFrame, n: int, size: int, seed: int) -> list[Trai
     over what can be delivered. Errors: where that fails `REDRAWS` times.
     """
     rng = np.random.default_rng(seed)
-    pool = _hashes(rows_by_source(scores))
+    pool = {s: part["row_hash"].to_numpy(object) for s, part in rows_by_source(scores).items()}
     names, have = list(pool), np.array([len(rows) for rows in pool.values()])
     made = []
     for _ in range(n):
@@ -159,13 +159,11 @@ def designed_sets(scores: pd.DataFrame, n_within: int, n_mixed: int, size: int,
     Errors: where the pool can't deliver. See statistics.md, section 2.
     """
     rng = np.random.default_rng(seed)
-    rows = rows_by_source(scores)
-    pool = _hashes(rows)
+    rows, pool, space = _pool(scores, columns)
     if len(pool) < min_sources:
         raise InstructMiningError(
             f"the pool has {len(pool)} sources, the design wants {min_sources}: add sources, or "
             "pass min_sources and keep to within-source claims")
-    space = {s: within_space(part, columns) for s, part in rows.items()}
     caps = {s: int(MAX_ROW_SHARE * len(part)) for s, part in rows.items()}
     eligible = [s for s in pool if caps[s] >= size]
     if n_within and not eligible:
@@ -197,9 +195,7 @@ def equal_token_sets(scores: pd.DataFrame, n: int, tokens: int,
     tokens, so only this arm (24 sets or more) can tell the two apart.
     """
     rng = np.random.default_rng(seed)
-    rows = rows_by_source(scores)
-    pool = _hashes(rows)
-    space = {s: within_space(part, columns) for s, part in rows.items()}
+    rows, pool, space = _pool(scores, columns)
     own = {s: part["len_out"].astype(float).fillna(0).to_numpy() for s, part in rows.items()}
     eligible = [s for s in pool if own[s].sum() * MAX_ROW_SHARE >= tokens]
     if not eligible:
@@ -216,8 +212,11 @@ def equal_token_sets(scores: pd.DataFrame, n: int, tokens: int,
     return made
 
 
-def _hashes(rows: Mapping[str, pd.DataFrame]) -> dict[str, np.ndarray]:
-    return {source: part["row_hash"].to_numpy(object) for source, part in rows.items()}
+def _pool(scores: pd.DataFrame, columns: Sequence[str]) -> tuple[dict, dict, dict]:
+    """Rows, their hashes and their `within_space`, by source."""
+    rows = rows_by_source(scores)
+    return (rows, {source: part["row_hash"].to_numpy(object) for source, part in rows.items()},
+            {source: within_space(part, columns) for source, part in rows.items()})
 
 
 def _tilted(space, sources, tilts, strength, rng) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
