@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -106,10 +107,11 @@ def structured(value: object) -> object:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         for read in (orjson.loads, json.loads, _literal):
             try:
-                value = read(value)
-                break
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                found = read(value)
+            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
                 continue
+            value = found if isinstance(found, list | dict) else value
+            break
     if isinstance(value, dict) and any(key in value for key in ROLE_KEYS):
         columns = list(value.values())
         if all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
@@ -120,7 +122,8 @@ def structured(value: object) -> object:
 def _literal(text: str) -> object:
     if len(text) > LONGEST_LITERAL:
         raise ValueError("too long")
-    return ast.literal_eval(text.strip())
+    with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
+        return ast.literal_eval(text.strip())
 
 
 def in_turn(*contents: str) -> Messages:

@@ -121,7 +121,8 @@ def _check_ids(name: str, model, tokenizer) -> None:
     A pad token outside is replaced (padding is masked), a missing eos by the token that ends a
     text: perplexities leave it out.
     """
-    rows = model.get_input_embeddings().num_embeddings
+    embeddings = model.get_input_embeddings()
+    rows = getattr(embeddings, "num_embeddings", tokenizer.vocab_size)
     if tokenizer.eos_token is None:
         tokenizer.eos_token = tokenizer.sep_token or tokenizer.pad_token
     for what, last in (("vocabulary", tokenizer.vocab_size - 1), ("eos", tokenizer.eos_token_id)):

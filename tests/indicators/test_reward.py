@@ -177,7 +177,7 @@ def test_empty_response_has_a_value_and_a_note(oasst):
 
 
 def test_classifiers_with_several_outputs_and_unknown_forms_are_refused(tmp_path, oasst):
-    config = BertConfig(vocab_size=60, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+    config = BertConfig(vocab_size=400, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
                         intermediate_size=8, num_labels=3)
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     oasst.tokenizer.save_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -87,3 +88,20 @@ def test_a_missing_file_says_how_to_get_it(data, tmp_path):
     gone = SourceConfig("c", "c.jsonl", how_to_get="Ask the authors.")
     with pytest.raises(ProfileError, match="c.jsonl. Ask the authors."):
         read_study_data(dataclasses.replace(data, sources=(gone,)), tmp_path)
+
+
+def test_rows_of_one_id_in_three_sources_stay_apart(data, tmp_path):
+    for name in "abc":
+        rows = [{"id": i, "instruction": f"ask {name} number {i}", "output": f"say {name} {i}"}
+                for i in range(5)]  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sources = tuple(SourceConfig(name, f"{name}.jsonl") for name in "ab")
+    found = read_study_data(
+        dataclasses.replace(
+            data, rows_per_source=3, sources=sources, unseen=(SourceConfig("c", "c.jsonl"),)
+        ),
+        tmp_path,
+    )
+    assert len(found.everything) == found.everything["id"].nunique() == 15
+    assert set(found.candidates["id"]) <= {f"{name}/{i}#0" for name in "ab" for i in range(5)}
+    assert set(found.roles["id"]) == set(found.everything["id"])
