@@ -193,15 +193,3 @@ def in_medians(table: pd.DataFrame) -> pd.DataFrame:
     groups = table.assign(in_band=held.astype(float)).groupby("runs")
     frame = groups[["noise", "residual_sd", "planned", "low", "high", "realised", "hc3"]].median()
     return frame.assign(in_band=groups["in_band"].mean())
-
-
-def within_target(table: pd.DataFrame, target: float) -> pd.DataFrame:
-    """From `replanned`: would fewer runs have brought every slope's interval to the target?
-
-    Held against the half-widths that the rule reports (HC3). Index runs: slopes, within (how many
-    of them are), suffices (all are, and stay so with more runs).
-    """
-    held = (table["hc3"] <= target).groupby(table["runs"])
-    frame = pd.DataFrame({"slopes": held.size(), "within": held.sum()})
-    suffices = (frame["within"] == frame["slopes"])[::-1].cummin()[::-1]
-    return frame.assign(suffices=suffices)

@@ -150,13 +150,6 @@ def tests_table(tests: Sequence[Permutation], fit: RuleFit, size: int) -> pd.Dat
     return pd.DataFrame(rows)
 
 
-def choice_table(chosen: pd.DataFrame, draws: int) -> pd.DataFrame:
-    """`bootstrap_choice` with Wilson bounds of each frequency over `draws` draws."""
-    low, high = _wilson(chosen["frequency"] * draws, draws)
-    others = chosen.columns.drop("frequency")
-    return chosen.assign(low=low, high=high)[["frequency", "low", "high", *others]]
-
-
 def transfer_settings(study: Study) -> Settings:
     """The runs of every base at hand, once for each evaluation set; the first is the rule's own.
 

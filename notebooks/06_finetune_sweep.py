@@ -44,6 +44,7 @@ profile = "laptop"  # type: str  # a preset's name or a YAML file
 
 # %%
 import numpy as np
+import pandas as pd
 from IPython.display import Markdown
 
 from instructmining import figures, pilot
@@ -143,7 +144,9 @@ Markdown(words)
 target = 0.01  # log loss per sd of a row: one per cent of the loss
 words = "Nothing to compare, so nothing to save."
 if table is not None:
-    reached = pilot.within_target(table, target)
+    within_target = (table["hc3"] <= target).groupby(table["runs"])
+    reached = pd.DataFrame({"slopes": within_target.size(), "within": within_target.sum()})
+    reached["suffices"] = within_target.all()[::-1].cummin()[::-1]
     display(reached)
     enough = reached.index[reached["suffices"]]
     words = f"{enough[0]} runs suffice for a half-width of {target} in every slope." if len(enough) else f"With all runs {reached['within'].iloc[-1]} of {reached['slopes'].iloc[-1]} slopes are within {target}; more runs would have been of use."

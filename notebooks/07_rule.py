@@ -54,6 +54,7 @@ import numpy as np
 import pandas as pd
 import statsmodels.formula.api as smf
 from IPython.display import Markdown
+from statsmodels.stats.proportion import proportion_confint
 
 from instructmining import claims, figures, tables
 from instructmining.reports import card_markdown
@@ -218,7 +219,8 @@ noise = inference.seed_variance(runs)
 left = inference.lack_of_fit(fit, noise)
 draws = study.profile.inference.bootstraps
 chosen = inference.bootstrap_choice(runs, columns, constants, n=draws, size=size)
-display(significant(tables.choice_table(chosen, draws)))
+chosen["low"], chosen["high"] = proportion_confint(chosen["frequency"] * draws, draws, method="wilson")
+display(significant(chosen))
 page = inference.influence_table(fit)
 display(figures.plot_residual_page(page))
 often = chosen.index[chosen["frequency"] >= 0.8]

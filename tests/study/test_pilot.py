@@ -161,17 +161,6 @@ def test_replanning_starts_from_the_pilot_and_learns_what_the_line_misses(study)
     assert last["hc3"].to_numpy() == pytest.approx(reported.to_numpy())
 
 
-def test_fewer_runs_would_have_sufficed_or_not():
-    table = pd.DataFrame({"runs": [30, 30, 60, 60, 90, 90], "hc3": [9, 5, 4, 3, 3.5, 2]})
-    found = pilot.within_target(table, 4)
-    assert found["within"].to_dict() == {30: 0, 60: 2, 90: 2} and (found["slopes"] == 2).all()
-    assert found["suffices"].tolist() == [False, True, True]
-    assert pilot.within_target(table, 3.6)["suffices"].tolist() == [False, False, True]
-    assert not pilot.within_target(table, 1)["suffices"].any()
-    # 60 runs were there, 90 no longer: then 60 did not suffice
-    assert not pilot.within_target(table.assign(hc3=[9, 9, 3, 3, 5, 3]), 4)["suffices"].any()
-
-
 def test_no_candidates_is_the_plain_draw_of_before():
     world = synthetic_world(9, rows=300, seed=4)
     before = designed_sets(world, 60, 30, 100, 1.5, 1, columns=COLUMNS, min_sources=8,
