@@ -329,7 +329,7 @@ def generate_pairs(study: Study, rule: RuleCard) -> pd.DataFrame:
     The prompts are drawn from all sources by the profile's data seed (`draw_prompts`).
     Returns columns pair (int), prompt_id, prompt (messages), selected, random (answers).
     """
-    from instructmining_core.models.generation import generate
+    from instructmining_core.models.causal_lm import generate
 
     config = study.profile.judge
     prompts = draw_prompts(study.data.eval_2, config.prompts, study.profile.data.seed)

@@ -1,4 +1,4 @@
-"""A causal LM opened for its loss: the negative log-likelihood of responses, at any batch size.
+"""A causal LM: the negative log-likelihood of responses, at any batch size, and greedy answers.
 
 Logits are made at target positions only and in chunks: 8 x 2,048 tokens x 152k vocabulary would be
 5 GB in bfloat16. So the decoder and the output projection are called apart. Some families change
@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ..config import InstructMiningError
-from ..data.tokenization import Encoded, end_ids
+from ..data.tokenization import Encoded, Message, encode_many, end_ids
 from .attention import quickest
 from .batching import Failed, map_batches, pad
 from .loading import LoadedModel, open_model
@@ -31,6 +32,8 @@ from .loading import LoadedModel, open_model
 if TYPE_CHECKING:
     from ..config import ModelRef
 
+_PROMPT_TOKENS = 1024  # of a prompt that is answered, at most
+_ANSWER_TOKENS = 8192  # padded tokens of a batch, prompts and answers; halved when memory runs out
 FIRST = 64  # target tokens of the `nll_first64` column
 _CHUNK = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits made at once, tokens x vocabulary
 COLUMNS = (
@@ -297,3 +300,50 @@ def _forward_nll(lm: LM, inputs: dict, before: Tensor, goal: Tensor) -> Tensor:
     else:
         logits = inner(**inputs).logits
     return nn.functional.cross_entropy(logits[before].float(), goal, reduction="none")
+
+
+def generate(
+    lm: LM, prompts: Sequence[Sequence[Message]], max_new_tokens: int, *, progress: bool = False
+) -> list[str]:
+    """The model's greedy answer to each prompt, until the token that ends an answer.
+
+    An answer does not depend on which prompts share its batch, up to ties that rounding breaks.
+
+    prompts : messages without the answer, the last from the user; a long one loses whole messages
+        from the left.
+    max_new_tokens : tokens of an answer at most.
+
+    Raises InstructMiningError for a prompt whose last message has more than 1,024 tokens, or more
+    than the model's positions less the answer's, or that alone does not fit into memory.
+    """
+    limit = int(min(_PROMPT_TOKENS, lm.max_positions() - max_new_tokens))
+    encoded = encode_many(lm.tokenizer, prompts, max_tokens=max(1, limit), template=lm.template)
+    for number, row in enumerate(encoded):
+        if row.truncated:
+            text = f"Prompt {number}'s last message has more than {limit} tokens."
+            raise InstructMiningError(text)
+    answers = map_batches(
+        lambda rows: _answers(lm, [encoded[i].ids for i in rows], max_new_tokens),
+        [len(row) + max_new_tokens for row in encoded], _ANSWER_TOKENS, progress,
+        f"answers to {len(prompts)} prompts",
+    )  # fmt: skip
+    for number, answer in enumerate(answers):
+        if isinstance(answer, Failed):
+            raise InstructMiningError(f"Prompt {number}: {answer.reason}")
+    return answers
+
+
+@torch.inference_mode()
+def _answers(lm: LM, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+    lm.model.eval()
+    device, ends = next(lm.model.parameters()).device, end_ids(lm.tokenizer)
+    ids, mask = pad(rows, lm.pad_id, "left")  # at the left, so that all answers start together
+    out = unwrapped(lm.model).generate(
+        input_ids=torch.from_numpy(ids).to(device),
+        attention_mask=torch.from_numpy(mask).to(device),
+        max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), pad_token_id=lm.pad_id,
+        do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
+    )  # fmt: skip
+    new = [list(takewhile(lambda token: token not in ends, row))
+           for row in out[:, ids.shape[1] :].tolist()]
+    return lm.tokenizer.batch_decode(new, skip_special_tokens=True)

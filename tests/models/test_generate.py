@@ -5,9 +5,8 @@ import torch
 
 from instructmining_core.config import InstructMiningError, ModelRef
 from instructmining_core.data.tokenization import encode
-from instructmining_core.models import generation as generate_module
-from instructmining_core.models.causal_lm import load_lm
-from instructmining_core.models.generation import generate
+from instructmining_core.models import causal_lm as generate_module
+from instructmining_core.models.causal_lm import generate, load_lm
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def slow_greedy(lm, prompt, steps):
 def test_greedy_equals_the_slow_loop_at_any_batch_size(lm, monkeypatch):
     expected = [slow_greedy(lm, p, 12) for p in prompts()]
     assert generate(lm, prompts(), 12) == expected
-    monkeypatch.setattr(generate_module, "_BATCH_TOKENS", 1)
+    monkeypatch.setattr(generate_module, "_ANSWER_TOKENS", 1)
     assert generate(lm, prompts(), 12) == expected
     assert len(set(expected)) > 1
 
