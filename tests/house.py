@@ -32,6 +32,9 @@ STRANGERS = (  # rooms that know nothing of each other, though their floors woul
     (f"{CORE}.selection", f"{CORE}.models"),
 )
 LINES, FUNCTION_LINES, SPLINTER = 600, 60, 40
+# The house's own measure, and what the readers of every file that people have brought to `data`.
+READERS = 900
+CORE_LINES, ALL_LINES = 12_500 + READERS, 20_000 + READERS
 
 
 class House:
@@ -213,11 +216,11 @@ def table() -> list[tuple[str, str, str]]:
              for package in (CORE, STUDY)]  # fmt: skip
     return [
         ("core: files", f"{len(core)}", "70"),
-        ("core: lines", f"{sum(house.lines[n] for n in core):,}", "12,500"),
+        ("core: lines", f"{sum(house.lines[n] for n in core):,}", f"12,500, and {READERS} of the readers"),
         ("both packages: files", f"{len(house.paths)}", "110"),
-        ("both packages: lines", f"{sum(house.lines.values()):,}", "20,000"),
+        ("both packages: lines", f"{sum(house.lines.values()):,}", f"20,000, and {READERS} of the readers"),
         ("rooms of the core", f"{len(rooms[0])}: {', '.join(rooms[0])}", "6"),
-        ("rooms of the study", f"{len(rooms[1])}: {', '.join(rooms[1])}", "4"),
+        ("rooms of the study", f"{len(rooms[1])}: {', '.join(rooms[1])}", "4 at most"),
         ("import cycles", f"{len(house.cycles())}", "0"),
         ("imports that climb", f"{len(house.climbs())}", "0"),
         ("longest file", f"{max(house.lines.values())}", str(LINES)),
