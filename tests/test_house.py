@@ -1,4 +1,4 @@
-"""The manners of the house that a machine can hold: rooms, directions, files, the one pinned set."""
+"""The manners of the house that a machine can hold: rooms, directions, files, pinned versions."""
 
 from __future__ import annotations
 
