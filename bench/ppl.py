@@ -1,4 +1,4 @@
-"""Perplexity: `perplexity.compute_perplexity`, as it ships, against the two ways it is done elsewhere.
+"""Perplexity: `perplexity.compute_perplexity` as it ships, against the two ways done elsewhere.
 
 Peers, both plain transformers with the same model object, dtype, template and token ids, and both
 tokenising as they go, as ours does:

@@ -48,8 +48,8 @@ def verified(
 ) -> tuple[dict, str]:
     """Finetune and compare; the contrasts as plain records, and the verdict's page in Markdown.
 
-    Raises InstructMiningError where the pool is too small for a random draw of another kind than the
-    selection.
+    Raises InstructMiningError where the pool is too small for a random draw of another kind than
+    the selection.
     """
     from instructmining_core.selection.beat_random import compare_budgets
 
