@@ -11,10 +11,12 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from .config import InstructMiningError
 
 OLD = 600.0  # seconds: no write takes so long
 
@@ -65,6 +67,15 @@ def file_sha256(path: str | Path) -> str:
     """sha256 of a file's bytes as they lie on the disk (a gzip file is not unpacked), as hex."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def refuse_overwrite(out: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raise InstructMiningError where `out` is one of the files that are read to make it."""
+    for one in inputs:
+        if Path(out).exists() and Path(one).exists() and Path(one).samefile(out):
+            raise InstructMiningError(
+                f"{out} is read for this, and would be overwritten; name another file with -o"
+            )
 
 
 @contextmanager

@@ -258,11 +258,14 @@ def _fit(
     not_for: Annotated[str, Option(help="said on the card")] = NOT_FOR,
 ) -> None:
     """Fit a rule to finetuning runs."""
+    from instructmining_core.files import refuse_overwrite
+
     from ..reports import card_markdown
     from .rule import fitted_card, study_material, table_material
 
     if bool(runs) == bool(profile):
         raise ValueError("give either RUNS with --scores, or --profile")
+    refuse_overwrite(out, filter(None, (runs, scores)))
     names = indicators.split(",") if indicators else []
     material = study_material(profile, names) if profile else table_material(runs, scores, names)
     card = fitted_card(material, not_for, permutations, auto_size)

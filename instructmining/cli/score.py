@@ -58,12 +58,8 @@ class Inputs:
             raise InstructMiningError("a file is named twice; each row is scored once")
         if Path(out).suffix != ".parquet":
             raise InstructMiningError(f"{out}: a score table is Parquet; name it with .parquet")
+        files.refuse_overwrite(out, names)
         for name in names:
-            if Path(name).exists() and Path(out).exists() and Path(name).samefile(out):
-                raise InstructMiningError(
-                    f"{out} is one of the files to be scored, and would be overwritten; "
-                    "name another file with -o"
-                )
             if "=" in name and not Path(name).exists():
                 raise InstructMiningError(
                     f"there is no file {name}; if it is a model, give --models before each: "

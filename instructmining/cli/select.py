@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from instructmining_core.config import InstructMiningError
 from instructmining_core.data.duplicates import RUN, THRESHOLD
 from instructmining_core.data.export import SourceRows, keys_of, output_format, write_rows
-from instructmining_core.files import file_sha256
+from instructmining_core.files import file_sha256, refuse_overwrite
 from instructmining_core.indicators.score_table import read_scores
 from instructmining_core.models.hub import HubError
 from instructmining_core.regression.rule_card import RuleCard, load_rule
@@ -77,12 +76,7 @@ def select_to(
     reach = support(rule, scores, strict=strict)
     _warn(rule_name, differences, reach)
     sources = SourceRows(scores, beside=Path(table).parent, moved=moved)
-    for one in (table, rule_name, *sources.files.values()):
-        if Path(out).exists() and Path(one).exists() and Path(one).samefile(out):
-            raise InstructMiningError(
-                f"{out} is read for this selection, and would be overwritten: name another file "
-                "with -o"
-            )
+    refuse_overwrite(out, (table, rule_name, *sources.files.values()))
     selection = select_rows(scores, rule, top, texts=sources.fetch)
     column, spelt_out = _write(out, selection, sources)
     report = {

@@ -189,9 +189,8 @@ def _history(record: Record) -> Messages:
     earlier = record.chat("history")
     if earlier is None:
         given = structured(record.fields["history"])
-        wrong = next((i for i, turn in enumerate(given)), 0) if isinstance(given, list) else 0
-        got = given[wrong] if isinstance(given, list) else given
-        raise FormatError(f"a pair of texts in history[{wrong}]", got)
+        got = given[0] if isinstance(given, list) and given else given
+        raise FormatError("a pair of texts in each entry of 'history'", got)
     return earlier
 
 

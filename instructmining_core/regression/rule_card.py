@@ -220,7 +220,10 @@ class RuleCard(_Part):
             card = cls.model_validate(migrate(data))
         except ValidationError as error:
             raise InstructMiningError(f"{where}: {in_plain_words(error, cls)}") from error
-        own = _digest(card.content() if data["schema"] == SCHEMA else data)
+        try:
+            own = _digest(card.content() if data["schema"] == SCHEMA else data)
+        except ValueError as error:  # NaN, or text that is no Unicode
+            raise InstructMiningError(f"{where} holds what JSON has not: {error}") from error
         if card.content_hash not in ("", own):
             raise InstructMiningError(f"{where} was changed by hand: its content_hash is "
                                       f"{card.content_hash} but its content gives {own}; fit it "
@@ -352,7 +355,9 @@ def migrate(data: Mapping[str, Any]) -> dict[str, Any]:
         fitted_on = {"sources": names.split(", "), "profile": profile, "sets": int(sets),
                      "set_size": int(size) if size else None, "note": "" if profile else head}
     else:
-        tested = [one.get("source", "") for one in data.get("held_out") or []]
+        held = data.get("held_out")
+        tested = [one.get("source", "") for one in held if isinstance(one, Mapping)] if isinstance(
+            held, list) else []  # fmt: skip
         fitted_on = {"sources": tested, "note": data["fitted_on"]}
     return {**data, "schema": SCHEMA, "fitted_on": fitted_on}
 

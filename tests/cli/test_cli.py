@@ -152,7 +152,7 @@ def test_score_reads_standard_input(home, monkeypatch):
         (["score", "data.jsonl", "-o", "s.csv"], "name it with .parquet"),
         (["score", "data.jsonl", "data.jsonl", "-o", "s.parquet"], "named twice"),
         (["score", "data.jsonl", "base=x", "-o", "s.parquet"], "--models A=x --models base=x"),
-        (["score", "s.parquet", "-o", "s.parquet"], "s.parquet is one of the files to be scored"),
+        (["score", "s.parquet", "-o", "s.parquet"], "s.parquet is read for this"),
         (["score", "nothing.jsonl", "-o", "s.parquet"], "nothing.jsonl"),
         (["score", "data.jsonl", "-o", "s.parquet", "--indicators", "beauty"], "unknown indicator"),
         (["score", "data.jsonl", "-o", "s.parquet", "--indicators", "ppl"], "--models"),
