@@ -117,3 +117,13 @@ def test_a_model_that_cannot_be_cut_is_computed_whole_and_said(tiny_tokenizer):
     with pytest.warns(UserWarning, match="cannot be cut below its top 1 layers"):
         assert open_trunk(lm, 1) is None
     assert open_trunk(lm, 0) is None and open_trunk(lm, 2) is None
+
+
+def test_the_first_pass_over_a_base_may_be_an_evaluation_above_kept_states(tiny_tokenizer):
+    """All is kept and the batch size given, so nothing asks before; a head is tried on 8 tokens."""
+    lm, rows = family("qwen2", tiny_tokenizer), rows_of(4)
+    Trunk(family("qwen2", tiny_tokenizer), 1).fill(rows)
+    with on_trunk(lm, 1, rows):
+        above = response_nll(lm, rows, batch_tokens=64)["nll"]
+    whole = response_nll(family("qwen2", tiny_tokenizer), rows)["nll"]
+    np.testing.assert_allclose(above, whole, rtol=TOLERANCE)
