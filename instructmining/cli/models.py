@@ -7,19 +7,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from instructmining_core.config import ModelRef
+from instructmining_core.config import InstructMiningError, ModelRef
 from instructmining_core.indicators import ROLES
 from instructmining_core.models.hub import MARKER
 
-from ..embedded.standins import PREFIX, build_standins
 from ..profile import load_profile
 
 if TYPE_CHECKING:
     from ..study import Study
-
-
-class ModelsError(ValueError):
-    """Models that were asked for in a way that cannot be followed."""
 
 
 def asked_models(profile: str | None, pairs: Sequence[str]) -> dict[str, ModelRef]:
@@ -29,7 +24,7 @@ def asked_models(profile: str | None, pairs: Sequence[str]) -> dict[str, ModelRe
         role, _, name = pair.partition("=")
         if role not in ROLES or not name:
             known = ", ".join(ROLES)
-            raise ModelsError(f"--models {pair!r}: write ROLE=ID, with a role of {known}")
+            raise InstructMiningError(f"--models {pair!r}: write ROLE=ID, with a role of {known}")
         name, _, revision = name.partition("@")
         roles[role] = ModelRef(name, revision or "main")
     return roles
@@ -45,19 +40,19 @@ def asked_template(profile: str | None) -> str:
     return load_profile(profile).finetune.template if profile else "auto"
 
 
-def is_standin(ref: ModelRef) -> bool:
-    """Whether a model is a stand-in: by its name, or by the mark in its folder."""
-    return ref.id.startswith(PREFIX) or (Path(ref.id) / MARKER).is_file()
-
-
 def standin_folder(roles: Mapping[str, ModelRef], allowed: bool) -> Path | None:
     """The folder of the stand-ins among `roles`, built if need be; None where there are none.
 
-    Raises ModelsError where stand-ins are asked for and not allowed.
+    Raises InstructMiningError where stand-ins are asked for and not allowed.
     """
-    found = [role for role, ref in roles.items() if is_standin(ref)]
+    if not roles:  # only numbers of the text itself: the embedded corpus stays unread
+        return None
+    from ..embedded.standins import PREFIX, build_standins
+
+    found = [role for role, ref in roles.items()
+             if ref.id.startswith(PREFIX) or (Path(ref.id) / MARKER).is_file()]  # fmt: skip
     if found and not allowed:
-        raise ModelsError(
+        raise InstructMiningError(
             f"the model of {', '.join(found)} is a stand-in: a tiny model built on the spot, for "
             "trying the code; its scores say nothing of the paper's. Pass --allow-standins to use "
             "it all the same, or name real models with --models or another --profile"
