@@ -23,6 +23,7 @@ from .rule import (
 from .verdict import (
     plot_dose_response,
     plot_judge_bars,
+    plot_loss_proxy,
     plot_search_trials,
     plot_selected_random,
     plot_size_curve,
@@ -32,7 +33,7 @@ from .verdict import (
 __all__ = [
     "plot_coefficients", "plot_correlation_map", "plot_design_failure", "plot_design_half_widths",
     "plot_dose_response", "plot_indicator_distributions", "plot_judge_bars", "plot_loss_by_source",
-    "plot_predicted_measured", "plot_procedure", "plot_regression_panels", "plot_residual_page",
-    "plot_search_trials", "plot_selected_random", "plot_size_curve", "plot_training_curve",
-    "plot_twin_auc", "plot_two_losses",
+    "plot_loss_proxy", "plot_predicted_measured", "plot_procedure", "plot_regression_panels",
+    "plot_residual_page", "plot_search_trials", "plot_selected_random", "plot_size_curve",
+    "plot_training_curve", "plot_twin_auc", "plot_two_losses",
 ]

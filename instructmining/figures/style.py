@@ -23,8 +23,9 @@ RED, TEAL, OLIVE, ROSE, GREY = "#c0392b", "#1b8a9c", "#8a7a1f", "#c45a92", "#7f8
 
 METHODS = {
     "selected": BLUE, "random": GREY, "longest": ORANGE, "lowest_ppl": GREEN, "reward": ROSE,
-    "compression": OLIVE, "full": PURPLE, "BlendSearch": TEAL, "rule": BLUE, "oracle": INK,
-    "length": ORANGE, "len_out": ORANGE, "ppl": GREEN, "log_ppl": GREEN, "perplexity": GREEN,
+    "compression": OLIVE, "full": PURPLE, "BlendSearch": TEAL, "random search": GREY,
+    "rule": BLUE, "oracle": INK, "length": ORANGE, "len_out": ORANGE, "ppl": GREEN,
+    "log_ppl": GREEN, "perplexity": GREEN,
 }
 ARMS = {"fusion": ORANGE, "within": BLUE, "mixed": GREEN}
 OUTCOMES = {"win": BLUE, "tie": "#c9cdd2", "lose": ORANGE, "none": "#eef0f2"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from instructmining_core.selection.judge import win_tie_lose
+from instructmining_core.selection.judge import net_win_of_counts, win_tie_lose
 from instructmining_core.selection.size_curve import size_means
 
 from .style import (
@@ -23,7 +23,6 @@ from .style import (
     PAPER,
     PURPLE,
     RED,
-    TEAL,
     WIDTH,
     colours,
     draw_interval,
@@ -143,28 +142,61 @@ def size_axis(ax: Axes, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-@styled("trial", "size", "loss", "best_loss", "best_size")
+@styled("search", "trial", "size", "loss", "best_loss", "best_size", "cost")
 def plot_search_trials(trials: pd.DataFrame) -> Figure:
-    """The search step by step: loss of each trial with the best so far, and the size tried.
+    """Searches step by step: the best loss so far by what it cost, and the sizes tried.
 
-    trials : from `blendsearch`, columns trial, size (rows), loss, best_loss (nats/token),
-    best_size. The paper's Fig. 2 (v3). Diverged trials have a size but no loss.
+    trials : of one or more searches, columns search, trial, size (rows), loss, best_loss
+    (nats/token), best_size, cost (rows so far). The paper's Fig. 2 (v3). Diverged trials have a
+    size but no loss.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.9))
-    best = trials["best_loss"].replace(np.inf, np.nan)
-    left.step(trials["trial"], best, where="post", color=TEAL, label="best so far")
-    left.plot(trials["trial"], trials["loss"], "o", color=BLUE, ms=5, mec=PAPER, label="trial")
-    left.set(xlabel="trial", ylabel="loss searched on (nats/token)")
-    right.plot(trials["trial"], trials["size"], "o-", color=BLUE, ms=5, mec=PAPER, lw=0.8)
-    chosen = trials["best_size"].iloc[-1]
-    right.axhline(chosen, color=TEAL, lw=1.4)
-    right.annotate(f"best: {chosen:,.0f} rows", (1, chosen), (0, 4), ha="right",
-                   xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8)
+    palette = colours(list(dict.fromkeys(trials["search"])))
+    for name, colour in palette.items():
+        part = trials[trials["search"] == name]
+        best = part["best_loss"].replace(np.inf, np.nan)
+        chosen = part["best_size"].iloc[-1]
+        left.step(part["cost"], best, where="post", color=colour,
+                  label=f"{name}: {chosen:,.0f} rows")  # fmt: skip
+        left.plot(part["cost"], part["loss"], "o", color=colour, ms=4, mec=PAPER)
+        right.plot(part["trial"], part["size"], "o-", color=colour, ms=5, mec=PAPER, lw=0.8)
+        right.axhline(chosen, color=colour, lw=1.4, ls=":")
+    left.set(xlabel="rows trained on so far", ylabel="loss searched on (nats/token)")
     right.set(xlabel="trial", ylabel="rows in the training set")
     size_axis(right, "y")
-    for ax in (left, right):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(loc="best")
+    return figure
+
+
+@styled("group", "loss_eval_1")
+def plot_loss_proxy(runs: pd.DataFrame, tasks: Sequence[str]) -> Figure:
+    """Accuracy against loss, a point a model, coloured by what its rows have in common.
+
+    runs : columns group, the losses (nats/token), and the accuracies `tasks` (shares of the
+    questions) with `base_<task>`: the dotted line is the base's. The panel's title has Pearson's r.
+    """
+    losses = losses_in(runs)
+    groups = list(dict.fromkeys(runs["group"]))
+    figure, axes = plt.subplots(len(tasks), len(losses), squeeze=False, sharex="col",
+                                figsize=(WIDTH, 2.5 * len(tasks) + 0.5))  # fmt: skip
+    palette = colours(groups)
+    for row, task in zip(axes, tasks, strict=True):
+        for ax, loss in zip(row, losses, strict=True):
+            for name, colour in palette.items():
+                part = runs[runs["group"] == name]
+                ax.scatter(part[loss], 100 * part[task], s=14, color=colour, alpha=0.65, lw=0,
+                           label=wrap(name, 30))  # fmt: skip
+            ax.axhline(100 * runs[f"base_{task}"].mean(), color=MUTED, ls=":", lw=1)
+            both = runs[[loss, task]].dropna()
+            ax.set_title(f"r = {both.corr().iloc[0, 1]:+.2f}, {len(both)} models", fontsize=8)
+        row[0].set_ylabel(wrap(task.removeprefix("accuracy_").removesuffix("_norm")
+                               + ": right (%)", 26))  # fmt: skip
+    for ax, loss in zip(axes[-1], losses, strict=True):
+        ax.set_xlabel(label_of(loss))
+    if len(groups) <= 12:  # more names would leave no room for the panels
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center",
+                      ncols=3, markerscale=1.6, fontsize=7)  # fmt: skip
     return figure
 
 
@@ -224,36 +256,42 @@ def plot_twin_auc(truth: pd.DataFrame) -> Figure:
 
 
 @styled("pair", "outcome")
-def plot_judge_bars(judged: pd.DataFrame) -> Figure:
+def plot_judge_bars(judged: pd.DataFrame, published: Mapping[str, int]) -> Figure:
     """Wins, ties and losses of each pair of models, and the net win with its 95 % interval.
 
     judged : from `judge_pairs` with the selected model first, columns pair, prompt_id, score,
-    outcome, consistent. A bar speaks of its two models only.
+    outcome, consistent. published : the paper's win, tie and lose, drawn beside. A bar speaks of
+    its two models only; the numbers in it are prompts.
     """
     table = win_tie_lose(judged)
+    table.index = [f"pair {pair}" for pair in table.index]
+    paper = {**published, "none": 0, **vars(net_win_of_counts(**published))}
+    table.loc["the paper (inferred)"] = [paper[name] for name in table]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(WIDTH, 1.25 + 0.38 * len(table)), width_ratios=(2, 1), sharey=True
     )
     words = {"win": "selected wins", "tie": "tie or inconsistent", "lose": "random wins",
              "none": "no verdict"}
     start = np.zeros(len(table))
+    whole = table[list(OUTCOMES)].sum(axis=1).to_numpy(float)
     for outcome, colour in OUTCOMES.items():
-        counts = table[outcome].to_numpy()
+        counts = table[outcome].to_numpy(float)
         if not counts.any():
             continue
-        left.barh(range(len(table)), counts, left=start, height=0.62, color=colour,
+        shares = 100 * counts / whole
+        left.barh(range(len(table)), shares, left=start, height=0.62, color=colour,
                   label=words[outcome])
-        for y, (count, at) in enumerate(zip(counts, start, strict=True)):
-            if count >= 0.04 * len(judged) / len(table):
-                left.text(at + count / 2, y, str(count), ha="center", va="center", fontsize=8,
+        for y, (count, share, at) in enumerate(zip(counts, shares, start, strict=True)):
+            if share >= 4:
+                left.text(at + share / 2, y, f"{count:.0f}", ha="center", va="center", fontsize=8,
                           color=INK if outcome in ("tie", "none") else "white")
-        start += counts
-    left.set_xlabel("prompts")
+        start += shares
+    left.set_xlabel("prompts (%)")
     right.axvline(0, color=MUTED, lw=1)
     for y, row in enumerate(table.itertuples()):
         draw_interval(right, y, row.net, row.low, row.high, PURPLE)
     right.set_xlabel("net win (share)")
     for ax in (right, left):
-        rows_axis(ax, [f"pair {pair}" for pair in table.index])
+        rows_axis(ax, list(table.index))
     figure.legend(loc="outside upper left", ncols=4)
     return figure

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from ..config import InstructMiningError
+from ..data.choices import accuracy
 from ..data.tokenization import Encoded
-from ..models.causal_lm import COLUMNS, LM
+from ..models.causal_lm import COLUMNS, LM, response_nll
 from ..models.loss import evaluate
 from ..models.trunk import on_trunk
 from .finetune import Meter, can_share_a_pass, check_rows, finetune
@@ -69,18 +70,18 @@ def run_one(
         return run_together([spec], lm, rows, evals, by_epoch=by_epoch)[0]
     check_run(spec, lm, rows, evals)
     started, epochs = now(), _Epochs(spec, evals, by_epoch)
-    data, base = [rows[h] for h in spec.row_hashes], _base_losses(lm, evals)
+    data, base = [rows[h] for h in spec.row_hashes], _of_base(lm, evals)
     tuned = finetune(lm, data, spec.finetune, init_seed=spec.init_seed,
                      order_seed=spec.order_seed, on_epoch=epochs.look)
     try:
         begun = time.perf_counter()
-        losses, examples = _losses(tuned.lm, {} if tuned.diverged else evals)
+        found = _evaluated(tuned.lm, EvalSets() if tuned.diverged else evals)
         evaluated = time.perf_counter() - begun
     finally:
         tuned.close()
     seconds = {"train": tuned.seconds - epochs.seconds, "evaluate": evaluated + epochs.seconds}
-    return _record(spec, lm, tuned.curve, losses, examples, epochs.with_last(losses), started,
-                   seconds, tuned.peak_memory_bytes, tuned.diverged, 1, base)
+    return _record(spec, lm, tuned.curve, found, epochs, started, seconds,
+                   tuned.peak_memory_bytes, tuned.diverged, 1, base)
 
 
 def run_together(
@@ -103,9 +104,9 @@ def run_together(
         adapters.use(adapter)
         epochs[adapter].look(lm, epoch)
 
-    needed = chain(*(job.rows for job in jobs), *evals.values())
+    needed = chain(*(job.rows for job in jobs), evals.rows())
     with on_trunk(lm, specs[0].finetune.layers, needed):
-        base, meter = _base_losses(lm, evals), Meter(lm.device)
+        base, meter = _of_base(lm, evals), Meter(lm.device)
         with adapters.attached():
             trained = train(adapters, PackedModel(lm), jobs, on_epoch=after_epoch)
             seconds = meter.read()[0] - sum(one.seconds for one in epochs)
@@ -113,12 +114,12 @@ def run_together(
             found = []
             for adapter, plan in enumerate(trained.schedules):
                 adapters.use(adapter)
-                found.append(_losses(lm, {} if plan.diverged else evals))
+                found.append(_evaluated(lm, EvalSets() if plan.diverged else evals))
         evaluated = (time.perf_counter() - begun) / len(specs)
         _, peak = meter.read()
     tokens = [sum(len(row) for row in job.rows) for job in jobs]
     return [
-        _record(spec, lm, trained.curve(k), *found[k], epochs[k].with_last(found[k][0]), started,
+        _record(spec, lm, trained.curve(k), found[k], epochs[k], started,
                 {"train": seconds * tokens[k] / sum(tokens),
                  "evaluate": evaluated + epochs[k].seconds},
                 peak, trained.schedules[k].diverged, len(specs), base)
@@ -145,7 +146,7 @@ class _Epochs:
         """Evaluate after an epoch; the last one's losses are the run's own."""
         if self.wanted and epoch < self.last:
             begun = time.perf_counter()
-            self.losses.append(_losses(lm, self.evals)[0])
+            self.losses.append(_evaluated(lm, EvalSets(self.evals))["losses"])
             self.seconds += time.perf_counter() - begun
 
     def with_last(self, losses: dict[str, dict]) -> list[dict[str, dict]]:
@@ -153,21 +154,24 @@ class _Epochs:
         return [*self.losses, losses] if self.wanted and losses else self.losses
 
 
-def _losses(lm: LM, evals: Mapping[str, Sequence[Encoded]]) -> tuple[dict, dict]:
-    """Losses and example lists by evaluation set."""
-    losses, examples = {}, {}
+def _evaluated(lm: LM, evals: EvalSets) -> dict[str, dict]:
+    """Losses and example lists by evaluation set, accuracies by multiple-choice task."""
+    losses, examples, choices = {}, {}, {}
     tokens = EVAL_TOKENS["cuda" if str(lm.device).startswith("cuda") else "cpu"]
     for name, part in evals.items():
         losses[name], frame = evaluate(lm, part, batch_tokens=tokens)
         examples[name] = {one: np.round(frame[one].to_numpy(), 6).tolist() for one in COLUMNS[:-1]}
-    return losses, examples
+    for name, task in evals.choices.items():
+        choices[name] = accuracy(task, response_nll(lm, task.rows, batch_tokens=tokens)["nll"])
+    return {"losses": losses, "examples": examples} | ({"choices": choices} if choices else {})
 
 
-def _base_losses(lm: LM, evals: EvalSets) -> dict[str, dict]:
-    """Losses of the base before any finetuning, by evaluation set; computed once a process."""
+def _of_base(lm: LM, evals: EvalSets) -> dict[str, dict]:
+    """The base before any finetuning, as its records name it; computed once a process."""
     key = (lm.resolved.revision, str(lm.dtype))
     if key not in evals.of_base:
-        evals.of_base[key] = _losses(lm, evals)[0]
+        found = _evaluated(lm, evals)
+        evals.of_base[key] = {f"base_{part}": found[part] for part in found if part != "examples"}
     return evals.of_base[key]
 
 
@@ -178,12 +182,12 @@ def _head(spec: RunSpec, lm: LM, started: str) -> Record:
     }  # fmt: skip
 
 
-def _record(spec, lm, curve, losses, examples, epochs, started, seconds, peak, diverged,
-            together, base) -> Record:  # fmt: skip
-    finite = all(np.isfinite(part["prompt_mean"]) for part in losses.values())
+def _record(spec, lm, curve, found, epochs, started, seconds, peak, diverged, together,
+            base) -> Record:  # fmt: skip
+    finite = all(np.isfinite(part["prompt_mean"]) for part in found["losses"].values())
     return _head(spec, lm, started) | {
         "status": "diverged" if diverged or not finite else "done",
-        "losses": losses, "base_losses": base, "examples": examples, "epochs": epochs,
+        **found, **base, "epochs": epochs.with_last(found["losses"]),
         "curve": curve.to_dict("list"), "steps": len(curve),
         "tokens_trained": int(curve["tokens"].sum()),
         "final_train_loss": float(curve["loss"].iloc[-1]),

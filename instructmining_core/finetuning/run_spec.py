@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import FinetuneConfig, InstructMiningError, ModelRef
+from ..data.choices import EncodedChoices
 from ..data.tokenization import Encoded, template_version
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
+CHOICES = "choices/"  # begins the name of a multiple-choice task among evaluation sets
 RECORD = 1  # version of a record's layout
 ALWAYS_HASHED = frozenset({  # settings of the first records; a later one at its default is left out
     "method", "rank", "alpha", "dropout", "target_modules", "learning_rate", "epochs", "batch_size",
@@ -32,11 +34,23 @@ ALWAYS_HASHED = frozenset({  # settings of the first records; a later one at its
 
 
 class EvalSets(dict[str, Sequence[Encoded]]):
-    """Evaluation sets by name, encoded; not changed any more, so hashed once, whoever asks."""
+    """Evaluation sets by name, encoded; not changed any more, so hashed once, whoever asks.
+
+    choices : multiple-choice tasks by name; in hashes and specifications they are `CHOICES` + name
+    """
+
+    def __init__(self, *sets, choices: Mapping[str, EncodedChoices] | None = None, **named) -> None:
+        super().__init__(*sets, **named)
+        self.choices = dict(choices or {})
+
+    def rows(self) -> list[Encoded]:
+        """Every row that an evaluation computes."""
+        parts = [*self.values(), *(part.rows for part in self.choices.values())]
+        return [row for part in parts for row in part]
 
     @functools.cached_property
     def of_base(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """(A base's revision, dtype) -> its losses before any finetuning, filled by `run`."""
+        """(A base's revision, dtype) -> its values before any finetuning, filled by `run`."""
         return {}
 
     @functools.cached_property
@@ -45,7 +59,7 @@ class EvalSets(dict[str, Sequence[Encoded]]):
         return {
             name: hash_rows([f"{row.ids}{[int(t) for t in row.targets]}" for row in rows])
             for name, rows in self.items()
-        }
+        } | {CHOICES + name: hash_rows(part.lines()) for name, part in self.choices.items()}
 
 
 @dataclass(frozen=True)

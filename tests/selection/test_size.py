@@ -13,7 +13,12 @@ from scipy import stats
 from instructmining_core.config import InstructMiningError
 from instructmining_core.selection import size_curve
 from instructmining_core.selection.size_curve import size_curve_power, size_curve_test, size_means
-from instructmining_core.selection.size_search import blendsearch
+from instructmining_core.selection.size_search import (
+    blendsearch,
+    random_search,
+    search_report,
+    simulated_searches,
+)
 
 LOSS = "loss_eval_1"
 
@@ -32,10 +37,11 @@ def curve(truth, draws=5, sd=0.01, seed=0, method="selected", sizes=None) -> pd.
     ])
 
 
-def test_search_starts_cheap_and_comes_near_the_minimum():
+def test_search_spans_the_range_first_and_comes_near_the_minimum():
     trials = blendsearch(bowl, 512, 10_000, 25, seed=1)
-    assert list(trials["trial"]) == list(range(1, 26))
-    assert trials["size"].iloc[0] == 512
+    assert list(trials["trial"]) == list(range(1, 26)) and set(trials["search"]) == {"BlendSearch"}
+    first = np.geomspace(512, 10_000, 5).round()
+    assert list(trials["size"].iloc[:5]) == list(first)
     assert trials["size"].between(512, 10_000).all()
     best = trials["best_size"].iloc[-1]
     assert abs(math.log(best / 2500)) < 0.15
@@ -43,12 +49,22 @@ def test_search_starts_cheap_and_comes_near_the_minimum():
     assert (trials["cost"].diff().dropna() == trials["size"].iloc[1:]).all()
 
 
+@pytest.mark.parametrize(("trials", "spanned"), [(2, 2), (3, 2), (6, 3), (10, 5)])
+def test_a_small_budget_sees_both_ends_and_is_used_up(trials, spanned):
+    """A falling curve: a search from the smallest size up once stopped at half of the range."""
+    for seed in range(5):
+        table = blendsearch(lambda n: 2 - 0.1 * math.log(n), 32, 256, trials, seed)
+        assert len(table) == trials
+        assert list(table["size"].iloc[:spanned]) == list(np.geomspace(32, 256, spanned).round())
+        assert table["best_size"].iloc[-1] == 256
+
+
 def test_same_seed_same_path_and_another_seed_another_path():
     first, again, other = (
         blendsearch(bowl, 100, 5000, 10, seed=s)["size"].tolist() for s in (3, 3, 4)
     )
     assert first == again
-    assert first != other
+    assert first[:5] == other[:5] and first != other
 
 
 def test_a_stopped_search_goes_on_where_it_was():
@@ -71,6 +87,40 @@ def test_a_stopped_search_goes_on_where_it_was():
 def test_a_small_range_ends_when_it_is_used_up():
     trials = blendsearch(bowl, 10, 13, 20, seed=0)
     assert sorted(trials["size"]) == [10, 11, 12, 13]
+
+
+def test_random_search_takes_distinct_log_uniform_sizes_up_to_its_budget():
+    for seed in range(20):
+        trials = random_search(bowl, 100, 5000, 20_000, seed)
+        assert trials["size"].between(100, 5000).all() and trials["size"].is_unique
+        assert trials["cost"].iloc[-1] >= 20_000 > trials["cost"].iloc[:-1].max()
+        assert trials["best_loss"].iloc[-1] == trials["loss"].min()
+    many = random_search(bowl, 1, 10_000, 3_000_000, 0)["size"]
+    assert np.log(many).median() == pytest.approx(math.log(10_000) / 2, abs=0.5)
+    assert sorted(random_search(bowl, 3, 5, 999, 0)["size"]) == [3, 4, 5]
+
+
+def test_the_report_sees_the_winner_anew_and_says_how_much_was_flattered():
+    runs = curve([0.0, -0.1], sizes=[100, 200]).assign(loss_eval_2=lambda d: 2 * d["loss_eval_1"])
+    found = blendsearch(lambda n: 0.8 if n == 200 else 1.0, 100, 200, 2, seed=0)
+    report = search_report({"BlendSearch": found}, runs, searched=LOSS, reported="loss_eval_2")
+    row, means = report.loc["BlendSearch"], size_means(runs, LOSS).set_index("size")
+    assert (row["best_size"], row["found"], row["cost"]) == (200, 0.8, 300)
+    assert row["anew"] == means.loc[200, "mean"] and row["low"] < row["anew"] < row["high"]
+    assert row["optimism"] == pytest.approx(row["anew"] - 0.8)
+    assert row["reported"] == pytest.approx(2 * row["anew"])
+
+
+def test_simulated_searches_flatter_as_much_as_there_is_noise():
+    sizes = [32, 64, 128, 256, 512]
+    means = pd.DataFrame({"size": sizes, "mean": [1.2, 1.1, 1.0, 1.1, 1.2]})
+    exact = simulated_searches(means, 0.0, 32, 512, 8, repeats=3)
+    assert exact["optimism"]["mean"].abs().max() < 1e-12
+    noisy = simulated_searches(means, 0.05, 32, 512, 8, repeats=12)
+    assert (noisy["optimism"]["mean"] > 2 * noisy["optimism"]["sem"]).all()
+    assert (noisy["excess"]["mean"] >= exact["excess"]["mean"]).all()
+    cost = noisy["cost"]["mean"]
+    assert cost["random search"] >= cost["BlendSearch"]
 
 
 def test_a_diverged_trial_never_wins():

@@ -16,7 +16,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from instructmining import figures
+from instructmining import figures, paper
 from instructmining.figures import rule, style
 from instructmining_core.config import InstructMiningError
 from instructmining_core.selection.judge import judge_pairs
@@ -107,7 +107,7 @@ def judged() -> pd.DataFrame:
 
 def _answers(lead: list[float]):
     turn = iter(value for first in lead for value in (first, 1 - first))
-    return lambda *_: next(turn)
+    return lambda comparisons: [next(turn) for _ in comparisons]
 
 
 def every_figure() -> dict[str, Figure]:
@@ -117,7 +117,8 @@ def every_figure() -> dict[str, Figure]:
         "all_significant": np.tile([True] * 9 + [False], 15),
         "repeat_rank_correlation": rng.uniform(-0.2, 0.6, 150),
     })
-    trials = pd.DataFrame({"trial": [1, 2, 3, 4], "size": [64, 90, 400, 300],
+    trials = pd.DataFrame({"search": "BlendSearch", "trial": [1, 2, 3, 4],
+                           "size": [64, 90, 400, 300], "cost": [64, 154, 554, 854],
                            "loss": [1.5, 1.45, np.nan, 1.4], "best_loss": [1.5, 1.45, 1.45, 1.4],
                            "best_size": [64, 90, 90, 300]})
     plan = pd.DataFrame([
@@ -150,10 +151,15 @@ def every_figure() -> dict[str, Figure]:
         "plot_training_curve": figures.plot_training_curve(curve),
         "plot_selected_random": figures.plot_selected_random(comparison()),
         "plot_size_curve": figures.plot_size_curve(sizes()),
-        "plot_search_trials": figures.plot_search_trials(trials),
+        "plot_search_trials": figures.plot_search_trials(pd.concat([
+            trials, trials.assign(search="random search", cost=[90, 180, 600, 860])])),
+        "plot_loss_proxy": figures.plot_loss_proxy(data["runs"].assign(
+            group=rng.choice(["numpy", "pandas", "wrong identifier"], len(data["runs"])),
+            accuracy_docstrings_norm=rng.uniform(0.4, 0.6, len(data["runs"])),
+            base_accuracy_docstrings_norm=0.5), ["accuracy_docstrings_norm"]),
         "plot_dose_response": figures.plot_dose_response(doses(), harms=[], seen=KINDS[:1]),
         "plot_twin_auc": figures.plot_twin_auc(truth),
-        "plot_judge_bars": figures.plot_judge_bars(judged()),
+        "plot_judge_bars": figures.plot_judge_bars(judged(), paper.JUDGE),
     }
 
 
@@ -271,9 +277,9 @@ def test_twin_auc_puts_unseen_kinds_first_and_draws_the_interval():
 
 
 def test_judge_bars_have_the_counts():
-    containers = figures.plot_judge_bars(judged()).axes[0].containers
+    containers = figures.plot_judge_bars(judged(), paper.JUDGE).axes[0].containers
     bars = [[p.get_width() for p in c] for c in containers]
-    assert bars == [[9, 9, 9], [4, 4, 4], [7, 7, 7]]
+    assert np.allclose(bars, [[45, 45, 45, 42.5], [20, 20, 20, 23.75], [35, 35, 35, 33.75]])
 
 
 def test_correlation_map_has_within_sources_below_the_diagonal():

@@ -1,0 +1,133 @@
+"""Is the loss a good proxy? Over all models that have both: each loss against each task's accuracy.
+
+The paper's quality hypothesis takes a lower loss for a better model (v3, section 2) and shows one
+figure of it. Here the correlations carry two intervals, and what costs no loss is asked for its
+cost in accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from .choice_tasks import answered_right, difference
+from .claims import FAILS, HOLDS, UNDECIDED
+from .embedded.ground_truth import CLEAN
+from .experiments import LOSSES
+from .reports import NOT_ASKED
+from .study import Study
+
+PRIMARY = ("loss_eval_1", "loss_eval_1_token")  # the co-primary losses
+LEAST = 5  # models, or sources, that an interval rests on
+
+
+def models(study: Study) -> pd.DataFrame:
+    """Every finished run of the study's base that was asked the tasks, with its `group`.
+
+    The group is what models have in common: the source of their rows (of a mixture the largest),
+    else the kind of defect, else the pool. Empty where no task was asked.
+    """
+    runs = study.ledger_of(study.find("ledger")).load()
+    tasks = tasks_in(runs)
+    if not tasks:
+        return pd.DataFrame()
+    kept = runs[(runs["status"] == "done") & (runs["base"] == study.base_of_sweep()["id"])]
+    kept = kept.dropna(subset=tasks, how="all").reset_index(drop=True)
+    return kept.assign(group=[_group(row) for row in kept.to_dict("records")])
+
+
+def tasks_in(runs: pd.DataFrame) -> list[str]:
+    """The columns of the tasks' accuracies per character (`acc_norm`)."""
+    return [name for name in runs if name.startswith("accuracy_") and name.endswith("_norm")]
+
+
+def _group(row: dict) -> str:
+    named = [row.get(name) for name in ("source", "kind", "pool")]
+    told = next((one for one in named if isinstance(one, str) and one), row["purpose"])
+    shares = row.get("shares")
+    return max(shares, key=shares.get) if isinstance(shares, dict) and shares else told
+
+
+def correlations(runs: pd.DataFrame, losses: Sequence[str] = LOSSES) -> pd.DataFrame:
+    """Pearson's correlation of every loss with every task.
+
+    runs : from `models`. One row a set of models ("sweep": the designed sets, of one size; "all"),
+    loss and task: models, r, low, high (Fisher's z, over runs), groups, low_sources, high_sources
+    (delete-one-group jackknife of z with t, over sources; NaN for fewer than `LEAST`). Negative
+    where a lower loss goes with a better answer.
+    """
+    rows = []
+    for name, part in (("sweep", runs[runs["purpose"] == "sweep"]), ("all", runs)):
+        for loss in losses:
+            for task in tasks_in(runs):
+                both = part[[loss, task, "group"]].dropna()
+                rows.append({"runs": name, "loss": loss, "task": task, "models": len(both),
+                             **_correlation(both[loss], both[task], both["group"])})
+    return pd.DataFrame(rows)
+
+
+def _correlation(x: pd.Series, y: pd.Series, group: pd.Series) -> dict[str, float]:
+    z, names = _fisher(x, y), group.unique()
+    reach = stats.norm.isf(0.025) / np.sqrt(max(len(x) - 3, 0.1))
+    found = {"r": np.tanh(z), "low": np.tanh(z - reach), "high": np.tanh(z + reach),
+             "groups": len(names), "low_sources": np.nan, "high_sources": np.nan}  # fmt: skip
+    if len(x) < LEAST:
+        return found | dict.fromkeys(("low", "high"), np.nan)
+    if len(names) >= LEAST:
+        left = np.array([_fisher(x[group != one], y[group != one]) for one in names])
+        error = np.sqrt((len(left) - 1) / len(left) * ((left - left.mean()) ** 2).sum())
+        reach = stats.t.isf(0.025, len(left) - 1) * error
+        found |= {"low_sources": np.tanh(z - reach), "high_sources": np.tanh(z + reach)}
+    return found
+
+
+def _fisher(x: pd.Series, y: pd.Series) -> float:
+    if len(x) < 3 or x.std() == 0 or y.std() == 0:
+        return np.nan
+    return float(np.arctanh(np.clip(np.corrcoef(x, y)[0, 1], -1 + 1e-9, 1 - 1e-9)))
+
+
+def damage_costs(study: Study, runs: pd.DataFrame, against: str = CLEAN) -> pd.DataFrame:
+    """What each kind of damage costs: in loss, and in each task.
+
+    runs : columns run_id, kind, dose, loss_eval_1; each kind at its largest dose is held against
+    kind `against`. One row a kind and task: loss (relative change), accuracy, versus, difference,
+    low, high (shares of the questions, `choice_tasks.difference`).
+    """
+    ledger, rows = study.ledger_of(study.find("ledger")), []
+    clean = runs[runs["kind"] == against]
+    for kind, part in runs[runs["kind"] != against].groupby("kind", sort=False):
+        part = part[part["dose"] == part["dose"].max()]
+        change = np.log(part["loss_eval_1"]).mean() - np.log(clean["loss_eval_1"]).mean()
+        here, there = ([ledger.read(one) for one in some["run_id"]] for some in (part, clean))
+        for task in here[0].get("choices", {}):
+            told = difference(answered_right(here, task), answered_right(there, task))
+            rows.append({"kind": kind, "task": task, "loss": np.expm1(change), **told})
+    return pd.DataFrame(rows)
+
+
+def proxy_claim(table: pd.DataFrame) -> dict[str, str]:
+    """Does a lower loss go with better answers? Over all models; `correlations`.
+
+    It holds for a task where both intervals of both losses on the first evaluation set lie below 0.
+    """
+    if table.empty:
+        return {"ours": "no run was asked a task (data.choices is empty)", "detectable": "-",
+                "verdict": NOT_ASKED}  # fmt: skip
+    part = table[(table["runs"] == "all") & table["loss"].isin(PRIMARY)]
+    told = []
+    for task, rows in part.groupby("task", sort=False):
+        low, high = rows[["low", "low_sources"]].min(), rows[["high", "high_sources"]].max()
+        word = HOLDS if high.max() < 0 else FAILS if low.min() > 0 else UNDECIDED
+        told.append((task.removeprefix("accuracy_").removesuffix("_norm"),
+                     rows.iloc[0], word if rows.notna().all(axis=None) else UNDECIDED))
+    return {
+        "ours": "; ".join(f"{name}: r = {one.r:+.2f} [{one.low:+.2f}, {one.high:+.2f}], over "
+                          f"sources [{one.low_sources:+.2f}, {one.high_sources:+.2f}]"
+                          for name, one, _ in told) + f", {part['models'].max()} models",
+        "detectable": f"|r| of {np.tanh(2.8 / np.sqrt(max(part['models'].max() - 3, 1))):.2f}",
+        "verdict": "; ".join(f"{name}: {word}" for name, _, word in told),
+    }  # fmt: skip
