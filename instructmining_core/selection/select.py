@@ -31,8 +31,9 @@ BASELINES = {
     "lowest_ppl": ("ppl", True),
     "reward": ("reward", False),
     "compression": ("compression", True),
+    "ifd": ("ifd", False),  # the hardest to follow; from 1 on the prompt helps nothing: left out
 }
-METHODS = ("selected", "random", *BASELINES, "full")
+METHODS = ("selected", "worst", "random", *BASELINES, "full")
 TOKENS = "_tokens"  # ends a method's name where its rows hold the selected rows' tokens
 NO_SCORE, DUPLICATE, BELOW = "no score", "near duplicate", "below the cut"
 
@@ -188,10 +189,10 @@ def choose_rows(
     rule: RuleCard | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """`size` rows of a pool by one method: "selected" (needs `rule`), or a baseline.
+    """`size` rows of a pool by one method: "selected" or "worst" (need `rule`), or a baseline.
 
-    method : "selected", "random" (by `seed`), "longest", "shortest", "lowest_ppl", "reward",
-        "compression", or "full" (every row; `size` is not asked). For every method exact
+    method : "selected", "worst" (the rule's last rows), "random" (by `seed`), a name of
+        `BASELINES`, or "full" (every row; `size` is not asked). For every method exact
         duplicates count once and unreadable rows not at all; rows without a value are left to
         "random" and "full".
     Raises InstructMiningError where the pool has fewer rows with a value.
@@ -248,16 +249,19 @@ def _in_order(pool: pd.DataFrame, method: str, rule: RuleCard | None, seed: int)
     """All rows that a method can choose, the first choice first."""
     if method == "random":
         return pool.iloc[np.random.default_rng(seed).permutation(len(pool))]
-    if method == "selected":
+    if method in ("selected", "worst"):
         if rule is None:
-            raise InstructMiningError("'selected' needs a rule")
+            raise InstructMiningError(f"{method!r} needs a rule")
         ranked = rank(pool, rule)
-        return ranked[ranked["score"].notna()]
+        ranked = ranked[ranked["score"].notna()]
+        return ranked if method == "selected" else ranked.iloc[::-1]
     if method in BASELINES:
         column, lowest = BASELINES[method]
         if column not in pool:
             raise InstructMiningError(f"{method!r} needs the column {column!r}: score it first")
         known = pool.dropna(subset=column)
+        if method == "ifd":  # Li et al. 2024, arXiv 2308.12032
+            known = known[known[column] < 1]
         return known.sort_values(column, ascending=lowest, kind="stable")
     raise InstructMiningError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
 
