@@ -21,7 +21,7 @@ import pandas as pd
 from ..data.tokenization import Encoded, encode_many
 from ..models.causal_lm import LM, response_nll
 from ..models.loading import token_limit
-from ..models.pooled import OpenHead
+from ..models.pooled import OpenHead, start_token
 from .turns import (
     EMPTY,
     CheckedConversation,
@@ -47,32 +47,33 @@ def compute_perplexity(
     columns : of "ppl" with "log_ppl" (its logarithm turn by turn, which a rule takes: a few rows of
         broken text have perplexities a thousand times those of others), and "ifd"; both together
         read the response after its context only once
+        (a model that heads read too, `LM.pooled`, has both from the heads' own pass)
     batch_tokens, padding_side : see `causal_lm.response_nll`, whose own batch size is the fast
         one; they do not change the values
     An empty response is NaN. Over-long conversations lose whole messages from the left, then the
-    response's end, and the reasons of `ppl` say so. Alone, the response's same tokens follow only
+    response's end, and the reasons say so. Alone, the response's same tokens follow only
     the model's start token (bos, or eos where it has none).
     """
-    options = {"batch_tokens": batch_tokens, "padding_side": padding_side}
     turns = list(each_turn(conversations))
     rows = encode_turns(turns, model)
-    given = response_nll(model, rows, **options)
-    mean = mean_without_eos(given)
+    options = {"batch_tokens": batch_tokens, "padding_side": padding_side}
+    if model.pooled is not None:
+        given, alone, failed = model.pooled.mean_nll(rows)
+    else:
+        given, failed = _mean_nll(model, rows, **options)
+        alone = None
     found = {}
     if "ppl" in columns:
-        notes = list(map(_reason, turns, rows, given["reason"]))
-        found["ppl"] = mean_over_turns(conversations, np.exp(mean), notes)
-        found["log_ppl"] = mean_over_turns(conversations, mean, notes)
+        notes = list(map(_reason, turns, rows, failed))
+        found["ppl"] = mean_over_turns(conversations, np.exp(given), notes)
+        found["log_ppl"] = mean_over_turns(conversations, given, notes)
     if "ifd" in columns:
-        start = model.tokenizer.bos_token_id
-        start = model.tokenizer.eos_token_id if start is None else start
-        alone = response_nll(model, [_alone(row, start) for row in rows], **options)
-        reasons = [
-            EMPTY if not turn.response else first or second
-            for turn, first, second in zip(turns, given["reason"], alone["reason"], strict=True)
-        ]
-        ratios = np.exp(mean - mean_without_eos(alone))
-        found["ifd"] = mean_over_turns(conversations, ratios, reasons)
+        if alone is None:
+            start = start_token(model.tokenizer)
+            alone, second = _mean_nll(model, [_alone(row, start) for row in rows], **options)
+            failed = [one or other for one, other in zip(failed, second, strict=True)]
+        reasons = list(map(_reason, turns, rows, failed))
+        found["ifd"] = mean_over_turns(conversations, np.exp(given - alone), reasons)
     return found
 
 
@@ -107,6 +108,12 @@ def encode_turns(turns: Sequence[Turn], model: LM) -> list[Encoded]:
         model.tokenizer, conversations, max_tokens=token_limit(model.model, model.tokenizer),
         turns=ends, template=model.template,
     )  # fmt: skip
+
+
+def _mean_nll(model: LM, rows: Sequence[Encoded], **options) -> tuple[np.ndarray, list[str]]:
+    """Mean negative log-likelihood per target token, eos left out, in nats; NaN with a reason."""
+    nll = response_nll(model, rows, **options)
+    return mean_without_eos(nll), nll["reason"].tolist()
 
 
 def mean_without_eos(nll: pd.DataFrame) -> np.ndarray:

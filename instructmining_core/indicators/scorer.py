@@ -33,6 +33,7 @@ from .turns import CheckedConversation, Column, read
 
 if TYPE_CHECKING:
     from ..config import ModelRef
+    from ..models.causal_lm import LM
     from ..models.hub import Resolved
     from .neighbours import Reference
 
@@ -94,6 +95,8 @@ class Models:
     device : "cpu", "cuda"; None takes a GPU where there is one
     reward_form : input form of the reward model (`reward.FORMS`), "" for its own
     template : that the model of perplexity reads rows in, as in `tokenization.encode_many`
+    keep_layers : finetuning will train so many top layers of the model of perplexity: what enters
+        them is kept of the pass that heads and perplexity share (0: nothing is)
     """
 
     def __init__(
@@ -103,17 +106,17 @@ class Models:
         device: str | None = None,
         reward_form: str = "",
         template: str = "auto",
+        keep_layers: int = 0,
     ) -> None:
-        unknown = sorted(set(refs) - set(ROLES))
-        if unknown:
-            raise InstructMiningError(
-                f"unknown role {', '.join(unknown)}; known: {', '.join(ROLES)}"
-            )
+        if unknown := ", ".join(sorted(set(refs) - set(ROLES))):
+            raise InstructMiningError(f"unknown role {unknown}; known: {', '.join(ROLES)}")
         self.refs = dict(refs)
         self.standins = Path(standins) if standins is not None else None
         self.device = device
         self.reward_form = reward_form
         self.template = template
+        self.keep_layers = keep_layers
+        self.asked: frozenset[str | None] = frozenset()  # roles of the indicators that are wanted
         self.opened: dict[str, Any] = {}
         self._described: dict[str | None, dict[str, Any]] = {}
 
@@ -126,9 +129,8 @@ class Models:
     def describe(self, role: str | None) -> dict[str, Any]:
         """Model id, revision, dtype, stand_in and a note; empty for a role without a model.
 
-        `form` is there for a reward model whose input form is not its own, `template` (its
-        version) for the model of perplexity. No weights are loaded, only hashed (folders) or
-        resolved to a commit (hub).
+        Also `form` of a reward model whose input form is not its own, and `template` (its version)
+        of the model of perplexity. No weights are loaded, only hashed or resolved to a commit.
         """
         if role not in self._described:
             self._described[role] = self._describe(role)
@@ -147,7 +149,7 @@ class Models:
         if role == "ppl":
             from ..models.causal_lm import load_lm
 
-            return load_lm(ref, **options, template=self.template)
+            return self._read_by_a_head() or load_lm(ref, **options, template=self.template)
         if role == "reward":
             from .reward import load_reward_model
 
@@ -160,9 +162,16 @@ class Models:
 
         return load_encoder(ref, **options)
 
+    def _read_by_a_head(self) -> LM | None:
+        """The base of an asked head, where it is the model of perplexity: one pass for both."""
+        for role in sorted(self.asked & {"reward", "unieval"}):
+            if self.refs[role].id.startswith(HEAD_PREFIX):
+                return self.open(role).shared_base(self.describe("ppl"), self.keep_layers)
+        return None
+
     def _describe(self, role: str | None) -> dict[str, Any]:
         if role not in self.refs:
-            return {"model": "", "revision": "", "dtype": "", "stand_in": False, "note": ""}
+            return {**dict.fromkeys(("model", "revision", "dtype", "note"), ""), "stand_in": False}
         from ..models import hub
 
         ref = self.refs[role]
@@ -202,7 +211,7 @@ class Scorer:
         those of the paper whose model is there
     bank : folder of the score cache, None to keep nothing
     reference : for pool-relative indicators; None until `make_reference`
-    standins, device, reward_form, template : as in `Models`
+    standins, device, reward_form, template, keep_layers : as in `Models`
     """
 
     def __init__(
@@ -216,9 +225,11 @@ class Scorer:
         device: str | None = None,
         reward_form: str = "",
         template: str = "auto",
+        keep_layers: int = 0,
     ) -> None:
-        self.models = Models(models or {}, standins, device, reward_form, template)
+        self.models = Models(models or {}, standins, device, reward_form, template, keep_layers)
         self.indicators = chosen_indicators(indicators, self.models.refs)
+        self.models.asked = frozenset(one.role for one in self.indicators) & set(self.models.refs)
         self.bank = Path(bank) if bank is not None else None
         self.reference = reference
         self._shares = _shares(self._passes)
@@ -236,7 +247,6 @@ class Scorer:
             cut to get it ("row" for a row that could not be read), "" where all is fine.
             `.attrs["indicators"]` tells for each column version, model, revision, dtype, stand_in,
             template and reference.
-
         Raises InstructMiningError for a pool-relative indicator without a reference.
         """
         rows = _parsed(table)
@@ -321,6 +331,10 @@ class Scorer:
             for column in i.columns
         }
 
+    def keys(self) -> list[dict[str, Any]]:
+        """The cache's key of each indicator that goes through it."""
+        return [self._key(i) for each in self._passes if self._cached(each) for i in each]
+
     @cached_property
     def _passes(self) -> list[Pass]:
         """The indicators, those of one shared function together."""
@@ -331,7 +345,8 @@ class Scorer:
         return list(found.values())
 
     @cached_property
-    def _cache(self) -> ScoreCache | None:
+    def cache(self) -> ScoreCache | None:
+        """What was computed before and what is; another engine may put its own in its place."""
         return None if self.bank is None else ScoreCache(self.bank)
 
     def _cached(self, each: Pass) -> bool:
@@ -388,14 +403,14 @@ class Scorer:
         return columns
 
     def _known(self, each: Pass, names: Sequence[str]) -> list[dict[str, Scores]]:
-        if self._cache is None:
+        if self.cache is None:
             return [{} for _ in each]
-        return [self._cache.get(self._key(i), names) for i in each]
+        return [self.cache.get(self._key(i), names) for i in each]
 
     def _keep(self, indicator: Indicator, scores: Mapping[str, Scores]) -> None:
         """Store rows for good, but for those whose reason is a passing one."""
-        if self._cache is not None:
-            self._cache.add(self._key(indicator), {
+        if self.cache is not None:
+            self.cache.add(self._key(indicator), {
                 name: (values, reasons) for name, (values, reasons) in scores.items()
                 if not any(_RETRIED in reason for reason in reasons)
             })  # fmt: skip
@@ -438,14 +453,16 @@ class Scorer:
         for column in ("id", "source", "file"):
             found = table[column] if column in table else [""] * len(table)
             out[column] = [clean_text(str(value)) for value in found]
-        out["file_sha256"] = [self._file_hash(name) for name in out["file"]]
+        known = table["file_sha256"] if "file_sha256" in table else map(self.file_hash, out["file"])
+        out["file_sha256"] = list(known)
         out["row"] = list(table["row"] if "row" in table else range(len(table)))
         if "part" in table:
             out["part"] = list(table["part"])
         out["row_hash"] = rows.row_hashes
         return out
 
-    def _file_hash(self, name: str) -> str:
+    def file_hash(self, name: str) -> str:
+        """sha256 of a file, taken once; "" for what is none."""
         if name not in self._file_hashes:
             is_file = bool(name) and name != "-" and Path(name).is_file()
             self._file_hashes[name] = file_sha256(name) if is_file else ""

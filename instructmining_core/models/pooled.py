@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +20,15 @@ from torch import Tensor, nn
 
 from .. import files
 from ..config import InstructMiningError, ModelRef
-from ..data.tokenization import Encoded, end_ids
+from ..data.tokenization import Encoded, end_ids, template_version
 from . import hub
 from .attention import quickest
 from .batching import Failed, map_batches, pad
-from .causal_lm import LM, decoder, load_lm, unwrapped
+from .causal_lm import LM, NOT_FINITE, decoder, load_lm, unwrapped
 from .heads import HeadFile, head_path, read_head
 from .loading import LoadedModel
 from .state_store import StateStore
-from .trunk import digest
+from .trunk import Trunk, digest, open_trunk
 
 READINGS = (  # of an answer of n tokens, log-likelihoods in nats a token
     "log_tokens",  # log n
@@ -54,6 +55,20 @@ class OpenHead(LoadedModel):
         width = len(found.T) - len(READINGS)
         kept = [width + READINGS.index(name) for name in self.file.readings]
         return self.file(found[:, [*range(width), *kept]]), reasons
+
+    def shared_base(self, about: Mapping[str, Any], keep_layers: int) -> LM | None:
+        """The base, to be read for perplexity in the head's own pass; None if it is another model.
+
+        about : revision, dtype and template (its version) of the model of perplexity
+        keep_layers : keep what enters so many top layers as well (`trunk.Trunk`); 0: do not
+        """
+        dtype = str(self.lm.dtype).removeprefix("torch.")
+        template = template_version(self.lm.tokenizer, self.lm.template)
+        own = {"revision": self.lm.resolved.revision, "dtype": dtype, "template": template}
+        if any(about[name] != value for name, value in own.items()):
+            return None
+        self.lm.pooled = Pooled(self.lm, self.file.layers, open_trunk(self.lm, keep_layers))
+        return self.lm
 
 
 def open_head(ref: ModelRef, columns: Sequence[str], *, device: str | None = None) -> OpenHead:
@@ -92,10 +107,11 @@ class Pooled:
     layers : decoder layers, counted from 1, whose outputs are averaged over an answer's tokens
     A kept row is of shape (`width`,), float32: the means, layer by layer, then `READINGS`. Its key
     is the base's identity, the dtype and the row's token ids, so template and length count too.
+    trunk : its states are kept of the same pass
     """
 
-    def __init__(self, lm: LM, layers: Sequence[int]) -> None:
-        self.lm, self.layers = lm, tuple(layers)
+    def __init__(self, lm: LM, layers: Sequence[int], trunk: Trunk | None = None) -> None:
+        self.lm, self.layers, self.trunk = lm, tuple(layers), trunk
         self.width = len(self.layers) * int(lm.config.hidden_size) + len(READINGS)
         what = json.dumps([lm.resolved.revision, str(lm.dtype), self.layers, _LAYOUT])
         folder = files.cache() / "pooled" / hashlib.sha256(what.encode()).hexdigest()[:16]
@@ -115,6 +131,20 @@ class Pooled:
         found = [nothing, *(kept.get(name, nothing) for name in names)]
         reasons = ["" if name in kept else failed.get(name, NO_TOKEN) for name in names]
         return np.concatenate(found)[1:], reasons
+
+    def mean_nll(self, rows: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Mean negative log-likelihood of answers' tokens, the one that ends an answer left out.
+
+        Returns it after what was said before, and with nothing before (shape (n,), nats a token),
+        NaN where the reason beside them is not "".
+        """
+        found, reasons = self.features(rows)
+        given, alone = (-found[:, READINGS.index(name) - len(READINGS)].astype(np.float64)
+                        for name in ("ll", "ll_alone"))  # fmt: skip
+        fine = np.isfinite(given) & np.isfinite(alone)
+        return given, alone, [
+            why if why or ok else NOT_FINITE for why, ok in zip(reasons, fine, strict=True)
+        ]
 
     def _fill(self, rows: dict[bytes, Encoded], ends: frozenset[int], progress: bool):
         """Compute and keep what is not there yet; returns why rows could not be computed."""
@@ -139,22 +169,27 @@ class Pooled:
 
     @torch.inference_mode()
     def _computed(self, rows: Sequence[Encoded], ends: frozenset[int]) -> list[np.ndarray]:
-        start = self.lm.tokenizer.bos_token_id
-        start = self.lm.tokenizer.eos_token_id if start is None else start
+        start = start_token(self.lm.tokenizer)
         texts = [_answer(row, ends) for row in rows]
+        passed = self._passed(rows, self.trunk)
         bare = [Encoded((start, *text), (False, *(True for _ in text))) for text in texts]
         alone = [ll.mean() for _, ll in self._passed(bare)]
         return [
             np.concatenate([states[:, : len(text)].mean(1).flatten().cpu().numpy(),
                             _readings(ll, len(text), bare_ll)]).astype(np.float32)
-            for (states, ll), text, bare_ll in zip(self._passed(rows), texts, alone, strict=True)
+            for (states, ll), text, bare_ll in zip(passed, texts, alone, strict=True)
         ]  # fmt: skip
 
-    def _passed(self, rows: Sequence[Encoded]) -> list[tuple[Tensor, np.ndarray]]:
+    def _passed(
+        self, rows: Sequence[Encoded], trunk: Trunk | None = None
+    ) -> list[tuple[Tensor, np.ndarray]]:
         """States, shape (layers, targets, width), and log-likelihoods of each row's targets."""
         ids = torch.from_numpy(pad([row.ids for row in rows], self.lm.pad_id)[0])
         ids, project = ids.to(self.lm.device), self.lm.head.project
         out = decoder(self.lm.model)(input_ids=ids, use_cache=False, output_hidden_states=True)
+        if trunk is not None:
+            below = out.hidden_states[trunk.cut]
+            trunk.keep(rows, [below[k, : len(row)] for k, row in enumerate(rows)])
         step, found = int(self.lm.logit_rows()), []
         for k, row in enumerate(rows):
             places = [i for i, target in enumerate(row.targets) if target]
@@ -166,6 +201,11 @@ class Pooled:
             states = torch.stack([out.hidden_states[layer][k, places] for layer in self.layers])
             found.append((states.float(), -nll.double().cpu().numpy()))
         return found
+
+
+def start_token(tokenizer) -> int:
+    """What stands before an answer with nothing before it: bos, or eos where there is none."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def _answer(row: Encoded, ends: frozenset[int]) -> list[int]:

@@ -58,15 +58,17 @@ class Trunk:
                                        use_cache=False)  # fmt: skip
             return [seen[0][k, : len(lacking[i])] for k, i in enumerate(numbers)]
 
-        def keep(numbers: np.ndarray, states: Sequence[Tensor]) -> None:
-            made = zip(numbers, states, strict=True)
-            self.store.write({digest(lacking[i]): self._numbers(one) for i, one in made})
-
         with quickest(unwrapped(self.lm.model), self.lm.device):
             map_batches(
                 batch, [len(row) for row in lacking], self.lm.first_batch(None, self.lm.config),
-                on_batch=keep, on_halved=self.lm.halved)
+                on_batch=lambda numbers, states: self.keep([lacking[i] for i in numbers], states),
+                on_halved=self.lm.halved)
         return len(lacking)
+
+    def keep(self, rows: Sequence[Encoded], states: Sequence[Tensor]) -> None:
+        """Keep what enters the cut for these rows: one array of shape (tokens, width) each."""
+        made = zip(rows, states, strict=True)
+        self.store.write({digest(row): self._numbers(one) for row, one in made})
 
     def states(self, rows: Sequence[Encoded]) -> list[Tensor]:
         """The kept states of rows, each of shape (tokens, width), on the CPU. See `StateStore`."""

