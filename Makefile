@@ -1,4 +1,4 @@
-# One pinned environment, then three things a user does: run a study, publish it, test the house.
+# One pinned environment, then what a user does: run a study, keep its runs, publish it, test the house.
 PROFILE ?= laptop
 PYTHON ?= python3
 ONLY ?=
@@ -9,10 +9,14 @@ READY := .venv/.ready
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: study publish test lint unit smoke book bench sync clean
+.PHONY: study keep publish test lint unit smoke book bench sync clean
 
 study: $(READY)
 	$(BIN)/python -m instructmining.book run --profile $(PROFILE)
+
+# Finished runs of a study that is not done yet, into the evidence: one Parquet part a call.
+keep: $(READY)
+	$(BIN)/python -m instructmining.book keep --profile $(PROFILE)
 
 publish: $(READY)
 	$(BIN)/python -m instructmining.book publish --profile $(PROFILE) $(if $(BESIDE),--beside)

@@ -7,10 +7,12 @@ start to the last end, as a user waits for them, with whatever else the machine 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
+
+from instructmining_core.finetuning.archive import RunArchive
+from instructmining_core.finetuning.ledger import Ledger
 
 from .pairs import Skipped, limit_row
 
@@ -22,17 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def laptop() -> list[dict]:
     """`sweep_laptop`, from `results/laptop` or, without it, from the committed evidence."""
-    for place in ("results/laptop/ledger", "evidence/laptop/ledger"):
-        records = sweep_records(ROOT / place)
+    places = {"results/laptop/ledger": Ledger, "evidence/laptop/ledger": RunArchive}
+    for place, reader in places.items():
+        records = sweep_records(reader(ROOT / place).records().values())
         if len(records) >= RUNS:
             return [from_records(records, place)]
     raise Skipped(f"no ledger of the laptop study with its {RUNS} runs")
 
 
-def sweep_records(folder: Path) -> list[dict]:
-    """The finished records of the sweep in a ledger's folder."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [r for r in found if r["spec"]["purpose"] == "sweep" and r["status"] == "done"]
+def sweep_records(records: Iterable[dict]) -> list[dict]:
+    """The finished records of the sweep among those of a ledger."""
+    return [r for r in records if r["spec"]["purpose"] == "sweep" and r["status"] == "done"]
 
 
 def from_records(records: Sequence[dict], place: str) -> dict:

@@ -1,7 +1,9 @@
-"""Run the notebooks in order, once each; publish a run; check the notebooks' manners.
+"""Run the notebooks in order, once each; keep, publish and compare runs; check the notebooks.
 
     python -m instructmining.book run --profile laptop
+    python -m instructmining.book keep --profile laptop
     python -m instructmining.book publish --profile laptop
+    python -m instructmining.book compare --profile laptop --dtype float32 --threads 1 --runs 20
     python -m instructmining.book check
 
 A stage is done when its stamp equals the hash of its notebook, the profile, the modules that the
@@ -27,6 +29,9 @@ from pathlib import Path
 import instructmining_core
 from instructmining_core import files
 from instructmining_core.config import InstructMiningError
+from instructmining_core.finetuning.archive import RunArchive
+from instructmining_core.finetuning.ledger import Ledger
+from instructmining_core.indicators.score_table import read_scores, write_scores
 
 from .profile import Profile, load_profile, profile_path
 
@@ -38,6 +43,7 @@ NUMBERS = (
     "ablation_runs.parquet", "judge.parquet",
 )  # fmt: skip
 MAX_CODE_CELLS = 14
+VERIFY = "verify"  # purpose of the runs of `select --verify`
 PACKAGES = Path(__file__).resolve().parent.parent  # the folder that holds both packages
 TABLES = "instructmining*/*/*.json"  # what modules read: published rules, hashes of the corpus
 BESIDE = ("06_finetune_sweep.ipynb", "08_selection.ipynb")  # a summary shows their first figures
@@ -215,11 +221,25 @@ def run(name_or_yaml: str, only: list[str] | None = None, with_book: bool = True
     return index
 
 
+def keep(name_or_yaml: str) -> None:
+    """Add this machine's finished runs that the evidence lacks to it, as one Parquet part.
+
+    Nothing that is there is touched, no notebook is needed, and a second call adds nothing. Runs of
+    `select --verify` stay here: they are of somebody's own file, and bear its name.
+    """
+    profile = load_profile(name_or_yaml)
+    own = Ledger(files.results(profile.name) / "ledger").records().values()
+    part = RunArchive(files.evidence(profile.name) / "ledger").append(
+        record for record in own if record["spec"]["purpose"] != VERIFY)
+    _say(f"kept {part}" if part else f"{profile.name}: no finished run that is not kept already")
+
+
 def publish(name_or_yaml: str, beside: bool = False) -> None:
     """Copy a finished run's notebooks to `book/notebooks/` and its numbers to `evidence/`.
 
     beside : leave the book's own pages; write this run's summary to `book/_generated/` instead
-    No text of others' data travels: scores are numbers and hashes, the ledger has hashes.
+    No text of others' data travels: scores are numbers and hashes, runs have hashes; and no path
+    of this machine. Runs that are kept already stay as they are, and so do comparisons.
     """
     profile = load_profile(name_or_yaml)
     folder, evidence = files.results(profile.name), files.evidence(profile.name)
@@ -236,13 +256,40 @@ def publish(name_or_yaml: str, beside: bool = False) -> None:
         for notebook in notebooks():
             write_page(folder / "notebooks" / notebook.name, book / "notebooks" / notebook.name)
         write_summary(folder, profile, book, "front", FRONT_FIGURE)
-    shutil.rmtree(evidence, ignore_errors=True)
-    for part in ("ledger", "claims", "runs"):
-        shutil.copytree(folder / part, evidence / part, ignore=_not_json)
-    for name in NUMBERS:
-        if (folder / name).is_file():
-            shutil.copy2(folder / name, evidence / name)
+    keep(name_or_yaml)
+    _copy_numbers(folder, evidence)
     _say(f"published {'a summary' if beside else f'{len(notebooks())} notebooks'} and {evidence}")
+
+
+def _copy_numbers(folder: Path, evidence: Path) -> None:
+    """What a run found, in place of what an earlier one did; of files it names the last part."""
+    for part in ("claims", "runs"):
+        shutil.rmtree(evidence / part, ignore_errors=True)
+        shutil.copytree(folder / part, evidence / part, ignore=_not_json)
+    (evidence / "runs" / f"{VERIFY}.json").unlink(missing_ok=True)
+    for name in NUMBERS:
+        (evidence / name).unlink(missing_ok=True)
+        if not (folder / name).is_file():
+            continue
+        if name == "scores.parquet":
+            scores = read_scores(folder / name)
+            bare = [Path(one).name if Path(one).is_absolute() else one for one in scores["file"]]
+            write_scores(scores.assign(file=bare), evidence / name)
+        else:
+            shutil.copy2(folder / name, evidence / name)
+
+
+def compare(name_or_yaml: str, count: int, dtype: str, threads: int) -> None:
+    """Do finished runs again on this machine; the table goes to the evidence, its sums are said."""
+    from .machines import add_comparison, differences, gains, repeat_runs
+    from .study import Study
+
+    study = Study.open(name_or_yaml)
+    table = repeat_runs(study, count, dtype=dtype, threads=threads)
+    whole = add_comparison(study, table)
+    _say(f"{len(table)} runs done again, {len(whole)} in evidence/{study.name}/compared.parquet")
+    for sums in (differences(table), gains(table)):
+        _say(sums.to_string(index=False))
 
 
 def check_notebooks() -> None:
@@ -329,16 +376,25 @@ def _command() -> None:
     """The command behind `make study`, `make publish` and a part of `make lint`."""
     parser = argparse.ArgumentParser(prog="instructmining.book", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb in ("run", "publish"):
+    for verb in ("run", "keep", "publish", "compare"):
         verbs.add_parser(verb).add_argument("--profile", default="laptop")
     verbs.choices["run"].add_argument("--only", nargs="*", help="two-digit stage numbers")
     verbs.choices["publish"].add_argument(
         "--beside", action="store_true", help="numbers and a summary; the book keeps its pages")
+    again = verbs.choices["compare"]
+    again.add_argument("--runs", type=int, default=20, help="how many (default 20)")
+    again.add_argument("--dtype", choices=["float32", "bfloat16"], default="",
+                       help="in place of the runs' own")  # fmt: skip
+    again.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves its own number")
     verbs.add_parser("check")
     options = parser.parse_args()
     try:
         if options.verb == "run":
             run(options.profile, options.only)
+        elif options.verb == "keep":
+            keep(options.profile)
+        elif options.verb == "compare":
+            compare(options.profile, options.runs, options.dtype, options.threads)
         elif options.verb == "publish":
             publish(options.profile, options.beside)
         else:

@@ -19,6 +19,7 @@ import pandas as pd
 
 from instructmining_core import files
 from instructmining_core.config import FinetuneConfig, InstructMiningError, ModelRef
+from instructmining_core.finetuning.archive import ContinuedLedger, RunArchive
 from instructmining_core.finetuning.ledger import RELEVANCE, Ledger
 from instructmining_core.finetuning.run_spec import EvalSets, RunSpec
 from instructmining_core.finetuning.sets import (
@@ -80,15 +81,17 @@ class Study:
         published += sorted((files.root() / "evidence").glob("*"))
         for folder in published:
             if (folder / name).exists():
-                note = f"{name} is read from the committed evidence of `{folder.name}`."
-                if note not in self.notes:
-                    self.notes.append(note)
-                    warnings.warn(note, stacklevel=3)
+                self._note(f"{name} is read from the committed evidence of `{folder.name}`.")
                 return folder / name
         raise MissingInput(
             f"{here} is not there and no evidence holds it; run "
             f"`make study PROFILE={self.name}`, or the notebooks before this one."
         )
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+            warnings.warn(note, stacklevel=4)
 
     def has_own(self, name: str) -> bool:
         """True where `find` gives this profile's own file, not another profile's evidence."""
@@ -230,9 +233,17 @@ class Study:
         return [TrainingSet.from_dict(json.loads(text)) for text in frame["set"]]
 
     @cached_property
-    def ledger(self) -> Ledger:
-        """This study's run records."""
-        return Ledger(self.folder / "ledger")
+    def ledger(self) -> ContinuedLedger:
+        """This study's run records: its own, and those that its evidence holds."""
+        evidence = files.evidence(self.name) / "ledger"
+        return ContinuedLedger(self.folder / "ledger", RunArchive(evidence))
+
+    def ledger_of(self, found: Path) -> Ledger | RunArchive:
+        """The records beside what `find` found: a pilot's runs alone are not another list's."""
+        evidence = files.root() / "evidence"
+        if not found.is_relative_to(evidence):
+            return self.ledger
+        return RunArchive(evidence / found.relative_to(evidence).parts[0] / "ledger")
 
     def run(
         self,
@@ -265,6 +276,8 @@ class Study:
         hashes = {h for plan in plans for h in plan.row_hashes}
         rows = self.encoded_rows(lm, config, hashes, tables)
         self.list_runs(listed or purpose, [spec.run_id for spec in specs])
+        if kept := self.ledger.kept(spec.run_id for spec in specs):
+            self._note(f"{kept} runs of {purpose!r} are those of the committed evidence.")
         by_epoch = [s.run_id for s, plan in zip(specs, plans, strict=True) if plan.by_epoch]
         return run_sweep(
             specs, lm, rows, evals, self.ledger, by_epoch=by_epoch, progress=progress
@@ -320,15 +333,14 @@ class Study:
         """Finished runs that a purpose asked for, from the ledger (or the committed evidence)."""
         listed = self.find(f"runs/{purpose}.json")
         wanted = json.loads(listed.read_text(encoding="utf-8"))
-        # the ledger beside the list: a pilot's runs alone are not those of the evidence's list
-        frame = Ledger(listed.parent.parent / "ledger").load()
+        frame = self.ledger_of(listed).load()
         return frame[frame["run_id"].isin(wanted) & (frame["status"] == "done")]
 
     def base_of_sweep(self) -> dict[str, str]:
         """Id, revision and dtype of the base that the sweep finetuned, from its first record."""
         listed = self.find("runs/sweep.json")
         first = json.loads(listed.read_text(encoding="utf-8"))[0]
-        return Ledger(listed.parent.parent / "ledger").read(first)["spec"]["base"]
+        return self.ledger_of(listed).read(first)["spec"]["base"]
 
     def sweep(self) -> pd.DataFrame:
         """The regression's view: one row a run with `log_loss`, shares and set means."""

@@ -31,7 +31,8 @@
 # - how far the loss is a matter of the source;
 # - how large the noise is;
 # - whether the plan was right, and whether fewer runs would have done;
-# - whether the evaluation sets agree.
+# - whether the evaluation sets agree;
+# - whether another machine or precision says the same.
 
 # %% tags=["parameters"]
 profile = "laptop"  # type: str  # a preset's name or a YAML file
@@ -47,7 +48,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from instructmining import figures, pilot
+from instructmining import figures, machines, pilot
 from instructmining.experiments import sweep_plans
 from instructmining.study import Study
 from instructmining_core.regression.inference import seed_variance
@@ -163,10 +164,30 @@ Over the sets the log losses on the two evaluation sets have a correlation of {a
 """)
 
 # %% [markdown]
+# ## Would another machine or precision say the same?
+#
+# `python -m instructmining.book compare` does finished runs again: the same sets and seeds, with another number of threads, in another precision or on another machine.
+
+# %%
+words = "No run of this study has been done again yet."
+if study.has_own("compared.parquet"):
+    compared = study.frame("compared.parquet")
+    moved, gained = machines.differences(compared), machines.gains(compared)
+    display(moved.round(5))
+    display(gained.round(5))
+    first = moved[moved["loss"] == "loss_eval_1"]
+    furthest = first.loc[first["largest"].idxmax()]
+    words = f"No loss on the first evaluation set moved by more than {furthest['largest']:.2g} nats, where sets differ by {furthest['spread']:.2g} (sd); that was in {furthest['dtype_again']} on {furthest['threads_again']:.0f} thread{'s' * (furthest['threads_again'] != 1)} of {furthest['machine_again']}."
+    if len(gained):
+        words += f" What the selected rows gain over random ones changed its sign in {gained['turned'].sum()} of {len(gained)} comparisons of a pool."
+Markdown(words)
+
+# %% [markdown]
 # ## In this notebook we have seen
 #
 # - one record for each run, and what all of them cost;
 # - how the loss differs between sources and within them;
 # - the noise of a seed, by pandas and by the core, and the noise that a straight line leaves;
 # - how far the plan made before the runs was right, and whether fewer runs would have done;
-# - how far the evaluation sets agree.
+# - how far the evaluation sets agree;
+# - what happens to the losses when runs are done again elsewhere.

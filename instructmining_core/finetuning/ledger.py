@@ -24,7 +24,7 @@ from filelock import FileLock, SoftFileLease, Timeout
 
 from ..config import InstructMiningError
 from ..files import clear_leftovers, write_json
-from .run_spec import Record, RunSpec, now
+from .run_spec import CHOICES, Record, RunSpec, now
 
 BEAT = 15.0  # seconds between an owner's signs of life
 EXPIRES = 120.0  # seconds without one after which a lease is free; one number for all who share it
@@ -40,7 +40,6 @@ class Ledger:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._leases: dict[str, SoftFileLease] = {}  # kept: a lease times the others it has seen
         self._seen: dict[str, tuple[Any, float]] = {}
 
@@ -102,9 +101,13 @@ class Ledger:
             self._put(record, before)
             lease.release()
 
+    def records(self) -> dict[str, Record]:
+        """Every record by run_id."""
+        return {path.stem: self.read(path.stem) for path in self.folder.glob("*.json")}
+
     def load(self) -> pd.DataFrame:
         """One row a run, sorted by run_id; `tidy` tells the columns."""
-        return tidy([self.read(path.stem) for path in sorted(self.folder.glob("*.json"))])
+        return tidy([record for _, record in sorted(self.records().items())])
 
     def clear(self) -> None:
         """Remove what killed processes left: half-written files, leases of finished runs."""
@@ -132,6 +135,7 @@ class Ledger:
 
     def _alone(self):
         """Be the only process that takes leases and writes records; the system ends it at death."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         return FileLock(self.folder / ".ledger.lock").acquire(poll_interval=0.005)
 
     def _take(self, lease: SoftFileLease) -> bool:
@@ -202,13 +206,16 @@ def tidy(records: Sequence[Record]) -> pd.DataFrame:
     """One row a record.
 
     Columns: run_id, purpose, status, every label key under its own name (`shares` stays a dict),
-    finetune_method, base, init_seed, order_seed, then for each evaluation set, in nats per token,
-    `loss_<e>` (mean over prompts) and `loss_<e>_token` (over tokens), both over the answers' body
+    finetune_method, base, dtype, init_seed, order_seed, machine (GPU, or processor and cores),
+    threads, commit, then for each evaluation set, in nats per token, `loss_<e>` (mean over
+    prompts) and `loss_<e>_token` (over tokens), both over the answers' body
     (over whole answers in records without it), `loss_<e>_whole`, `loss_<e>_first64`,
     `loss_<e>_without_eos`, `first_token_<e>`, `end_of_text_<e>`, `effective_n_<e>`; `base_<e>` and
     `base_<e>_token` are the base's own, and where a run was evaluated by epoch `loss_<e>_epoch1`
     and so on (mean over prompts). `relevance` (and `base_relevance`) is what eval_1's answers cost
-    more under another prompt than under their own. Then tokens_trained, rows, steps,
+    more under another prompt than under their own. `accuracy_<t>` and `accuracy_<t>_norm` are
+    lm-eval's acc and acc_norm of a multiple-choice task, `base_accuracy_<t>` and
+    `base_accuracy_<t>_norm` the base's own. Then tokens_trained, rows, steps,
     final_train_loss, seconds, peak_memory_bytes, attempt, error.
     """
     if not records:
@@ -232,7 +239,12 @@ def _row(record: Record) -> Record:
     row |= record["label"]
     row |= {"finetune_method": spec["finetune"]["method"], "base": spec["base"]["id"]}
     row |= {"init_seed": spec["init_seed"], "order_seed": spec["order_seed"]}
+    row |= {"dtype": spec["base"]["dtype"], "commit": record.get("commit")}
+    row |= {"machine": _machine(record), "threads": record.get("hardware", {}).get("threads")}
     for name in spec["evals"]:
+        if name.startswith(CHOICES):
+            row |= _accuracies(record, name.removeprefix(CHOICES))
+            continue
         losses = record.get("losses", {}).get(name, {})
         before = record.get("base_losses", {}).get(name, {})
         row |= {f"loss_{name}": over_prompts(losses), f"loss_{name}_token": _over_tokens(losses),
@@ -247,9 +259,22 @@ def _row(record: Record) -> Record:
     return row | {name: record.get(name) for name in _PLAIN_COLUMNS}
 
 
+def _accuracies(record: Record, task: str) -> dict[str, float]:
+    parts = {f"{own}accuracy_{task}": record.get(f"{own}choices", {}).get(task, {})
+             for own in ("", "base_")}
+    return {name + end: _number(part.get(key)) for name, part in parts.items()
+            for end, key in (("", "acc"), ("_norm", "acc_norm"))}
+
+
 def over_prompts(losses: Mapping[str, float | None]) -> float:
     """The study's first loss of a record: mean over prompts, over the body where it is known."""
     return _number(losses.get("body_prompt_mean", losses.get("prompt_mean")))
+
+
+def _machine(record: Record) -> str | None:
+    """What a run was computed on; None where the process left no word."""
+    found = record.get("hardware")
+    return found and (found.get("gpu") or f"{found['processor']}, {found['cores']} cores")
 
 
 def _over_tokens(losses: Mapping[str, float | None]) -> float:

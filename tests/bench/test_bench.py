@@ -275,12 +275,11 @@ def test_laptop_time_is_from_the_first_start_to_the_last_end():
         from_records([record("00:00", "00:05"), record("02:00", "02:05")], "there")
 
 
-def test_a_ledger_counts_the_finished_runs_of_the_sweep(tmp_path):
+def test_a_ledger_counts_the_finished_runs_of_the_sweep():
     from bench.laptop import sweep_records
 
-    for i, more in enumerate([{}, {"status": "failed"}, {"spec": {"purpose": "gate"}}]):
-        (tmp_path / f"{i}.json").write_text(json.dumps(record("00:00", "00:01", **more)))
-    assert len(sweep_records(tmp_path)) == 1
+    changes = [{}, {"status": "failed"}, {"spec": {"purpose": "gate"}}]
+    assert len(sweep_records(record("00:00", "00:01", **more) for more in changes)) == 1
 
 
 def test_flop_of_training_by_hand(small_world):

@@ -105,7 +105,7 @@ def test_a_pilots_runs_have_the_sweeps_ids_and_their_own_list(study, tmp_path, m
     real.lm = SimpleNamespace(dtype="torch.float32", resolved=base, tokenizer=None)
     real.encoded_evals = lambda lm, config: EvalSets()
     real.encoded_rows = lambda *args: {}
-    real.ledger = None
+    real.ledger = SimpleNamespace(kept=lambda run_ids: 0)
     Study.run(real, "sweep", pilot.sweep_plans(real))
     Study.run(real, "sweep", pilot.pilot_plans(real), listed="pilot")
     whole, few = ([spec.run_id for spec in specs] for specs in asked)
