@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 _BETWEEN = """
 import json, os, subprocess, sys, time
 start = time.perf_counter()
@@ -18,8 +19,8 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
-def measured(*arguments: object) -> tuple[float, float]:
-    """Seconds and peak GiB of `python ARGUMENTS`, in the repository's root.
+def measured(*arguments: object, tree: Path = ROOT) -> tuple[float, float]:
+    """Seconds and peak GiB of `python ARGUMENTS`, in the repository's root or another `tree`.
 
     A small process between starts it and waits: on Linux a process's peak begins at that of the one
     that started it, and this one may have held gigabytes. Raises RuntimeError with what it said.
@@ -27,7 +28,7 @@ def measured(*arguments: object) -> tuple[float, float]:
     command: Sequence[str] = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
         [sys.executable, "-c", _BETWEEN, *command], capture_output=True, text=True,
-        cwd=Path(__file__).resolve().parent.parent,
+        cwd=tree,
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"`{' '.join(command)[:80]}` failed: {done.stderr[-800:]}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +60,31 @@ def standin_folder(roles: Mapping[str, ModelRef], allowed: bool) -> Path | None:
             "it all the same, or name real models with --models or another --profile"
         )
     return build_standins(roles.values())
+
+
+def folder_notes(roles: Mapping[str, ModelRef]) -> list[str]:
+    """What a reader of the scores must know of the models' folders, a line each."""
+    import transformers
+
+    notes = []
+    for role, ref in roles.items():
+        folder = Path(ref.id).expanduser()
+        doubled = sorted(folder.glob("consolidated*.safetensors"))
+        if doubled and (folder / "model.safetensors.index.json").is_file():
+            notes.append(f"{role}: {folder} holds its weights twice; those of its index are read, "
+                         f"{doubled[0].name} is not")  # fmt: skip
+        named = None
+        with suppress(OSError, ValueError, AttributeError):
+            told = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+            named = told.get("tokenizer_class")
+        if isinstance(named, str) and not (
+            hasattr(transformers, named) or hasattr(transformers, named.removesuffix("Fast"))
+        ):
+            notes.append(
+                f"{role}: transformers {transformers.__version__} does not know {named}, which "
+                f"{folder} names as its tokenizer's class: the general one reads tokenizer.json"
+            )
+    return notes
 
 
 @lru_cache(maxsize=1)

@@ -130,7 +130,8 @@ def _write(out: str, selection: Selection, sources: SourceRows) -> tuple[str, in
     rows = [{**record, column: score} for record, score in zip(records, scores, strict=True)]
     table = sources.table(keys, column, scores) if output_format(out) == ".parquet" else None
     hashes = selection.kept.get("row_hash", pd.Series("", selection.kept.index)).tolist()
-    return column, write_rows(rows, out, table=table, hashes=hashes, columns=sources.columns)
+    columns = sources.read.get("columns")
+    return column, write_rows(rows, out, table=table, hashes=hashes, columns=columns)
 
 
 def _kept(selection: Selection, rule: RuleCard) -> list[dict]:

@@ -130,12 +130,12 @@ def _parquet(rows: Sequence[dict]) -> bytes:
     columns = {}
     for name in _columns(rows):
         values = [row.get(name) for row in rows]
+        nested = any(isinstance(value, list | dict) for value in values)
         try:
-            columns[name] = pa.array(values)
-            nested = any(isinstance(value, list | dict) for value in values)
-            exact = not nested or _unfilled(columns[name].to_pylist()) == _unfilled(values)
-            if pa.types.is_struct(columns[name].type) and not columns[name].type.num_fields:
-                exact = False  # a column of empty objects cannot be written
+            column = columns[name] = pa.array(values)
+            exact = not nested or _unfilled(column.to_pylist()) == _unfilled(values)
+            if exact and nested:
+                _parquet_bytes(pa.table({name: column}))  # Parquet has no empty objects
         except (pa.ArrowException, OverflowError, TypeError, ValueError):
             exact = False
         if not exact:
@@ -156,18 +156,10 @@ def _unfilled(values: Sequence[object]) -> bytes:
 
 
 def _parquet_bytes(table: pa.Table) -> bytes:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     sink = io.BytesIO()
-    try:
-        pq.write_table(table, sink, compression="zstd")
-    except pa.ArrowException:  # an empty object deep inside: as text
-        odd = [i for i, field in enumerate(table.schema) if pa.types.is_nested(field.type)]
-        for i in odd:
-            texts = [None if v is None else _dumps(v).decode() for v in table[i].to_pylist()]
-            table = table.set_column(i, table.schema.names[i], [texts])
-        pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
 
 
@@ -200,7 +192,7 @@ class SourceRows:
     """The records behind a score table.
 
     scores : with file, file_sha256 and row (part); `.attrs["read"]` says how OASST trees were
-        read, and by which columns
+        read, by which columns, and in which encoding
     beside : folder that relative names are also looked for in (the score table's)
     moved : files that may be scored ones under a new name; matched by sha256
 
@@ -210,8 +202,7 @@ class SourceRows:
     def __init__(
         self, scores: pd.DataFrame, *, beside: Path | None = None, moved: Sequence[str | Path] = ()
     ) -> None:
-        read = scores.attrs.get("read", {})
-        self.paths, self.columns = read.get("paths", "best"), read.get("columns")
+        self.read = scores.attrs.get("read", {})
         self.files: dict[str, str] = {}
         self.records: dict[Key, dict] = {}
         self.parted = False  # whether a record was taken apart into its conversations
@@ -282,9 +273,7 @@ class SourceRows:
 
     def _read(self, name: str, path: str, wanted: set[int], found: dict[Key, Messages]) -> None:
         last = max(wanted)
-        for _, raw, conversations in iter_rows(
-            path, paths=self.paths, only=wanted, columns=self.columns
-        ):
+        for _, raw, conversations in iter_rows(path, only=wanted, **self.read):
             for part, messages in enumerate(conversations):
                 key = (name, raw.row, part)
                 found[key] = messages

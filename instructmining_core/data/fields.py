@@ -31,7 +31,7 @@ ROLES = {name: role for role, names in {
                  "bard claude /inst",
     "system": "system developer",
 }.items() for name in names.split()}  # fmt: skip
-MODEL_ROLE = re.compile(r"(chat)?gpt-?\d[\w.-]*")
+MODEL_ROLE = re.compile(r"(chat)?gpt-?\d[\w.-]*|(claude|gemini|llama|mistral|qwen)-[\w.-]+")
 
 ROLE_KEYS = ("role", "from", "author", "speaker")
 CONTENT_KEYS = ("content", "value", "text", "parts")
@@ -46,7 +46,7 @@ ASKED_ALONE = ("inputs", "input_text", "user", "human", "source")  # where none 
 BESIDE = ("input", "context", "passage", "document", "article")  # after a blank line
 CHOICES = ("choices", "options")
 ANSWERS = ("response", "output", "completion", "answer", "answers", "target", "targets",
-           "target_text", "generation", "generations", "assistant", "solution",
+           "target_text", "outputs", "generation", "generations", "assistant", "solution",
            "answerkey")  # fmt: skip
 ANSWERS_FIRST = {"instruction": "output", "prompt": "completion", "question": "answer",
                  "query": "response", "inputs": "targets", "problem": "solution"}  # fmt: skip
@@ -56,8 +56,12 @@ IDS = ("id", "question_id", "message_tree_id", "prompt_id", "conversation_id", "
 NAMES = {*CHATS, *MORE_CHATS, *ASKED, *ASKED_ALONE, *BESIDE, *CHOICES, *ANSWERS, *SYSTEM, *IDS,
          "text", "chosen", "history", "instances"}  # what --columns can name  # fmt: skip
 
+THOUGHTS = (*REASONING, "cot", "complex_cot", "chain_of_thought", "rationale", "scratchpad")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios", "tools", "functions")
-NOT_TO_LEARN = ("weight", "train", "loss", "loss_mask", "trainable", "label", "kto_tag")
+# What takes an answer out of training: of a message, or of a row (there also a list, an entry for
+# each message or answer). `label` and `kto_tag` tell a rejected answer.
+NOT_TO_LEARN = ("weight", "train", "trainable", "loss", "loss_mask", "loss_scale", "label",
+                "kto_tag", "train_detail")  # fmt: skip
 SILENT = {*IDS, "id", "category", "source", "user", "dataset", "data_source", "data_name", "lang",
           "language", "type", "kind", "meta", "metadata", "model", "model_id", "model_name", "name",
           "tool_call_id", "tags", "topic", "rejected", "score", "url", "title", "text_id",
@@ -122,8 +126,10 @@ def structured(value: object) -> object:
 def _literal(text: str) -> object:
     if len(text) > LONGEST_LITERAL:
         raise ValueError("too long")
+    # NumPy, and so pandas in CSV, writes no commas between objects; in a literal text no line ends.
+    text = text.strip().replace("}\n {", "},\n {")
     with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
-        return ast.literal_eval(text.strip())
+        return ast.literal_eval(text)
 
 
 def in_turn(*contents: str) -> Messages:
@@ -182,7 +188,8 @@ MARKINGS = {name: (re.compile(mark), re.compile(end), opening) for name, mark, e
     ("Alpaca", r"(?:^|\n)\s*### *(Instruction|Input|Response|System) *:?[ \t]*(?=\n|\Z)",
      r"</s>|<\|endoftext\|>", True),
     ("Guanaco", r"### *(Human|User|Assistant|System) *:", r"</s>|<\|endoftext\|>", True),
-    ("Vicuna", r"(?<!\S)(?:(?<=</s>))?(USER|ASSISTANT|SYSTEM):", r"</s>", True),
+    ("Vicuna", r"(?:(?<!\S)|(?<=</s>))(USER|ASSISTANT|SYSTEM|FUNCTION RESPONSE):",
+     r"</s>|<\|endoftext\|>", True),
     ("hh-rlhf", r"\n*(?:^|\n\n)(Human|Assistant):", r"(?!)", True),
     ("User and Assistant", r"(?:^|\n)(Human|User|Assistant|AI|Bot|System):", r"(?!)", True),
 )}  # fmt: skip
@@ -228,7 +235,7 @@ def _split(text: str, name: str) -> Messages:
         said, *rest = end.split(said)
         if any(BEGIN.fullmatch(part) is None for part in rest):
             raise FormatError(f"a mark of {name} before each turn", "".join(rest).strip())
-        role = ROLES.get(named.lower())
+        role = ROLES.get(named.lower().replace(" ", "_"))
         if role is None:
             raise FormatError(f"a role such as 'user' or 'assistant' in marks of {name}", named)
         inside = SYS.match(said) if name == "Llama 2" and role == "user" else None
@@ -275,19 +282,16 @@ class Record:
     columns : our name -> the record's own, in place of the names that are looked for
     """
 
-    def __init__(self, raw: dict, columns: Mapping[str, str]) -> None:
+    def __init__(self, raw: dict, columns: Mapping[str, str] | None = None) -> None:
         self.raw, self.notes, self.used = raw, {}, set()
         self.unread: list = []  # what is no text, for the row's identity
-        self.fields = _fields(raw)
+        self.fields = self.all = _fields(raw)
         if columns:
             lacking = [name for name in columns.values() if name not in raw]
             if lacking:
                 raise FormatError(f"the column {lacking[0]!r} that --columns names", raw)
-            self.all, self.used = self.fields, {n.strip().lower() for n in columns.values()}
+            self.used = set(_folded(tuple(columns.values())))
             self.fields = {ours: raw[theirs] for ours, theirs in columns.items()}
-        else:
-            self.all = self.fields
-
         self.there = tuple([key for key, value in self.fields.items() if filled(value)])
 
     def has(self, key: str) -> bool:
@@ -319,11 +323,11 @@ class Record:
         texts : whether plain texts are turns. Raises FormatError naming the entry.
         """
         entries = self.fields.get(key)
-        if not texts and isinstance(entries, str) and entries.lstrip()[:1] not in ("[", "{"):
+        if isinstance(entries, str) and entries.lstrip()[:1] not in ("[", "{"):
+            if texts:
+                raise FormatError(f"a list in {key!r}", entries)
             return None
         entries = structured(entries)
-        if isinstance(entries, str | bytes) and texts:
-            raise FormatError(f"a list in {key!r}", entries)
         if isinstance(entries, dict) and len(entries) == 1:
             entries = next(iter(entries.values()))
         if not isinstance(entries, list) or not entries:
@@ -353,9 +357,20 @@ class Record:
             raise FormatError(f"a role such as 'user' or 'assistant' in {where}", named)
         unread: list = []
         content = self.content(_first_filled(entry, CONTENT_KEYS), where, unread)
-        others = _others(tuple(entry))
-        if others:
-            content = self._beside(entry, others, content, unread)
+        off = ""
+        for key in _others(tuple(entry)):
+            value = entry[key]
+            if key in NOT_TO_LEARN and not isinstance(value, list | dict):
+                off = off or (key if is_off(key, value) else "")
+            elif not filled(value):
+                continue
+            elif key in REASONING and isinstance(value, str):
+                content = thought(value) + (content or "")
+            elif key in CALLS and isinstance(calls := structured(value), list | dict):
+                calls = calls if isinstance(calls, list) else [calls]
+                content = "\n".join([*([content] if content else []), *map(_call, calls)])
+            elif key not in (*ROLE_KEYS, *CONTENT_KEYS):
+                self._leave(key, value, unread, " of a message")
         if content is None:
             if role != "assistant" and not unread:
                 absent = next((entry[key] for key in CONTENT_KEYS if key in entry), entry)
@@ -366,6 +381,8 @@ class Record:
         found = {"role": role, "content": content}
         if unread:
             found["unread"] = fingerprint(unread)
+        if off and role == "assistant":
+            self._not_learnt(found, off)
         return found
 
     def content(self, content: object, where: str, unread: list) -> str | None:
@@ -389,49 +406,46 @@ class Record:
                 texts.append(("\n" if texts else "") + _call(part))
             elif filled(inner := _first_filled(part, (*CONTENT_KEYS, "thinking"))):
                 inner = self.content(inner, where, unread) or ""
-                texts.append(_thought(inner) if kind == "thinking" else inner)
+                texts.append(thought(inner) if kind == "thinking" else inner)
             elif kind != "text":
                 unread.append(part)
                 self.notes[f"content of type {kind!r} is not read"] = True
         return "".join(texts)
 
-    def _beside(self, entry: dict, others, content: str | None, unread: list) -> str | None:
-        """The content with the message's reasoning and calls; the rest of it is noted."""
-        for key in others:
-            value = entry[key]
-            if key in NOT_TO_LEARN:
-                if _is_off(key, value):
-                    self.notes[f"a message whose {key!r} is off is read as any other"] = True
-            elif not filled(value):
+    def mark(self, messages: Messages) -> None:
+        """Take the answers out of training that the row's own marks take out."""
+        for key in self.filled(NOT_TO_LEARN):
+            answers = [message for message in messages if message["role"] == "assistant"]
+            value = structured(self.fields[key])
+            sizes = {len(answers): answers, len(messages): messages}
+            marks = value if isinstance(value, list) else [value] * len(answers)
+            if len(marks) not in sizes or isinstance(value, dict):
+                self.notes[f"{key!r} fits neither messages nor answers, and is not read"] = True
                 continue
-            elif key in REASONING and isinstance(value, str):
-                content = _thought(value) + (content or "")
-            elif key in CALLS and isinstance(calls := structured(value), list | dict):
-                calls = calls if isinstance(calls, list) else [calls]
-                content = "\n".join([*([content] if content else []), *map(_call, calls)])
-            elif key in MEDIA:
-                unread.append(value)
-                self.notes[f"{key!r} of a message is not read"] = True
-            elif key not in (*ROLE_KEYS, *CONTENT_KEYS) and _bears_text(value):
-                self.notes[f"{key!r} of a message is not read"] = True
-        return content
+            for message, one in zip(sizes[len(marks)], marks, strict=True):
+                if message["role"] == "assistant" and is_off(key, one):
+                    self._not_learnt(message, key)
 
     def note_unread(self, messages: Messages) -> None:
         """Note the fields that were not used, and put what is no text into the identity."""
         for key in _to_check(tuple(self.all)):
             value = self.all[key]
-            if key in self.used:
-                continue
-            if key in NOT_TO_LEARN:
-                if _is_off(key, value):
-                    self.notes[f"a row whose {key!r} is off is read as any other"] = True
-            elif not filled(value):
-                continue
-            elif key in MEDIA:
-                self.unread.append([key, structured(value)])
-                self.notes[f"{key!r} is not read"] = True
-            elif _bears_text(value) and not _rendering(value, messages):
-                self.notes[f"{key!r} is not read"] = True
+            if key not in self.used and filled(value) and (
+                key in MEDIA or not _rendering(value, messages)
+            ):
+                self._leave(key, value, self.unread)
+
+    def _leave(self, key: str, value: object, unread: list, of: str = "") -> None:
+        """Leave a field unread: it is noted where it bears text or is no text at all."""
+        if key in MEDIA:
+            unread.append([key, structured(value)])
+        elif key not in NOT_TO_LEARN and not bears_text(value):
+            return
+        self.notes[f"{key!r}{of} is not read"] = True
+
+    def _not_learnt(self, message: Message, key: str) -> None:
+        message["train"] = False
+        self.notes[f"answers that {key!r} takes out of training are context, not scored"] = True
 
 
 def fingerprint(value: object) -> str:
@@ -442,7 +456,8 @@ def fingerprint(value: object) -> str:
 
 @lru_cache(4096)
 def _to_check(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in names if name not in SILENT)
+    known = {*SILENT, *NOT_TO_LEARN}
+    return tuple(name for name in names if name not in known)
 
 
 @lru_cache(4096)
@@ -457,6 +472,11 @@ def _first_filled(entry: dict, keys: tuple[str, ...]) -> object:
         if key in entry and filled(entry[key]):
             return entry[key]
     return None
+
+
+def is_answer(message: Mapping) -> bool:
+    """Whether this message is the assistant's, and not taken out of training."""
+    return message["role"] == "assistant" and message.get("train") is not False
 
 
 def is_message(entry: object) -> bool:
@@ -485,24 +505,24 @@ def _call(call: object) -> str:
     return json_text({"name": inner["name"], "arguments": arguments})
 
 
-def _thought(text: str) -> str:
+def thought(text: str) -> str:
+    """Reasoning as it stands before an answer."""
     return f"<think>\n{text.strip()}\n</think>\n\n"
 
 
-def _is_off(key: str, value: object) -> bool:
-    """Whether a mark says "not to be learnt"; a label of 0 may be any class."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return value == 0 and key not in ("label", "kto_tag", "loss")
-    return value is False or (isinstance(value, str) and value.strip().lower() == "false")
+def is_off(key: str, value: object) -> bool:
+    """Whether a mark says "not to be learnt"; a label or loss of 0 may be any class or number."""
+    said = str(value).strip().lower()
+    return said == "false" or (said in ("0", "0.0") and key not in ("label", "loss"))
 
 
-def _bears_text(value: object) -> bool:
+def bears_text(value: object) -> bool:
     """Whether a value holds a text of more than one word."""
     if isinstance(value, str):
         return len(value.split(None, 2)) > 1
     if isinstance(value, dict):
         value = list(value.values())
-    return isinstance(value, list) and any(map(_bears_text, value[:100]))
+    return isinstance(value, list) and any(map(bears_text, value[:100]))
 
 
 def _rendering(value: object, messages: Messages) -> bool:

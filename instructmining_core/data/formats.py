@@ -7,13 +7,15 @@ self-instruct record gives one for each of its instances, and an OASST tree one 
 all paths are asked for. A question without an answer keeps an empty assistant turn where its form
 allows one, so that the row stays and is scored as "not computable" instead of vanishing.
 
-`FORMS` is the table of all forms: which fields each uses, with an example. What a record holds
-beside them is not read, and told as a note where it bears text.
+An answer that its record takes out of training (a weight of 0, a rejected one) has `train: False`,
+and is context only. `FORMS` is the table of all forms: which fields each uses, with an example.
+What a record holds beside them is not read, and told as a note where it bears text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .fields import (
@@ -29,10 +31,12 @@ from .fields import (
     MORE_CHATS,
     REFERENCES,
     SYSTEM,
+    THOUGHTS,
     FormatError,
     Messages,
     Record,
     as_text,
+    bears_text,
     filled,
     fingerprint,
     in_turn,
@@ -40,35 +44,43 @@ from .fields import (
     marked,
     pick,
     structured,
+    thought,
 )
 
 
 class Form(NamedTuple):
     """One form of record: `read` gives its conversations, or None where the record is another.
 
-    fields : what is used, in words; example : a record of this form
+    needs : fields, one of which is filled; fields : what is used, in words; example : a record
     """
 
     name: str
+    needs: tuple[str, ...]
     fields: str
     example: dict[str, Any]
     read: Callable[[Record, str], list[Messages] | None]
 
 
 QUESTIONS = ASKED + ASKED_ALONE + BESIDE
+ASKED_FIRST = ASKED + ASKED_ALONE
+ANSWERS_TO = {asked: (first, *ANSWERS) for asked, first in ANSWERS_FIRST.items()}
 
 
 def _chat(record: Record, _: str) -> list[Messages] | None:
-    """A list of messages, and the chosen answer where it stands beside its question."""
+    """A list of messages; the last answer may stand beside it, and a chosen one does."""
     key = record.first(CHATS)
-    if key is None:
-        return None
     messages = record.chat(key, texts=True)
+    if messages is None and not filled(structured(record.fields[key])):  # "[]" in a cell
+        return None
     if messages is None:
         raise FormatError(f"a list of messages in {key!r}", record.fields[key])
-    if messages[-1]["role"] != "assistant" and record.has("chosen"):
-        return [_answered(record, messages, "chosen")]
-    return [messages]
+    answered = messages[-1]["role"] == "assistant"
+    beside = next(iter(record.filled(("chosen",) if answered else ("chosen", *ANSWERS))), None)
+    value = structured(record.fields.get(beside))
+    if beside is None or (answered and not (isinstance(value, list | dict) or bears_text(value))):
+        return [messages]
+    asked = messages[:-1] if answered and messages[1:] else messages
+    return [_answered(record, asked, beside)]
 
 
 def _other_chat(record: Record, _: str) -> list[Messages] | None:
@@ -79,8 +91,6 @@ def _other_chat(record: Record, _: str) -> list[Messages] | None:
 
 def _chosen(record: Record, _: str) -> list[Messages] | None:
     """Preference data: the chosen answer. hh-rlhf marks its turns inside one text."""
-    if not record.has("chosen"):
-        return None
     return [_answered(record, _question(record), "chosen")]
 
 
@@ -106,8 +116,6 @@ def _turns(record: Record, _: str) -> list[Messages] | None:
 
 def _instances(record: Record, _: str) -> list[Messages] | None:
     """Self-instruct: one instruction with its instances, each an example of its own."""
-    if not record.has("instances"):
-        return None
     instances = structured(record.fields["instances"])
     if not isinstance(instances, list):
         raise FormatError("a list in 'instances'", instances)
@@ -115,7 +123,7 @@ def _instances(record: Record, _: str) -> list[Messages] | None:
     for i, instance in enumerate(instances):
         if not isinstance(instance, dict) or "output" not in instance:
             raise FormatError(f"'output' in instances[{i}]", instance)
-        one = Record({"instruction": record.fields.get("instruction"), **instance}, {})
+        one = Record({"instruction": record.fields.get("instruction"), **instance})
         found += _pair(one, "") or []
         record.notes.update(one.notes)
     record.used |= {"instances", "instruction"}
@@ -127,23 +135,26 @@ def _pair(record: Record, _: str) -> list[Messages] | None:
     names = tuple(record.fields)
     present = record.filled(QUESTIONS) or pick(names, QUESTIONS)
     main = present[0] if present else None
-    order = (ANSWERS_FIRST[main], *ANSWERS) if main in ANSWERS_FIRST else ANSWERS
-    answers = pick(names, order)
-    if not record.filled(QUESTIONS + ANSWERS) or main is None:
-        return None
-    if main == "source" and "target" not in record.fields:
+    answers = pick(names, ANSWERS_TO.get(main, ANSWERS))
+    if main is None or (main == "source" and "target" not in record.fields):
         return None
     if not answers:
         # A prompt of messages is a whole conversation; an answer that is nowhere is a mistake.
         chat = record.chat("prompt") if record.has("prompt") else None
         return chat and [chat]
     answer = record.first(answers) or answers[0]
-    return [_answered(record, _question(record), answer)]
+    talk = _answered(record, _question(record), answer)
+    for key in record.filled(THOUGHTS):
+        said = record.fields[key]
+        if isinstance(said, str) and said.strip() not in talk[-1]["content"]:
+            record.used.add(key)
+            talk[-1]["content"] = thought(said) + talk[-1]["content"]
+    return [talk]
 
 
 def _question(record: Record) -> Messages:
     """What the user says, after the earlier turns where there are some."""
-    main = next(iter(record.filled(ASKED + ASKED_ALONE)), None)
+    main = next(iter(record.filled(ASKED_FIRST)), None)
     chat = record.chat(main) if main else None
     if chat:
         return chat
@@ -172,14 +183,16 @@ def _choices(record: Record) -> list[str]:
     given = structured(record.fields[key])
     labels = None
     if isinstance(given, dict):
-        labels, given = given.get("label") or list(given), given.get("text") or list(given.values())
+        texts = "text" in given
+        labels = given.get("label") if texts else list(given)
+        given = given["text"] if texts else list(given.values())
     if not isinstance(given, list) or not all(isinstance(one, str | int | float) for one in given):
         return []
     record.used.add(key)
     answer = next((record.fields[name] for name in record.filled(ANSWERS)), None)
     if isinstance(answer, int):
         raise FormatError(f"the answer as text beside {key!r}: its letter or its words", answer)
-    labels = labels or [chr(ord("A") + i) for i in range(len(given))]
+    labels = labels if isinstance(labels, list) else [chr(ord("A") + i) for i in range(len(given))]
     return ["\n".join(f"{label}. {one}" for label, one in zip(labels, given, strict=False))]
 
 
@@ -233,6 +246,10 @@ def _one_answer(record: Record, key: str, value: object, given: object):
         return given, None
     if isinstance(value, dict) and isinstance(value.get("text"), list):  # SQuAD's answers
         return _one_answer(record, key, value["text"], value["text"])
+    if isinstance(value, dict) and "aliases" in value:  # TriviaQA's
+        return value.get("value"), None
+    if isinstance(first, dict):  # answers with their ratings, or one answer that is a list
+        first = next((first[name] for name in ("answer", "response") if name in first), None)
     if first is None:
         return value, None
     if sum(map(filled, value)) > 1:
@@ -242,16 +259,14 @@ def _one_answer(record: Record, key: str, value: object, given: object):
 
 def _text(record: Record, _: str) -> list[Messages] | None:
     """One text with marks; Vicuna's questions are a text with a `question_id`."""
-    if not record.has("text"):
+    key = record.first(("text", "chat"))
+    if isinstance(record.fields[key], list | dict):
         return None
+    text = record.text(key)
     if "question_id" in record.fields:
-        return [in_turn(record.text("text"))]
-    turns = marked(record.text("text"))
+        return [in_turn(text)]
+    turns = marked(text)
     return turns and [turns]
-
-
-def _history_alone(record: Record, _: str) -> list[Messages] | None:
-    return [_history(record)] if record.has("history") else None
 
 
 def _tree(record: Record, paths: str) -> list[Messages] | None:
@@ -312,34 +327,39 @@ def _to_last_answer(path: list[dict]) -> list[dict]:
 _SAID = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 # The order matters: richer fields win over poorer ones.
 FORMS = (
-    Form("A list of messages", "`messages`, `conversations` or `conversation`: objects with a role "
-         "(`role`, `from`) and a content (`content`, `value`, `text`, `parts`), pairs, or plain "
-         "texts in turn; `chosen` where it answers the last question",
+    Form("A list of messages", CHATS, "objects with a role (`role`, `from`) and a content "
+         "(`content`, `value`, `text`, `parts`), pairs, or plain texts in turn; `chosen`, where it "
+         "is filled, is the answer to the last question",
          {"messages": _SAID}, _chat),
-    Form("An Open-Assistant tree", "`prompt` with its nested `replies`",
+    Form("An Open-Assistant tree", ("prompt", "message_id"), "`prompt` with its nested `replies`",
          {"prompt": {"role": "prompter", "text": "Hi", "replies": [
              {"role": "assistant", "text": "Hello.", "rank": 0, "replies": []}]}}, _tree),
-    Form("A preference", "`chosen`, with its question in `prompt`, `instruction` or `question`, or "
+    Form("A preference", ("chosen",), "its question in `prompt`, `instruction` or `question`, or "
          "in `chosen` itself; `rejected` is not read",
          {"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}, _chosen),
-    Form("A task with instances", "`instruction` and each `input` and `output` of `instances`",
+    Form("A task with instances", ("instances",), "`instruction`, and each `input` and `output`",
          {"instruction": "Greet.", "instances": [{"input": "Ada", "output": "Hi Ada."}]},
          _instances),
-    Form("A question and an answer", "the first filled of `instruction`, `prompt`, `question`, "
-         "`query`, `problem`, `inputs`, `input_text` and of `output`, `response`, `completion`, "
-         "`answer`, `answers`, `target`, `targets`, `generation`, `solution`, ...; what stands "
-         "beside the question (`input`, `context`, `passage`, `choices`, ...) follows it after a "
-         "blank line, `history` goes before it",
+    Form("A question and an answer", QUESTIONS + ANSWERS, "the first filled question and the first "
+         "filled answer; what stands beside the question (`input`, `context`, `passage`, "
+         "`choices`, ...) follows it after a blank line, `history` goes before it, reasoning "
+         "(`cot`, `rationale`, ...) before the answer in `<think>` marks",
          {"question": "Where?", "context": "It is in the barn.", "answer": "In the barn."}, _pair),
-    Form("Questions in turn", "`turns`, or `prompt` as a list of texts, with `reference` answers",
+    Form("Questions in turn", ("turns", "prompt"), "a list of texts, with `reference` answers",
          {"turns": ["Hi", "Bye"], "reference": ["Hello.", "Goodbye."]}, _turns),
-    Form("Messages under other names", "`message`, `dialog`, `chat`, `chat_rounds`, `contents`, "
-         "`thread`, `items`, `data` or `turns`, where they hold objects with a role",
+    Form("Messages under other names", MORE_CHATS, "objects with a role",
          {"thread": _SAID}, _other_chat),
-    Form("One text", "`text` with the marks of " + ", ".join(MARKINGS),
+    Form("One text", ("text", "chat"), "with the marks of " + ", ".join(MARKINGS),
          {"text": "### Human: Hi### Assistant: Hello."}, _text),
-    Form("Pairs alone", "`history`", {"history": [["Hi", "Hello."]]}, _history_alone),
+    Form("Pairs alone", ("history",), "pairs of texts", {"history": [["Hi", "Hello."]]},
+         lambda record, _: [_history(record)]),
 )  # fmt: skip
+
+
+@lru_cache(4096)
+def _forms(filled_names: tuple[str, ...]) -> tuple[Form, ...]:
+    """The forms that a record with these filled fields may have, the first that fits wins."""
+    return tuple(form for form in FORMS if pick(filled_names, form.needs))
 
 
 def conversations(
@@ -355,12 +375,15 @@ def conversations(
     """
     if not isinstance(raw, dict):
         raise FormatError("an object with named fields", raw)
-    record = Record(raw, columns or {})
-    found = next((one for form in FORMS if (one := form.read(record, paths))), None)
+    record = Record(raw, columns)
+    forms = _forms(record.there)
+    found = next((one for form in forms if (one := form.read(record, paths))), None)
     if found is None and not record.there and pick(tuple(record.fields), QUESTIONS + ANSWERS):
         found = [in_turn("", "")]  # a row of blanks
     if found is None:
         raise FormatError(_refusal(record), raw)
+    for messages in found:
+        record.mark(messages)
     found = [_complete(record, messages) for messages in found]
     record.note_unread(found[0])
     if record.unread:

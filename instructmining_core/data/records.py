@@ -24,10 +24,11 @@ import orjson
 import pandas as pd
 
 from ..config import InstructMiningError
-from .fields import FormatError, Messages
+from .fields import FormatError, Messages, is_answer
 from .formats import as_record, conversations, record_id
-from .readers import SUFFIXES, Raw, is_hub_name, read_raw, read_set, resolve_set
+from .readers import SUFFIXES, Raw, is_hub_name, read_raw, resolve_set
 
+IDENTITY = ("content", "role", "train", "unread")  # what of a message tells rows apart
 CHUNK_CHARACTERS = 64_000_000  # a chunk ends here too, so that long texts stay within memory
 
 
@@ -49,14 +50,14 @@ class Problem:
 def row_hash(messages: Messages) -> str:
     """The identity of a conversation: first 32 hex digits of the sha256 of its canonical JSON.
 
-    Only roles and contents count, and what is no text by its fingerprint `unread`. Lone surrogates
-    are hashed as they are.
+    Roles and contents count, what is no text by its fingerprint `unread`, and whether an answer is
+    taken out of training. Lone surrogates are hashed as they are.
     """
     plain = [
-        {"content": m["content"], "role": m["role"]}
-        | ({"unread": m["unread"]} if "unread" in m else {})
+        {"content": m["content"], "role": m["role"]} if len(m) == 2 else
+        {name: m[name] for name in IDENTITY if name in m}
         for m in messages
-    ]
+    ]  # fmt: skip
     try:
         text = orjson.dumps(plain)
     except TypeError:
@@ -72,11 +73,11 @@ def with_row_hash(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def assistant_turns(messages: Messages) -> list[tuple[list[dict], str]]:
-    """(context, response) of each assistant turn; the context is every message before it."""
+    """(context, response) of each answer to learn; the context is every message before it."""
     return [
         (list(messages[:i]), message["content"])
         for i, message in enumerate(messages)
-        if message["role"] == "assistant"
+        if is_answer(message)
     ]
 
 
@@ -88,11 +89,13 @@ def iter_rows(
     stdin: BinaryIO | None = None,
     only: Container[int] | None = None,
     columns: Mapping[str, str] | None = None,
+    encoding: str | None = None,
 ) -> Iterator[tuple[str, Raw, list[Messages]]]:
     """(file, raw record, its conversations) for every record in order, malformed ones included.
 
     only : positions that are wanted; the others are passed over.
     columns : our names of fields -> the records' own, as in `formats.conversations`
+    encoding : of the file's text, as in `read_raw`
 
     A malformed record has no conversations and `raw.error` set. `file` is `where`, or for a hub
     name the name with the commit that was read. Errors are those of `read_raw`.
@@ -100,15 +103,15 @@ def iter_rows(
     if paths not in ("best", "all"):
         raise InstructMiningError(f"paths is {paths!r}; it is 'best' or 'all'")
     name = str(where)
-    hub = is_hub_name(name)
-    if hub:
+    if stdin is None and is_hub_name(name):
         name = resolve_set(name, revision)
-    for raw in read_set(name) if hub else read_raw(name, stdin):
+    for raw in read_raw(name, stdin, encoding):
         if only is not None and raw.row not in only:
             continue
         found = []
         if raw.error is None:
-            raw = raw._replace(value=as_record(raw.value))
+            if not isinstance(raw.value, dict):
+                raw = raw._replace(value=as_record(raw.value))
             try:
                 found, notes = conversations(raw.value, paths, columns)
                 if notes:
@@ -128,6 +131,7 @@ def iter_records(
     paths: str = "best",
     stdin: BinaryIO | None = None,
     columns: Mapping[str, str] | None = None,
+    encoding: str | None = None,
 ) -> Iterator[tuple[pd.DataFrame, list[Problem]]]:
     """The record table in chunks of at most `chunk_rows` rows (fewer where texts are long).
 
@@ -138,7 +142,7 @@ def iter_records(
         it; "keep" lists it and keeps an empty row in its place, with the text of the problem in
         an extra column `problem` ("" elsewhere).
     paths : "best" or "all", for OASST trees.
-    columns : as for `iter_rows`
+    columns, encoding : as for `iter_rows`
 
     Yields (table, problems of this chunk); the table's `.attrs["notes"]` counts the records that
     hold what was not read, by what it is. Raises InstructMiningError.
@@ -148,7 +152,7 @@ def iter_records(
     rows, problems, characters, notes = [], [], 0, Counter()
     stem = source if source is not None else source_name(where)
     for file, raw, found in iter_rows(
-        where, revision=revision, paths=paths, stdin=stdin, columns=columns
+        where, revision=revision, paths=paths, stdin=stdin, columns=columns, encoding=encoding
     ):
         note = ""
         if raw.error is not None:
@@ -158,7 +162,8 @@ def iter_records(
             problems.append(problem)
             if on_error == "keep":
                 note, found = str(problem), [[]]
-        notes.update(raw.notes)
+        if raw.notes:
+            notes.update(raw.notes)
         name = record_id(raw.value, f"{stem}-{raw.row}", columns)
         for part, messages in enumerate(found):
             own = f"{name}#{part}" if part else name

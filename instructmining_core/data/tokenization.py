@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..config import InstructMiningError
-from .fields import Message
+from .fields import Message, is_answer
 
 CHAT, PLAIN = "chat-1", "plain-2"  # versions of the two templates, for records
 
@@ -88,8 +88,8 @@ def encode_many(
     max_tokens : longest row, in tokens, bos and eos counted. A longer one loses whole messages from
         the left (a reply goes with its question), but never its last question and answer; then
         its last response is cut at the end.
-    turns : for each conversation None (every assistant turn is a target) or i (only the i-th is,
-        and what follows it is left out).
+    turns : for each conversation None (every answer is a target that is not taken out of training)
+        or i (only the i-th is, and what follows it is left out).
     template : "chat" (the tokenizer's own, with the system prompt that it adds where none is given;
         an answer ends in the template's end-of-turn token), "plain", or "auto": chat where there
         is one. A chat template that refuses a conversation is given it with each run of system and
@@ -151,8 +151,9 @@ def _plain_pieces(messages: Sequence[Message], eos: str) -> list[Piece]:
     for message in messages:
         header = _HEADERS[message["role"]]
         if message["role"] == "assistant":
-            pieces += [Piece(waiting + header, False), Piece(message["content"], True),
-                       Piece(eos, True, markup=True)]  # fmt: skip
+            target = is_answer(message)
+            pieces += [Piece(waiting + header, False), Piece(message["content"], target),
+                       Piece(eos, target, markup=True)]  # fmt: skip
             waiting = "\n\n"
         else:
             waiting += header + message["content"] + "\n\n"
@@ -186,7 +187,7 @@ class _Markup:
             )
         pieces = [Piece(between[0], False, markup=True)]
         for message, after in zip(messages, between[1:], strict=True):
-            answer = message["role"] == "assistant"
+            answer = is_answer(message)
             pieces += [Piece(message["content"], answer), Piece(after, answer, markup=True)]
         return pieces
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..data.fields import is_answer
 from ..data.tokenization import clean_text
 
 KNOWN_ROLES = ("system", "user", "assistant")
@@ -22,7 +23,7 @@ class CheckedConversation:
     """One row.
 
     messages : role and content of each message; lone surrogates are U+FFFD
-    ends : positions of the assistant's messages
+    ends : positions of the assistant's messages, without those taken out of training
     problem : why the row has no turn to score, "" if it has
     """
 
@@ -59,8 +60,8 @@ def read(messages) -> CheckedConversation:
     if problem:
         return CheckedConversation((), (), problem)
     clean = tuple({"role": m["role"], "content": _clean(m["content"])} for m in messages)
-    ends = tuple(i for i, m in enumerate(clean) if m["role"] == "assistant")
-    return CheckedConversation(clean, ends, "" if ends else "no assistant turn")
+    ends = tuple(i for i, m in enumerate(messages) if is_answer(m))
+    return CheckedConversation(clean, ends, "" if ends else _no_answer(clean))
 
 
 def each_turn(conversations: Sequence[CheckedConversation]) -> Iterator[Turn]:
@@ -111,6 +112,12 @@ def _reasons_of_rows(conversations, counts, rows, reasons) -> list[str]:
             note = f"turn {position - first + 1}: {note}"
         texts[row] = f"{texts[row]}; {note}" if texts[row] else note
     return texts
+
+
+def _no_answer(messages) -> str:
+    if any(m["role"] == "assistant" for m in messages):
+        return "the row takes its answer out of training (weight 0, train or label false)"
+    return "no assistant turn"
 
 
 def _problem(messages) -> str:

@@ -1,14 +1,17 @@
-"""Rule cards and profiles of any content are loaded, or refused in words."""
+"""What is read from outside, of any content, is read or refused in words."""
 
 from __future__ import annotations
 
 import copy
 import json
+import random
 
+import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bench.fuzz import SHARES, Fuzzer
 from instructmining.profile import PRESETS, load_profile
 from instructmining_core.config import InstructMiningError
 from instructmining_core.regression.rule_card import load_rule
@@ -71,3 +74,16 @@ def test_any_profile_is_loaded_or_refused(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
     preset = yaml.safe_load((PRESETS / "smoke.yaml").read_text())
     loaded_or_refused(load_profile, path, yaml.safe_dump(changed(data.draw, preset)))
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_a_bounded_run_of_the_fuzzer_finds_nothing(tmp_path, kind):
+    fuzzer, rng = Fuzzer(tmp_path), random.Random(kind)
+    for _ in range({"bytes": 400, "bank": 100, "rule card": 100}.get(kind, 20)):
+        content, read = fuzzer.kinds[kind](rng)
+        try:
+            read()
+        except InstructMiningError as error:
+            assert str(error)
+        except Exception as error:
+            raise AssertionError(content[:500]) from error

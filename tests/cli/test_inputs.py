@@ -57,6 +57,38 @@ def test_columns_are_named_once_and_serve_select_and_the_rows_that_it_writes(hom
     assert "--columns 'frage=titel': write OURS=YOURS" in capsys.readouterr().err
 
 
+def test_an_encoding_is_named_once_and_serves_select(home, capsys):
+    text = "prompt,completion\nWhat is a café?,It is a place.\nDéjà vu?,So it is again.\n"
+    (home / "d.csv").write_bytes(text.encode("cp1252"))
+    assert score("d.csv") == 1
+    assert "--encoding cp1252" in capsys.readouterr().err
+    assert score("d.csv", "--encoding", "cp1252") == 0
+    assert select("best.csv") == 0
+    assert set(pd.read_csv("best.csv")["prompt"]) == {"Déjà vu?", "What is a café?"}
+
+
+def test_rejected_answers_have_no_value_and_are_never_selected(home, capsys):
+    (home / "d.jsonl").write_text(lines(
+        {"prompt": "Why?", "completion": "A bad answer that is long.", "label": False},
+        {"prompt": "Why?", "completion": "A good one.", "label": True},
+        {"messages": [{"role": "user", "content": "Hi"},
+                      {"role": "assistant", "content": "Ho ho", "weight": 0},
+                      {"role": "user", "content": "Why?"},
+                      {"role": "assistant", "content": "So."}]},
+    ))  # fmt: skip
+    assert score("d.jsonl") == 0
+    said = capsys.readouterr().err
+    assert "1 rows: answers that 'label' takes out of training are context, not scored" in said
+    assert "1 rows: answers that 'weight' takes out" in said
+    table = read_scores("s.parquet")
+    assert table["len_out"].isna().tolist() == [True, False, False]
+    assert table["len_out"].tolist()[1:] == [4, 2]
+    assert "takes its answer out of training" in table["reasons"][0]
+    assert select("best.jsonl") == 0
+    kept = [json.loads(line) for line in (home / "best.jsonl").read_text().splitlines()]
+    assert len(kept) == 2 and not any(row.get("label") is False for row in kept)
+
+
 def test_a_file_of_which_no_row_can_be_read_is_told_once(home, capsys):
     (home / "d.jsonl").write_text(lines(*({"title": f"row {i}"} for i in range(50))))
     assert score("d.jsonl") == 1

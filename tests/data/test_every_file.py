@@ -19,13 +19,21 @@ from hypothesis import strategies as st
 
 from instructmining.what_is_read import page
 from instructmining_core.config import InstructMiningError
-from instructmining_core.data import fields, readers
+from instructmining_core.data import fields, text_files
 from instructmining_core.data.duplicates import Kept
 from instructmining_core.data.export import write_rows
 from instructmining_core.data.fields import MARKINGS, FormatError, marked
 from instructmining_core.data.formats import FORMS, conversations
-from instructmining_core.data.records import iter_records, read_records, row_hash
+from instructmining_core.data.readers import count_records
+from instructmining_core.data.records import (
+    assistant_turns,
+    iter_records,
+    read_records,
+    row_hash,
+)
+from instructmining_core.data.tokenization import segments
 from instructmining_core.files import root
+from instructmining_core.indicators.turns import read
 
 
 def said(*texts, system=None):
@@ -80,7 +88,16 @@ READ = {
                 "systemInstruction": {"parts": [{"text": "s"}]}}, said("a", "b", system="s")),
     "system_message": ({"system_message": "s", "prompt": "a", "response": "b"},
                        said("a", "b", system="s")),
-    "a prompt alone": ({"prompt": [{"role": "user", "content": "a"}], "reward": 1}, said("a", "")),
+    "reasoning of a row": ({"question": "a", "Complex_CoT": "hm", "answer": "b"},
+                           said("a", "<think>\nhm\n</think>\n\nb")),
+    "reasoning that the answer holds": ({"question": "a", "rationale": "hm", "answer": "hm: b"},
+                                        said("a", "hm: b")),
+    "messages that are the chosen ones": ({"messages": said("a", "b c"), "chosen": said("a", "b c"),
+                                           "rejected": said("a", "d")}, said("a", "b c")),
+    "chosen in place of an answer": ({"conversations": said("a", "b"), "chosen": "it is c"},
+                                     said("a", "it is c")),
+    "an answer beside its question": ({"messages": said("a"), "completion": "b"}, said("a", "b")),
+    "a prompt alone": ({"prompt": said("a"), "reward": 1}, said("a", "")),
 }  # fmt: skip
 
 
@@ -120,10 +137,10 @@ def test_what_cannot_be_read_is_refused_with_a_way_out(raw, says):
 @pytest.mark.parametrize(
     ("raw", "note"),
     [
-        ({"prompt": "a", "response": "b", "cot": "first this, then that"}, "'cot' is not read"),
+        ({"prompt": "a", "response": "b", "hint": "first this, then that"}, "'hint' is not read"),
         ({"prompt": "a", "response": "b", "image": "x.jpg"}, "'image' is not read"),
-        ({"prompt": "a", "response": "b", "label": False}, "a row whose 'label' is off"),
-        ({"messages": [{**m, "weight": 0} for m in said("a", "b")]}, "a message whose 'weight'"),
+        ({"prompt": "a", "response": "b", "label": False}, "answers that 'label' takes out"),
+        ({"messages": [{**m, "weight": 0} for m in said("a", "b")]}, "that 'weight' takes out"),
         ({"question": "a", "answer": ["b", "c"]}, "several answers in 'answer'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
                        {"role": "assistant", "content": "b"}]}, "content of type 'image_url'"),
@@ -132,6 +149,46 @@ def test_what_cannot_be_read_is_refused_with_a_way_out(raw, says):
 def test_what_is_not_read_is_noted(raw, note):
     (notes,) = conversations(raw)[1]
     assert note in notes
+
+
+def off(*texts, at):
+    return [m | ({"train": False} if i in at else {}) for i, m in enumerate(said(*texts))]
+
+
+OFF = {
+    "a weight of 0": ({"messages": [*said("a"), {"role": "assistant", "content": "b", "weight": 0},
+                                    *said("c", "d")]}, {1}),
+    "train false": ({"conversations": [*said("a", "b", "c"), {"from": "gpt", "value": "d",
+                                                              "train": False}]}, {3}),
+    "a rejected answer": ({"messages": said("a", "b", "c", "d"), "label": False}, {1, 3}),
+    "as text": ({"messages": said("a", "b", "c", "d"), "kto_tag": "False"}, {1, 3}),
+    "a mask of messages": ({"messages": said("a", "b", "c", "d"), "loss_mask": [0, 0, 0, 1]}, {1}),
+    "a mask of answers": ({"messages": said("a", "b", "c", "d"), "train": "[true, false]"}, {3}),
+    "a class, a number": ({"messages": said("a", "b", "c", "d"), "label": 0, "loss": 0.0,
+                           "weight": "1", "train": True}, set()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_answers_that_are_not_to_be_learnt_are_context(name):
+    raw, at = OFF[name]
+    (found,), notes = conversations(raw)
+    assert found == off("a", "b", "c", "d", at=at) and len(notes) == bool(at)
+    assert [answer for _, answer in assistant_turns(found)] == [
+        text for i, text in ((1, "b"), (3, "d")) if i not in at
+    ]
+    assert (row_hash(found) == row_hash(said("a", "b", "c", "d"))) == (not at)
+    assert read(found).ends == tuple(i for i in (1, 3) if i not in at)
+    assert ("takes its answer out" in read(found).problem) == (at == {1, 3})
+    targets = [text for text, target in segments(found, "</s>") if target]
+    assert targets == [part for i, text in ((1, "b"), (3, "d")) if i not in at
+                       for part in (text, "</s>")]  # fmt: skip
+
+
+def test_a_mask_that_fits_nothing_is_told():
+    (found,), notes = conversations({"messages": said("a", "b"), "loss_mask": [0, 1, 0, 0, 1]})
+    assert found == said("a", "b")
+    assert notes == ["'loss_mask' fits neither messages nor answers, and is not read"]
 
 
 def test_metadata_and_renderings_are_no_loss():
@@ -250,6 +307,7 @@ FILES = {
     "wrapped.json": json.dumps({"version": 1, "data": ROWS}).encode(),
     "columns.json": json.dumps({k: [r[k] for r in ROWS] for k in ROWS[0]}).encode(),
     "pandas.json": pd.DataFrame(ROWS).to_json().encode(),
+    "by_id.json": json.dumps({f"id{i}": row for i, row in enumerate(ROWS)}).encode(),
     "split.json": pd.DataFrame(ROWS).to_json(orient="split").encode(),
     "semicolons.csv": pd.DataFrame(ROWS).to_csv(index=False, sep=";").encode(),
     "told.csv": b"sep=;\r\n" + pd.DataFrame(ROWS).to_csv(index=False, sep=";").encode(),
@@ -308,6 +366,28 @@ def test_other_encodings_are_named(tmp_path):
         assert f"this may be {coding}" in problems[0].expected
 
 
+@pytest.mark.parametrize("coding", ["cp1252", "gb18030", "shift_jis", "utf-16-be"])
+def test_an_encoding_can_be_named(tmp_path, coding):
+    text = {"cp1252": "café", "gb18030": "你好"}.get(coding, "日本")
+    for name, content in (("e.csv", f"prompt,completion\n{text},b\n"),
+                          ("e.jsonl", f'{{"prompt": "{text}", "completion": "b"}}\n')):
+        (tmp_path / name).write_bytes(content.encode(coding))
+        ((table, problems),) = iter_records(tmp_path / name, encoding=coding)
+        assert table["messages"].tolist() == [said(text, "b")] and problems == []
+        assert count_records(tmp_path / name, coding) == 1
+    with pytest.raises(InstructMiningError, match="--encoding"):
+        list(iter_records(tmp_path / "e.csv", encoding="no such"))
+
+
+def test_a_quote_inside_a_cell_is_a_character(tmp_path):
+    path = tmp_path / "q.csv"
+    path.write_text('prompt,completion\na 5" pipe,b\nc,"d "" e"\nf,3" and 4"\n')
+    table, problems = read_records(path, on_error="collect")
+    assert table["messages"].tolist() == [said('a 5" pipe', "b"), said("c", 'd " e'),
+                                          said("f", '3" and 4"')]  # fmt: skip
+    assert problems == []
+
+
 def test_integers_of_any_size_survive_or_cost_one_row(tmp_path):
     path = tmp_path / "n.jsonl"
     path.write_text('{"prompt": "a", "completion": 123456789012345678901}\n'
@@ -327,7 +407,7 @@ def test_a_date_that_python_lacks_costs_one_row(tmp_path):
 
 
 def test_a_packed_bomb_is_refused_before_memory_is_full(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_RECORD", 1 << 20)
+    monkeypatch.setattr(text_files, "MAX_RECORD", 1 << 20)
     path = tmp_path / "bomb.json.gz"
     path.write_bytes(gzip.compress(b"[\n" + b" " * (1 << 24) + b"]"))
     with pytest.raises(InstructMiningError, match="unpacks to one document"):

@@ -257,7 +257,7 @@ def test_malformed_lines_are_collected_and_counted(tmp_path):
     table, problems = read_records(path, on_error="collect")
     assert table["row"].tolist() == [0, 4], "positions count malformed rows"
     assert [(p.line, p.row) for p in problems] == [(2, 1), (4, 2), (5, 3)]
-    assert problems[2].expected.startswith("UTF-8 text (this may be cp1252: `iconv")
+    assert problems[2].expected.startswith("UTF-8 text (this may be cp1252: name the encoding")
     assert str(problems[1]).startswith(f"{path}, line 4: expected JSON (Expecting ',' delimiter")
 
 
