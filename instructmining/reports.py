@@ -1,4 +1,4 @@
-"""Pages in Markdown: a rule card, the verdict on a selection, the book's front page."""
+"""Pages in Markdown: a rule card, the verdict on a selection."""
 
 from __future__ import annotations
 
@@ -30,11 +30,6 @@ FITTED, KNOWN, UNSEEN, UNTOLD = (
     "fitted rows", "unseen rows of a fitted source", "unseen source", "origin unknown",
 )  # fmt: skip
 NOT_ASKED = "not asked in this run"
-QUESTIONS = {  # claims that the front page answers before its table
-    "beats_length": "Does the rule beat length alone?",
-    "finds_defects": "Does the rule find planted defects better than length does?",
-}
-
 READING = """## How to read it
 
 - *Difference*: relative change of the loss on the evaluation set that the rule was not fitted on;
@@ -83,7 +78,7 @@ def _coefficients(card: RuleCard) -> list[str]:
              f"Intercept {card.intercept:.4g}.")
     lines = ["## Coefficients", "", "Change of the predicted "
              f"{_text(card.outcome.replace('_', ' '))} {unit}; lower loss is better. {start}", ""]
-    lines += _table(["indicator", "estimate", "these sources, 95 % (HC3)",
+    lines += markdown_table(["indicator", "estimate", "these sources, 95 % (HC3)",
                      "new sources, 95 % (jackknife)", "VIF", "range of fitted set means"],
                     [[_text(c.label or c.name), f"{c.estimate:.4g}",
                       _bounds(c.interval_these_sources), _bounds(c.interval_new_sources),
@@ -91,7 +86,7 @@ def _coefficients(card: RuleCard) -> list[str]:
     lines += ["", INTERVALS]
     if scales:
         lines += ["", "An indicator enters as (value − mean) / sd of the fitting pool's rows.", ""]
-        lines += _table(["indicator", "mean", "sd", "version"],
+        lines += markdown_table(["indicator", "mean", "sd", "version"],
                         [[_text(c.name), f"{scales[c.name].mean:.4g}", f"{scales[c.name].sd:.4g}",
                           _text(c.version or "not given")] for c in card.coefficients])
     return lines
@@ -104,7 +99,7 @@ def _held_out(card: RuleCard) -> list[str]:
              "for a perfect prediction, 0 for one no better than the source's mean, below 0 where "
              "the rule does harm; the calibration slope is 1 where effects are of the right size, "
              "and its interval is for that source's own sets.", ""]
-    return lines + _table(["source", "sets", "R²", "calibration slope", "of it, 95 %"],
+    return lines + markdown_table(["source", "sets", "R²", "calibration slope", "of it, 95 %"],
                           [[_text(h.source), _number(h.n_sets, "d"), _number(h.r2, ".2f"),
                             _number(h.slope, ".2f"), _bounds(h.slope_interval)]
                            for h in card.held_out])
@@ -129,7 +124,7 @@ def _reach(card: RuleCard) -> list[str]:
 
 def _models(card: RuleCard) -> list[str]:
     lines = ["## Models", ""]
-    lines += _table(["role", "id", "revision", "stand-in"],
+    lines += markdown_table(["role", "id", "revision", "stand-in"],
                     [[_text(m.role), _code(m.id), _code(m.revision) if m.revision else
                       "not given", "**stand-in**" if m.stand_in else
                       "trained here" if m.id.startswith("head:") else "no"] for m in card.models]
@@ -170,7 +165,8 @@ def _code(words: str) -> str:
     return "`" + " ".join(str(words).split()).replace("`", "'").replace("|", "\\|") + "`"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; its cells hold no line break and no bar."""
     lines = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
@@ -217,9 +213,10 @@ def verdict_markdown(
     table : contrasts of `compare_budgets`; kinds : of each pool, see `pool_kind`
     """
     lines = [headline(table), ""]
-    lines += [f"- Pool {pool}: **{kind.name}** ({kind.why})." for pool, kind in kinds.items()]
-    lines += [f"- Rule: {card.kind}; fitted on {fitted_on(card)}.",
-              f"- Not for: {card.not_for}.", *_what_it_means(table), ""]  # fmt: skip
+    lines += [f"- Pool {_text(pool)}: **{kind.name}** ({_text(kind.why)})."
+              for pool, kind in kinds.items()]
+    lines += [f"- Rule: {card.kind}; fitted on {_text(fitted_on(card))}.",
+              f"- Not for: {_text(card.not_for)}.", *_what_it_means(table), ""]  # fmt: skip
     for budget in dict.fromkeys(table["budget"]):
         part = table[table["budget"] == budget]
         lines += [f"## Selected rows against rivals, at {budget}", "",
@@ -288,13 +285,13 @@ def _rows(part: pd.DataFrame) -> list[str]:
     for row in part.to_dict("records"):
         main = " (primary)" if row["role"] == "primary" else ""
         rows.append([
-            row["pool"], f"{row['method']} against {row['versus']}{main}",
+            _text(row["pool"]), f"{row['method']} against {row['versus']}{main}",
             f"{row['n']} against {row['n_versus']}",
             f"{_signed(row['difference'])} {_interval(row['low'], row['high'])}",
             _interval(row["low_prompts"], row["high_prompts"]), _percent(row["detectable"]),
             "yes" if row["p_margin"] < 0.05 else "not shown", f"**{row['verdict']}**",
         ])  # fmt: skip
-    return _table(head, [[cell.replace("|", "/") for cell in row] for row in rows])
+    return markdown_table(head, [[cell.replace("|", "/") for cell in row] for row in rows])
 
 
 def _interval(low: float | None, high: float | None) -> str:
@@ -309,19 +306,3 @@ def _percent(value: float) -> str:
     if not np.isfinite(value):
         return "nothing (one run a side)"
     return f"{100 * value:.{1 if value >= 0.001 else 2}f} %"
-
-
-def front_page(verdict: pd.DataFrame, profile: str, description: str) -> str:
-    """The front page's generated part, in Markdown: whose run it is, the answer, every verdict."""
-    rows = verdict.fillna("-").to_dict("records")
-    lines = [f"This copy shows the profile `{profile}`: {description}", ""]
-    for row in rows:
-        if row["claim"] in QUESTIONS and row["verdict"] != NOT_ASKED:
-            lines += [f"**{QUESTIONS[row['claim']]}** "
-                      f"{str(row['verdict']).capitalize()}: {row['ours']}.", ""]  # fmt: skip
-    cells = [[f"**{row['statement']}**<br>the paper: {row['paper_value']}",
-              str(row["ours"]).replace("; ", "<br>"), str(row["detectable"]),
-              f"**{row['verdict']}**"] for row in rows]  # fmt: skip
-    lines += _table(["claim", "this run", "could have seen", "verdict"],
-                    [[cell.replace("|", "/") for cell in row] for row in cells])  # fmt: skip
-    return "\n".join(lines) + "\n"

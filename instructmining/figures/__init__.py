@@ -13,6 +13,8 @@ from .data import (
     plot_two_losses,
 )
 from .design import plot_design_half_widths, plot_procedure, plot_training_curve
+from .forest import plot_forest
+from .regime import plot_dose_shares, plot_regime
 from .rule import (
     plot_coefficients,
     plot_design_failure,
@@ -32,7 +34,8 @@ from .verdict import (
 
 __all__ = [
     "plot_coefficients", "plot_correlation_map", "plot_design_failure", "plot_design_half_widths",
-    "plot_dose_response", "plot_indicator_distributions", "plot_judge_bars", "plot_loss_by_source",
+    "plot_dose_response", "plot_dose_shares", "plot_forest", "plot_regime",
+    "plot_indicator_distributions", "plot_judge_bars", "plot_loss_by_source",
     "plot_loss_proxy", "plot_predicted_measured", "plot_procedure", "plot_regression_panels",
     "plot_residual_page", "plot_search_trials", "plot_selected_random", "plot_size_curve",
     "plot_training_curve", "plot_twin_auc", "plot_two_losses",

@@ -185,6 +185,10 @@ def test_bump_claim_could_have_seen_the_smallest_bump_with_80_percent_power():
     assert weak["detectable"].startswith("no rise up to 3.0 % of the loss (3 seed-sd), where")
 
 
+GOOD = pd.DataFrame([{"judge": "j", "check": "pandalm", "agreement": 0.8, "low": 0.7, "high": 0.9,
+                      "verdict": "above chance"}])  # fmt: skip
+
+
 def test_judge_claim_could_have_seen_what_its_own_test_sees():
     from instructmining_core.selection.judge import net_win_of_counts
 
@@ -192,26 +196,31 @@ def test_judge_claim_could_have_seen_what_its_own_test_sees():
     values = np.repeat([1, 0, -1], [34, 19, 27])
     shift = net.detectable / stats.sem(values)
     assert stats.nct.sf(stats.t.isf(0.025, 79), 79, shift) == pytest.approx(0.8, abs=1e-3)
-    assert claims.judge_claim(net)["detectable"] == f"a net win of {net.detectable:.2f}"
+    assert claims.judge_claim(net, GOOD)["detectable"] == f"a net win of {net.detectable:.2f}"
 
 
 def test_a_win_of_two_pairs_of_models_says_nothing_of_the_method():
     from instructmining_core.selection.judge import NetWin
 
     net = NetWin(0.25, 0.01, 0.49, 0.04, 40, 2, 0.1, "these models", 0.34)
-    found = claims.judge_claim(net)
+    found = claims.judge_claim(net, GOOD)
     assert found["verdict"] == "holds, for these models"
-    assert found["ours"] == "net win +0.25 [+0.01, +0.49], of these models, 2 pairs on 40 prompts"
-    assert claims.judge_claim(replace(net, pairs=3, scope="the method"))["verdict"] == "holds"
+    assert found["ours"] == (
+        "net win +0.25 [+0.01, +0.49], of these models, 2 pairs on 40 prompts; the judge is above "
+        "chance on pandalm, agreement 0.80 [0.70, 0.90]")
+    method = replace(net, pairs=3, scope="the method")
+    assert claims.judge_claim(method, GOOD)["verdict"] == "holds"
 
 
-def test_front_page_has_every_claim_and_the_answer():
-    verdict = paper.claims().assign(ours="x | y", detectable="2 %", verdict="undecided")
-    page = reports.front_page(verdict, "smoke", "tiny.")
-    assert page.count("\n| ") == len(verdict) + 2
-    assert "**Does the rule beat length alone?** Undecided: x | y." in page
-    assert "x / y" in page
-    assert "**Does the rule find planted defects better than length does?** Undecided" in page
+def test_a_judge_at_chance_or_unchecked_judges_nothing():
+    from instructmining_core.selection.judge import NetWin
+
+    net = NetWin(0.25, 0.01, 0.49, 0.04, 40, 5, 0.1, "the method", 0.34)
+    weak = GOOD.assign(check="llmbar", agreement=0.52, low=0.45, high=0.59, verdict="at chance")
+    for checks in (pd.concat([GOOD, weak]), GOOD[:0]):
+        found = claims.judge_claim(net, checks)
+        assert found["verdict"] == claims.NOT_JUDGED and "0.25" not in found["ours"]
+    assert "llmbar" in claims.judge_claim(net, pd.concat([GOOD, weak]))["ours"]
 
 
 def test_every_claim_names_a_notebook_that_is_there():
