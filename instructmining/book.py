@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import base64
 import hashlib
 import json
 import os
@@ -34,20 +33,20 @@ from instructmining_core.finetuning.ledger import Ledger
 from instructmining_core.indicators.score_table import read_scores, write_scores
 
 from .profile import Profile, load_profile, profile_path
+from .ray_engine import engine
 
 NUMBERS = (
     "scores.parquet", "roles.parquet", "sets.parquet", "plan.parquet", "rule.json", "verdict.csv",
     "null.parquet", "screens.parquet", "variants.parquet", "comparison.parquet",
     "contrasts.parquet", "doses.parquet", "truth.parquet", "sizes.parquet", "search.parquet",
     "robustness.parquet", "transfer.parquet", "ablation.parquet",
-    "ablation_runs.parquet", "judge.parquet",
+    "ablation_runs.parquet", "judge.parquet", "judge_checks.parquet", "loss_proxy.parquet",
+    "damage.parquet", "front.parquet",
 )  # fmt: skip
 MAX_CODE_CELLS = 14
 VERIFY = "verify"  # purpose of the runs of `select --verify`
 PACKAGES = Path(__file__).resolve().parent.parent  # the folder that holds both packages
 TABLES = "instructmining*/*/*.json"  # what modules read: published rules, hashes of the corpus
-BESIDE = ("06_finetune_sweep.ipynb", "08_selection.ipynb")  # a summary shows their first figures
-FRONT_FIGURE = {"front.png": BESIDE[1]}  # on the front page: selected, random
 
 
 def build_book(folder: Path, profile: Profile) -> Path:
@@ -59,7 +58,7 @@ def build_book(folder: Path, profile: Profile) -> Path:
     for executed in (folder / "notebooks").glob("*.ipynb"):
         write_page(executed, stage / "book" / "notebooks" / executed.name)
     shutil.copy2(files.root() / "_config.yml", stage / "_config.yml")
-    write_summary(folder, profile, stage / "book", "front", FRONT_FIGURE)
+    write_summary(folder, stage / "book", "front")
     tool = Path(sys.executable).parent / "jupyter-book"  # of this environment, on PATH or not
     command = [str(tool), "build", "book", "-n", "-W", "--keep-going"]
     log = folder / "book.log"
@@ -75,26 +74,20 @@ def build_book(folder: Path, profile: Profile) -> Path:
     return html / "index.html"
 
 
-def write_summary(
-    folder: Path, profile: Profile, book: Path, name: str, figures: dict[str, str]
-) -> None:
-    """What a run found, as `book/_generated/<name>.md`, and the first figures of some notebooks.
+def write_summary(folder: Path, book: Path, name: str) -> None:
+    """What a run found, as `book/_generated/<name>.md` and `<name>.png`.
 
-    figures : file name -> notebook. No text of the data is in it, so a run on others' data may be
-    shown.
+    No text of the data is in them, so a run on others' data may be shown.
     """
     import pandas as pd
 
-    from .reports import front_page
+    from . import figures, front
 
-    page = front_page(pd.read_csv(folder / "verdict.csv"), profile.name, profile.description)
+    effects = pd.read_parquet(folder / front.EFFECTS)
+    page = front.front_page(effects, pd.read_csv(folder / "verdict.csv"))
     files.write_atomic(book / "_generated" / f"{name}.md", page)
-    for figure, notebook in figures.items():
-        cells = json.loads((folder / "notebooks" / notebook).read_text(encoding="utf-8"))["cells"]
-        outputs = (output for cell in cells for output in cell.get("outputs", []))
-        images = (output["data"]["image/png"] for output in outputs
-                  if "image/png" in output.get("data", {}))  # fmt: skip
-        files.write_atomic(book / "_generated" / figure, base64.b64decode(next(images)))
+    with files.being_written(book / "_generated" / f"{name}.png") as part:
+        figures.plot_forest(effects).savefig(part, format="png")
 
 
 def write_page(executed: Path, target: Path) -> None:
@@ -250,12 +243,11 @@ def publish(name_or_yaml: str, beside: bool = False) -> None:
         )
     book = files.root() / "book"
     if beside:
-        figures = {f"{profile.name}_{notebook[:2]}.png": notebook for notebook in BESIDE}
-        write_summary(folder, profile, book, profile.name, figures)
+        write_summary(folder, book, profile.name)
     else:
         for notebook in notebooks():
             write_page(folder / "notebooks" / notebook.name, book / "notebooks" / notebook.name)
-        write_summary(folder, profile, book, "front", FRONT_FIGURE)
+        write_summary(folder, book, "front")
     keep(name_or_yaml)
     _copy_numbers(folder, evidence)
     _say(f"published {'a summary' if beside else f'{len(notebooks())} notebooks'} and {evidence}")
@@ -358,7 +350,8 @@ def _execute(notebook: Path, folder: Path, profile: str) -> None:
 def _data_files(profile: Profile) -> list[Path]:
     """Local files that a profile names; what the hub gives is known by its recorded revision."""
     data = profile.data
-    named = [source.where for source in (*data.sources, *data.unseen, data.eval_1, data.eval_2)
+    named = [source.where for source in (*data.sources, *data.unseen, data.eval_1, data.eval_2,
+                                         *profile.judge.checks, profile.judge.asks)
              if source]  # fmt: skip
     paths = [files.root() / data.folder / name for name in named]
     return [path for path in paths if path.is_file()]
@@ -379,6 +372,7 @@ def _command() -> None:
     for verb in ("run", "keep", "publish", "compare"):
         verbs.add_parser(verb).add_argument("--profile", default="laptop")
     verbs.choices["run"].add_argument("--only", nargs="*", help="two-digit stage numbers")
+    verbs.choices["run"].add_argument("--engine", choices=["local", "ray"], default=engine())
     verbs.choices["publish"].add_argument(
         "--beside", action="store_true", help="numbers and a summary; the book keeps its pages")
     again = verbs.choices["compare"]
@@ -390,6 +384,7 @@ def _command() -> None:
     options = parser.parse_args()
     try:
         if options.verb == "run":
+            os.environ["INSTRUCTMINING_ENGINE"] = options.engine  # for the notebooks' kernels
             run(options.profile, options.only)
         elif options.verb == "keep":
             keep(options.profile)

@@ -7,7 +7,7 @@ collection each (statistics, section 0).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
@@ -18,7 +18,9 @@ from instructmining_core.selection.contrasts import ALPHA
 
 from .gate import MATCHED
 from .reports import NOT_ASKED, markdown_table
+from .study import Study
 
+EFFECTS = "front.parquet"  # of a run: `gate_effects`, with `facts` beside
 AVERAGINGS = {"prompts": "loss_eval_2", "tokens": "loss_eval_2_token"}
 POOLED = "all pools"
 RIVALS = ("random", MATCHED)
@@ -104,14 +106,32 @@ ANSWERS = {
 }
 
 
-def front_page(
-    effects: pd.DataFrame, verdict: pd.DataFrame, facts: Mapping[str, str]
-) -> str:  # fmt: skip
+def facts_of(study: Study) -> dict[str, str]:
+    """What the rule was fitted to (`rule`), what was finetuned (`base`) and what the rows were
+    selected from (`pools`), in words.
+    """
+    profile, base = study.profile, study.lm.resolved
+    pools = [f"{pool} ({len(rows):,} rows)" for pool, rows in study.data.pools.items()]
+    sources = study.data.candidates["source"].nunique()
+    depth, top = study.lm.config.num_hidden_layers, profile.finetune.layers
+    where = f"the top {top} of {depth} layers" if top else f"all {depth} layers"
+    stand_in = ", a stand-in made on the spot" if base.stand_in else ""
+    return {
+        "rule": f"{profile.design.runs()} finetunes on sets of {profile.design.size} rows from "
+                f"{sources} collections",
+        "base": f"{base.id}{stand_in} ({profile.finetune.method} on {where})",
+        "pools": f"each of {len(pools)} pools: {'; '.join(pools)}; {profile.selection.size} rows "
+                 "at a time",
+        "profile": profile.name,
+    }  # fmt: skip
+
+
+def front_page(effects: pd.DataFrame, verdict: pd.DataFrame) -> str:
     """The generated part of the front page, in Markdown; no text of the data is in it.
 
-    effects : from `gate_effects`; verdict : every claim; facts : `rule`, `base`, `pools`: what the
-    rule was fitted to, what was finetuned and what was selected from, in words.
+    effects : from `gate_effects`, with `facts_of` in `.attrs["facts"]`; verdict : every claim
     """
+    facts = effects.attrs["facts"]
     lines = [
         f"**Does a rule learned as InstructMining learns it pick better rows than chance?** "
         f"{ANSWERS[verdict_of(effects, 'random')]}.", "",

@@ -75,7 +75,9 @@ def test_the_page_answers_first_and_escapes_what_it_is_given(sweep):
     verdict = paper.claims().assign(ours="x | y", detectable="2 %", verdict="undecided")
     verdict.loc[0, "verdict"] = front.NOT_ASKED
     facts = FACTS | {"pools": "<script>alert(1)</script>"}
-    page = front.front_page(front.gate_effects(runs_of(0.03), sweep), verdict, facts)
+    effects = front.gate_effects(runs_of(0.03), sweep)
+    effects.attrs["facts"] = facts
+    page = front.front_page(effects, verdict)
     first = page.splitlines()[0]
     assert first.endswith("Yes: the rows that it picks lower the loss.")
     assert "<script>" not in page and "of the same length they lower the loss by" in page
