@@ -1,18 +1,24 @@
-"""The designed arm of a study: drawn plainly, or the D-optimal sets among many candidates."""
+"""The designed arm of a study: drawn plainly, or the D-optimal sets among many candidates; and the
+order in which runs are done."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 
+from instructmining_core.config import InstructMiningError
 from instructmining_core.finetuning.sets import TrainingSet, designed_sets
 from instructmining_core.regression.planner import d_optimal, half_widths
 from instructmining_core.regression.run_table import RankError, Standardizer
 
 from .profile import DesignConfig
+
+Plan = TypeVar("Plan")
+GOLDEN = (5**0.5 - 1) / 2  # its multiples lie most evenly between 0 and 1
 
 
 def designed_arm(scores: pd.DataFrame, config: DesignConfig,
@@ -24,6 +30,33 @@ def designed_arm(scores: pd.DataFrame, config: DesignConfig,
     if not config.candidates:
         return drawn(scores, config, columns)
     return chosen(scores, config, columns, config.candidates)
+
+
+def of_sources(rows: pd.DataFrame, sources: Sequence[str]) -> pd.DataFrame:
+    """The rows of the named sources, all where none is named. Raises for a name that has no row."""
+    missing = set(sources) - set(rows["source"])
+    if missing:
+        raise InstructMiningError(f"no row is of source {sorted(missing)[0]!r}; there are "
+                                  f"{', '.join(sorted(rows['source'].unique()))}")
+    return rows[rows["source"].isin(sources)] if sources else rows
+
+
+def interleaved(plans: Sequence[Plan], group_of: Callable[[Plan], Hashable]) -> list[Plan]:
+    """The plans so ordered that every prefix holds each group in proportion to its size.
+
+    The i-th of a group's n stands at (i + u)/n of the way; u differs by group, so that groups of
+    one size take turns, those met near one another far apart. Groups keep their own order. A study
+    that is stopped is thus a smaller one.
+    """
+    sizes = Counter(group_of(plan) for plan in plans)
+    start = {group: (i + 0.5) * GOLDEN % 1 for i, group in enumerate(sizes)}
+    met: Counter = Counter()
+    places = []
+    for plan in plans:
+        group = group_of(plan)
+        places.append((met[group] + start[group]) / sizes[group])
+        met[group] += 1
+    return [plans[i] for i in np.argsort(places, kind="stable")]
 
 
 def drawn(scores: pd.DataFrame, config: DesignConfig, columns: Sequence[str],

@@ -1,43 +1,140 @@
-"""Asking the embedded corpus for the truth: dose sets, and who finds the defective twin."""
+"""Answers made worse in a known way: what the loss sees of it, on the embedded corpus and on real
+data; and, where defects are planted in the candidates, who finds the defective twin.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from itertools import product
 
 import numpy as np
 import pandas as pd
+from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from instructmining_core.config import InstructMiningError
 from instructmining_core.regression.rule_card import RuleCard
 from instructmining_core.selection import beat_random
 from instructmining_core.selection.select import choose_rows
 
+from .design import interleaved, of_sources
 from .embedded import ground_truth
+from .embedded.defects import KINDS
 from .experiments import LOSSES
+from .gate import pool_parts
+from .profile import Profile
 from .study import PlannedRun, Study
 
 FITTED, UNSEEN = "fitted candidates", "unseen pool rows"
-DOSE_COLUMNS = ["run_id", "kind", "dose", "seed", *LOSSES]
+AVERAGINGS = {"prompts": "", "tokens": "_token"}  # of a loss -> end of its column's name
+DOSE_COLUMNS = ["run_id", "kind", "dose", "rows", "seed", *LOSSES, "base_eval_1",
+                "base_eval_1_token"]  # fmt: skip
+LEAST_WORDS = 8  # of a real answer that is made worse: fewer can't be cut, scrambled or repeated
+RESOLVED = 8.0  # standard errors of the clean sets' gain from which shares of it are told
 ORDER = ["rule", "longest", "shortest", "lowest_ppl", "compression", "reward", "random",
          "loss_oracle", "oracle"]  # fmt: skip
+
+
+def has_doses(profile: Profile) -> bool:
+    """Whether the profile makes answers worse: always of the embedded corpus, else if it says."""
+    return profile.data.kind == "embedded" or bool(profile.selection.dose_kinds)
+
+
+def clean_rows(study: Study, sources: tuple[str, ...], words: int) -> pd.DataFrame:
+    """Candidates without a planted defect, with the columns that `embedded.defects` reads.
+
+    sources : whose rows, empty for all. Of real data, single turns with at least so many `words` in
+    the answer; another answer there is one of the same source.
+    """
+    rows = of_sources(study.data.candidates, sources)
+    if "kind" in rows:
+        return rows[rows["kind"] == ""]
+    said = [[m["role"] for m in messages] == ["user", "assistant"]
+            and len(messages[-1]["content"].split()) >= words
+            for messages in rows["messages"]]  # fmt: skip
+    rows = rows[said]
+    prompt, response = ([m[i]["content"] for m in rows["messages"]] for i in (0, 1))
+    return rows.assign(prompt=prompt, response=response, symbol=rows["id"], question="")
+
+
+def dose_sets_of(study: Study) -> pd.DataFrame:
+    """The sets of `dose_plans`, with their `size`: rows of which a growing share is made worse.
+
+    Doses between 0 and 1 are of the first size only.
+    """
+    config, parts = study.profile.selection, []
+    rows = clean_rows(study, config.dose_sources, LEAST_WORDS)
+    for i, size in enumerate(config.dose_rows or (study.profile.design.size,)):
+        table = ground_truth.dose_sets(
+            rows, size, doses=config.dose_levels, seeds=range(config.dose_seeds),
+            kinds=config.dose_kinds or KINDS, partial=() if i else config.dose_partial,
+        )  # fmt: skip
+        parts.append(table.assign(size=size))
+    return pd.concat(parts, ignore_index=True)
+
+
+def dose_plans(table: pd.DataFrame) -> list[PlannedRun]:
+    """A finetune for every set of `dose_sets_of`; any first part holds every kind and size."""
+    groups = table.groupby(["size", "set_kind", "dose", "seed"], sort=False)
+    plans = [
+        PlannedRun(tuple(part["row_hash"]), {"kind": kind, "dose": dose, "size": size,
+                                             "seed": seed}, seed, seed)
+        for (size, kind, dose, seed), part in groups
+    ]  # fmt: skip
+    return interleaved(plans, lambda p: (p.label["size"], p.label["kind"], p.label["dose"]))
 
 
 def dose_runs(study: Study) -> pd.DataFrame:
     """Finetune on sets in which a growing share of the rows is replaced by its defective twin.
 
-    One row a run with kind ("clean" at dose 0), dose, seed and the losses.
+    One row a run with kind ("clean" at dose 0), dose, rows, seed and the losses.
     """
-    config = study.profile.selection
-    rows = study.data.candidates
-    table = ground_truth.dose_sets(
-        rows[rows["kind"] == ""], study.profile.design.size,
-        doses=config.dose_levels, seeds=range(config.dose_seeds),
-    )  # fmt: skip
-    plans = [
-        PlannedRun(tuple(part["row_hash"]), {"kind": kind, "dose": dose, "seed": seed}, seed, seed)
-        for (kind, dose, seed), part in table.groupby(["set_kind", "dose", "seed"], sort=False)
-    ]  # fmt: skip
-    return study.run("dose", plans, tables=(table,))
+    table = dose_sets_of(study)
+    return study.run("dose", dose_plans(table), tables=(table,))
+
+
+def dose_shares(runs: pd.DataFrame) -> pd.DataFrame:
+    """How much of the clean sets' gain remains where a share of the answers is made worse.
+
+    runs : as `dose_runs` gives them. One row a number of rows, kind, dose above 0 and averaging of
+    the loss ("prompts", "tokens"): left (mean gain over the base, nats), clean (the same of the
+    clean sets), cost (clean - left) with low and high over seeds (Welch, 95 %), share (left /
+    clean; NaN where the clean gain is not above `RESOLVED` standard errors), and sees: whether the
+    cost's interval lies above 0.
+    """
+    found = []
+    for (averaging, end), (rows, part) in product(AVERAGINGS.items(), runs.groupby("rows")):
+        gains = part[f"base_eval_1{end}"] - part[f"loss_eval_1{end}"]
+        clean = gains[part["kind"] == ground_truth.CLEAN].dropna()
+        known = len(clean) > 1 and clean.mean() > RESOLVED * clean.sem()
+        worse = part["kind"] != ground_truth.CLEAN
+        for (kind, dose), own in gains[worse].groupby([part["kind"], part["dose"]], sort=False):
+            low, high = welch_interval(clean, own.dropna())
+            found.append({
+                "rows": rows, "kind": kind, "dose": dose, "averaging": averaging,
+                "left": own.mean(), "clean": clean.mean(), "cost": clean.mean() - own.mean(),
+                "low": low, "high": high, "share": own.mean() / clean.mean() if known else np.nan,
+                "sees": low > 0,
+            })  # fmt: skip
+    return pd.DataFrame(found)
+
+
+def welch_interval(first: pd.Series, second: pd.Series) -> tuple[float, float]:
+    """95 % interval of the difference of two means; NaN for a single value on a side."""
+    if min(len(first), len(second)) < 2:
+        return np.nan, np.nan
+    both = CompareMeans(DescrStatsW(first), DescrStatsW(second))
+    return tuple(float(x) for x in both.tconfint_diff(usevar="unequal"))
+
+
+def unseen_kinds(shares: pd.DataFrame) -> list[str]:
+    """Kinds whose full dose the loss was not seen to punish: under both averagings, at any size.
+
+    shares : from `dose_shares`. A rule that is fitted to this loss can't find them: they belong on
+    its card, under `not_for`.
+    """
+    by_size = shares[shares["dose"] == 1].groupby(["kind", "rows"], sort=False)["sees"].all()
+    seen = by_size.groupby("kind", sort=False).any()
+    return list(seen.index[~seen])
 
 
 def auc_of_study(study: Study, rule: RuleCard, effects: pd.DataFrame) -> pd.DataFrame:
@@ -141,10 +238,10 @@ def defect_pools(study: Study, rule: RuleCard) -> pd.DataFrame:
     """The gate's primary contrasts by the pool's share of defects, and where the defects went.
 
     One row a pool: pool, defects (share of the pool's rows), in_selected, in_random (share of
-    defective rows among the chosen, the latter mean over the draws), difference, low, high,
+    defective rows among the chosen, mean over the repeats), difference, low, high,
     detectable (relative, second evaluation set), verdict.
     """
-    size, draws = study.profile.selection.size, study.profile.selection.draws
+    config, size = study.profile.selection, study.profile.selection.size
     runs = study.frame("comparison.parquet")
     runs = runs[runs["method"].isin(["selected", "random"]) & (runs["size"] == size)]
     contrasts = beat_random.compare_with_random(runs, loss="loss_eval_2", primary_size=size)
@@ -156,12 +253,15 @@ def defect_pools(study: Study, rule: RuleCard) -> pd.DataFrame:
 
     found = []
     for row in contrasts[contrasts["role"] == "primary"].to_dict("records"):
-        pool = study.pool_scores(row["pool"])
-        random = [share(choose_rows(pool, "random", size, seed=seed)) for seed in range(draws)]
+        parts = pool_parts(study, row["pool"])[1]
+        taken = {
+            method: np.mean([share(choose_rows(part, method, size, rule=rule, seed=seed))
+                             for seed, part in enumerate(parts[:repeats])])
+            for method, repeats in (("selected", config.seeds), ("random", config.draws))
+        }  # fmt: skip
         found.append({
-            "pool": row["pool"], "defects": share(pool),
-            "in_selected": share(choose_rows(pool, "selected", size, rule=rule)),
-            "in_random": float(np.mean(random)),
+            "pool": row["pool"], "defects": share(study.pool_scores(row["pool"])),
+            "in_selected": float(taken["selected"]), "in_random": float(taken["random"]),
             **{k: row[k] for k in ("difference", "low", "high", "detectable", "verdict")},
         })  # fmt: skip
     return pd.DataFrame(found)

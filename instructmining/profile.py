@@ -26,6 +26,7 @@ from instructmining_core.config import (
 )
 
 PRESETS = Path(__file__).parent / "presets"
+FREE_RIVALS = ("longest", "shortest", "lowest_ppl", "reward", "compression", "full")
 
 
 @dataclass(frozen=True, config=KNOWN_FIELDS)
@@ -35,6 +36,9 @@ class SourceConfig:
     name: str
     where: str  # file (relative to `data.folder`), or hub "owner/name[/config][@revision][:split]"
     take: int = 0  # rows drawn by seed; 0 = all
+    records: tuple[int, int] | None = None  # of the file: from this one to before that one
+    clean: tuple[Literal["end_marks", "literal_newlines", "calculator"], ...] = ()  # taken out
+    template_field: str = ""  # names a record's template; templates with one label are left out
     how_to_get: str = ""  # for gated or script-only sets: what the reader must do
 
 
@@ -45,6 +49,8 @@ def _model(value: Any) -> Any:
 def _source(value: Any) -> Any:
     if isinstance(value, str):
         return {"name": Path(value).name.split(".")[0], "where": value}
+    if isinstance(value, dict):  # no longer JSON, where strict takes a list for a tuple
+        return {key: tuple(one) if isinstance(one, list) else one for key, one in value.items()}
     return value
 
 
@@ -61,8 +67,14 @@ class DataConfig:
     unseen: tuple[Source, ...] = ()  # pools that no rule has seen
     eval_1: Source | None = None  # the fitting evaluation set
     eval_2: Source | None = None  # the reporting evaluation set, never used for fitting
+    eval_more: tuple[Source, ...] = ()  # further prompts: for eval_2, the regime, and the gate
+    eval_2_more: int = 0  # how many of these join eval_2
+    regime_prompts: int = 0  # prompts that only the regime's runs are evaluated on
+    human: Source | None = None  # people's answers to eval_1's prompts, for the gate
+    choices: tuple[Source, ...] = ()  # multiple-choice tasks; where "embedded", or a file of pairs
     rows_per_source: int = 0  # candidates kept per source, drawn by seed; 0 = all
-    pool_rows: int = 400  # rows of one unseen pool
+    pools_of: tuple[str, ...] = ()  # sources that are a pool each, in place of all other pools
+    pool_rows: int = 400  # rows of one pool
     defect_share: float = 0.3  # embedded only: share of a source's rows with a planted defect
     max_prompt_words: int = 0  # files and hub: longer prompts are left out, counted; 0 = none
     eval_tokens: int = 0  # tokens of one evaluation row; 0 = as finetune.max_tokens
@@ -98,9 +110,19 @@ class ModelsConfig:
 
 
 @dataclass(frozen=True, config=KNOWN_FIELDS)
+class RegimeConfig:
+    learning_rates: tuple[float, ...] = ()  # peak; with the next two: every combination is tried
+    rows: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()  # topmost layers with adapters; 0 = all
+    sources: tuple[str, ...] = ()  # collections, each alone and in the equal mixture; empty = all
+    draws: int = 2  # of the equal mixture
+
+
+@dataclass(frozen=True, config=KNOWN_FIELDS)
 class DesignConfig:
     size: int = 128  # rows of one set
     fusion: int = 33  # sets mixed from all sources, as in the paper
+    fusion_sources: tuple[str, ...] = ()  # the sources that are mixed; empty = all
     within: int = 56  # sets of one source, tilted along an indicator direction
     mixed: int = 24  # sets of two or three sources with the same tilt
     anchors: int = 8  # designed sets repeated on further seeds
@@ -130,12 +152,21 @@ class InferenceConfig:
 @dataclass(frozen=True, config=KNOWN_FIELDS)
 class SelectionConfig:
     size: int = 128  # rows selected from a pool
+    redraws: bool = False  # every repeat draws its own part of the pool; else only its seeds
     seeds: int = 5  # finetunes of the selected set
     draws: int = 5  # random draws
-    baseline_seeds: int = 3  # finetunes of each further baseline
+    matched: int = 0  # random draws that match the selected rows in length
+    rivals: tuple[str, ...] = FREE_RIVALS
+    baseline_seeds: int = 3  # finetunes of each rival
+    equal_tokens: int | None = None  # pools, the first ones, also run at equal tokens; None = all
+    equal_steps: bool = False  # batches of another size, so that equal tokens take equal steps
     refits: int = 5  # rules refitted on bootstrapped sweeps, one finetune each in every pool
-    dose_levels: tuple[float, ...] = (0.0, 1.0)  # embedded only: shares of defective twins
+    dose_levels: tuple[float, ...] = (0.0, 1.0)  # shares of rows made worse
     dose_seeds: int = 2
+    dose_rows: tuple[int, ...] = ()  # sizes of the sets; empty = design.size
+    dose_kinds: tuple[str, ...] = ()  # ways of making an answer worse; empty = all that there are
+    dose_partial: tuple[str, ...] | None = None  # kinds with doses below 1; None = all
+    dose_sources: tuple[str, ...] = ()  # whose rows are made worse; empty = all
 
 
 @dataclass(frozen=True, config=KNOWN_FIELDS)
@@ -145,6 +176,7 @@ class SizeConfig:
     trials: int = 10  # BlendSearch trials
     sizes: tuple[int, ...] = (24, 32, 48, 64, 96, 128, 192, 256)  # of the curve
     draws: int = 2  # independent draws (random) or seeds (selected) at each size
+    fixed_steps: bool = False  # also a curve at one number of optimisation steps
 
 
 @dataclass(frozen=True, config=KNOWN_FIELDS)
@@ -158,9 +190,25 @@ class RobustnessConfig:
 
 @dataclass(frozen=True, config=KNOWN_FIELDS)
 class JudgeConfig:
-    prompts: int = 40  # of eval_2
+    kind: Literal["reward", "likelihood", "api"] = "reward"
+    model: Model | None = None  # default: models.reward, models.base; api: as the server names it
+    base_url: str = ""  # api only; the key is in the environment, see `served_model`
+    budget: int = 5000  # api only: calls in all, over all runs of the profile
+    workers: int = 8  # api only: calls under way at once
+    timeout: float = 120.0  # api only: seconds for one call
+    temperature: float | None = 0.0  # api only; null: not sent, for servers that refuse it
+    checks: tuple[Source, ...] = ()  # pairs that people judged; embedded: planted defects beside
+    check_pairs: int = 200  # of each check, drawn by seed; 0 = all
+    asks: Source | None = None  # the prompts' set; default: eval_2
+    prompts: int = 40  # of that set
     max_new_tokens: int = 48  # a generated answer's length
     model_pairs: int = 2  # pairs of (selected, random) models
+
+    @model_validator(mode="after")
+    def _has_its_server(self) -> JudgeConfig:
+        if self.kind == "api" and not (self.base_url and self.model):
+            raise ProfileError("judge.kind 'api' needs judge.base_url and judge.model.")
+        return self
 
 
 @dataclass(frozen=True, config=KNOWN_FIELDS)
@@ -169,6 +217,7 @@ class Profile:
     description: str = ""
     data: DataConfig = DataConfig()
     models: ModelsConfig = ModelsConfig()
+    regime: RegimeConfig = RegimeConfig()
     design: DesignConfig = DesignConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     inference: InferenceConfig = InferenceConfig()
@@ -177,6 +226,15 @@ class Profile:
     robustness: RobustnessConfig = RobustnessConfig()
     judge: JudgeConfig = JudgeConfig()
     indicators: tuple[str, ...] = COLUMNS
+
+    @model_validator(mode="after")
+    def _has_plain_names(self) -> Profile:
+        if not self.name.strip(".") or {"/", "\\"} & set(self.name):
+            raise ProfileError(f"name {self.name!r}: it names a folder in results/, no slash in it")
+        for source in (*self.data.sources, *self.data.unseen):
+            if "<" in source.name:  # pages show it, and would read a tag
+                raise ProfileError(f"data: the source's name {source.name!r} may hold no '<'.")
+        return self
 
     def rule_columns(self) -> list[str]:
         """The indicators that enter the rule, in order."""
@@ -219,15 +277,20 @@ def load_profile(name_or_yaml: str | Path) -> Profile:
         raise ProfileError(f"{path}: {in_plain_words(error, Profile)}") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path in above:
+        raise ProfileError(f"{path} extends itself.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ProfileError(f"{path} is no YAML in UTF-8: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ProfileError(f"{path}: a profile is a mapping, not a {type(values).__name__}.")
     parent = values.pop("extends", None)
     if parent is None:
         return values
     beside = path.parent / str(parent)
-    inherited = _read(beside if beside.is_file() else profile_path(parent))
+    inherited = _read(beside if beside.is_file() else profile_path(parent), (*above, path))
     inherited.pop("name", None)
     return _merged(inherited, values)
 

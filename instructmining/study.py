@@ -19,8 +19,9 @@ import pandas as pd
 
 from instructmining_core import files
 from instructmining_core.config import FinetuneConfig, InstructMiningError, ModelRef
+from instructmining_core.data.choices import Question
 from instructmining_core.finetuning.archive import ContinuedLedger, RunArchive
-from instructmining_core.finetuning.ledger import RELEVANCE, Ledger
+from instructmining_core.finetuning.ledger import RELEVANCE, Ledger, tidy
 from instructmining_core.finetuning.run_spec import EvalSets, RunSpec
 from instructmining_core.finetuning.sets import (
     TrainingSet,
@@ -31,9 +32,11 @@ from instructmining_core.finetuning.sets import (
 )
 from instructmining_core.regression.run_table import run_table
 
-from .design import designed_arm
+from .design import designed_arm, of_sources
 from .profile import Profile, load_profile
 from .study_data import StudyData, read_study_data, under_other_prompts
+
+USUAL = ("eval_1", "eval_2", RELEVANCE)  # evaluation sets of a run
 
 
 class MissingInput(InstructMiningError):
@@ -49,6 +52,8 @@ class PlannedRun:
     init_seed: int = 0
     order_seed: int = 0
     by_epoch: bool = False  # also evaluate after each epoch; names no other run
+    config: FinetuneConfig | None = None  # in place of the study's
+    exams: tuple[str, ...] = USUAL  # evaluation sets
 
 
 class Study:
@@ -195,19 +200,25 @@ class Study:
         """
         from instructmining_core.indicators.scorer import Scorer
 
+        from .ray_engine import RayScorer, engine
+
         roles = self.profile.models.roles()
+        baselines = ["compression"]  # of the gate
+        if "ifd" in self.profile.selection.rivals:
+            baselines.append("ifd")
         scorer = Scorer(
             roles,
-            indicators=(*self.profile.indicators, "compression"),  # a baseline of the gate
+            indicators=(*self.profile.indicators, *baselines),
             bank=self.bank,
             standins=self.standins(*roles.values()),
             reward_form=self.profile.models.reward_form,
             template=self.profile.finetune.template,
+            keep_layers=self.profile.finetune.layers,
         )
         rows = self.data.candidates
         size = min(self.profile.models.reference_rows, len(rows))
         scorer.make_reference(rows, size=size, seed=self.profile.data.seed)
-        return scorer
+        return RayScorer(scorer) if engine() == "ray" else scorer
 
     # Sets and runs
 
@@ -219,7 +230,8 @@ class Study:
         plan, scores = self.profile.design, self.candidate_scores
         columns = self.profile.rule_columns()
         designed = designed_arm(scores, plan, columns)
-        sets = fusion_sets(scores, plan.fusion, plan.size, plan.seed) + designed
+        fused = of_sources(scores, plan.fusion_sources)
+        sets = fusion_sets(fused, plan.fusion, plan.size, plan.seed) + designed
         if plan.tokens:
             tokens = round(plan.size * float(scores["len_out"].mean()))
             sets += equal_token_sets(scores, plan.tokens, tokens, plan.strength, plan.seed,
@@ -263,25 +275,42 @@ class Study:
         """
         from instructmining_core.finetuning.sweep import run_sweep
 
+        from .ray_engine import RaySweep, engine
+
         lm = self.lm if base is None else self.load(base)
         config = config or self.profile.finetune
-        evals = self.encoded_evals(lm, config)
-        specs = [
-            RunSpec.of(
-                purpose, lm, config, plan.row_hashes, evals,
-                init_seed=plan.init_seed, order_seed=plan.order_seed, label=plan.label,
-            )
-            for plan in plans
-        ]  # fmt: skip
+        specs = self.specs(purpose, plans, lm, config)
         hashes = {h for plan in plans for h in plan.row_hashes}
         rows = self.encoded_rows(lm, config, hashes, tables)
         self.list_runs(listed or purpose, [spec.run_id for spec in specs])
         if kept := self.ledger.kept(spec.run_id for spec in specs):
             self._note(f"{kept} runs of {purpose!r} are those of the committed evidence.")
         by_epoch = [s.run_id for s, plan in zip(specs, plans, strict=True) if plan.by_epoch]
-        return run_sweep(
-            specs, lm, rows, evals, self.ledger, by_epoch=by_epoch, progress=progress
-        )  # fmt: skip
+        frames = []
+        for exams in dict.fromkeys(plan.exams for plan in plans):
+            own = [i for i, plan in enumerate(plans) if plan.exams == exams]
+            frame = run_sweep([specs[i] for i in own], lm, rows,
+                              self.encoded_evals(lm, config, exams), self.ledger,
+                              by_epoch=by_epoch, progress=progress,
+                              cluster=RaySweep() if engine() == "ray" else None)  # fmt: skip
+            frames.append(frame.set_axis(own))
+        return pd.concat(frames).sort_index() if frames else tidy([])
+
+    def specs(
+        self, purpose: str, plans: Sequence[PlannedRun], lm, config: FinetuneConfig
+    ) -> list[RunSpec]:
+        """The plans' specifications: what their runs are called.
+
+        A plan's own settings may differ from `config` in what no encoding hangs on.
+        """
+        return [
+            RunSpec.of(
+                purpose, lm, plan.config or config, plan.row_hashes,
+                self.encoded_evals(lm, config, plan.exams),
+                init_seed=plan.init_seed, order_seed=plan.order_seed, label=plan.label,
+            )
+            for plan in plans
+        ]  # fmt: skip
 
     @contextmanager
     def tuned(self, plan: PlannedRun) -> Iterator:
@@ -312,21 +341,34 @@ class Study:
                               max_tokens=config.max_tokens, template=config.template)  # fmt: skip
         return dict(zip(rows["row_hash"], encoded, strict=True))
 
-    def encoded_evals(self, lm, config: FinetuneConfig) -> EvalSets:
-        """The evaluation sets, tokenised once for each tokeniser, length and template: eval_1,
-        eval_2, and eval_1's answers under other prompts (the relevance contrast)."""
+    @cached_property
+    def choices(self) -> dict[str, list[Question]]:
+        """The questions of the profile's multiple-choice tasks, by the task's name."""
+        from .choice_tasks import questions_of
+
+        return {one.name: questions_of(one, self.profile.data, files.root())
+                for one in self.profile.data.choices}  # fmt: skip
+
+    def encoded_evals(
+        self, lm, config: FinetuneConfig, exams: tuple[str, ...] = USUAL
+    ) -> EvalSets:
+        """The evaluation sets, tokenised once for each tokeniser, length and template: of USUAL
+        eval_1, eval_2, and eval_1's answers under other prompts (the relevance contrast); and
+        the others of `StudyData.exams`."""
+        from instructmining_core.data.choices import encode_choices
         from instructmining_core.data.tokenization import encode_many
 
         longest = self.profile.data.eval_tokens or config.max_tokens
-        key = (lm.resolved.id, lm.resolved.revision, longest, config.template)
+        key = (lm.resolved.id, lm.resolved.revision, longest, config.template, exams)
         if key not in self._evals:
-            tables = {"eval_1": self.data.eval_1["messages"].tolist(),
-                      "eval_2": self.data.eval_2["messages"].tolist()}  # fmt: skip
+            tables = {name: exam["messages"].tolist() for name, exam in self.data.exams.items()}
             tables[RELEVANCE] = under_other_prompts(tables["eval_1"])
             self._evals[key] = EvalSets({
-                name: encode_many(lm.tokenizer, table, max_tokens=longest, template=config.template)
-                for name, table in tables.items()
-            })
+                name: encode_many(lm.tokenizer, tables[name], max_tokens=longest,
+                                  template=config.template)
+                for name in exams
+            }, choices={name: encode_choices(lm.tokenizer, questions)
+                        for name, questions in self.choices.items()})  # fmt: skip
         return self._evals[key]
 
     def runs(self, purpose: str) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,28 +11,52 @@ import numpy as np
 import pandas as pd
 
 from instructmining_core.config import ProfileError
-from instructmining_core.data.duplicates import without_copies_of
-from instructmining_core.data.records import read_records, row_hash
+from instructmining_core.data.duplicates import (
+    fold,
+    groups,
+    shared_runs,
+    without_copies_of,
+    word_runs,
+)
+from instructmining_core.data.fields import Messages, is_answer
+from instructmining_core.data.records import iter_rows, read_records, row_hash, with_row_hash
 from instructmining_core.models.heads import head_rows
 
 from .profile import DataConfig, SourceConfig
 
 FILES = (".json", ".jsonl", ".csv", ".parquet", ".gz")  # also where other sets are from the hub
 LISTED = 20  # malformed records of one file that are named; all are counted
+MARKS = {  # what `SourceConfig.clean` takes out of a text, and what it puts there
+    "end_marks": (re.compile(r"(?:\s*<\|endoftext\|>)+\s*$"), ""),
+    "literal_newlines": (re.compile(r"\\n"), "\n"),
+    "calculator": (re.compile(r"<<[^<>]*>>"), ""),
+}
+ONE_LABEL_OF = 5  # rows of a template from which a single answer tells that it has no other
 
 
 @dataclass(frozen=True)
 class StudyData:
-    """Record tables: `candidates` for the sets, `pools` by name, and two evaluation sets.
+    """Record tables: `candidates` for the sets, `pools` by name, and the evaluation sets.
 
-    `facts` counts what was read and what was left out, by source, for the notebook's table.
+    exams : "eval_1", "eval_2", and where the profile has them "regime" (the regime's prompts),
+    "gate" (the prompts that are left), "human" (people's answers to eval_1's prompts).
+    facts : counts what was read, cleaned and left out, by source, for the notebook's table.
     """
 
     candidates: pd.DataFrame
     pools: dict[str, pd.DataFrame]
-    eval_1: pd.DataFrame
-    eval_2: pd.DataFrame
+    exams: dict[str, pd.DataFrame]
     facts: pd.DataFrame
+
+    @property
+    def eval_1(self) -> pd.DataFrame:
+        """The evaluation set that rules are fitted on."""
+        return self.exams["eval_1"]
+
+    @property
+    def eval_2(self) -> pd.DataFrame:
+        """The evaluation set that models are judged by."""
+        return self.exams["eval_2"]
 
     @property
     def everything(self) -> pd.DataFrame:
@@ -52,8 +77,10 @@ def read_source(source: SourceConfig, data: DataConfig, root: Path) -> pd.DataFr
 
     Usable: at least one assistant turn with text in it, and neither a row that the shipped heads
     were trained on nor one of this set that shares a run of eight words with such a row, whatever
-    models the profile names: so all profiles draw the same rows. What is not usable is counted in
-    `.attrs`: `malformed`, with the first places in `problems`, `no_answer` and `trained_heads`.
+    models the profile names: so all profiles draw the same rows. Then the source's `clean` is done;
+    rows that it leaves empty and templates with one label go. What is not usable is counted in
+    `.attrs`: `malformed`, with the first places in `problems`, `no_answer`, `trained_heads`, and in
+    `cleaned` what was cleaned.
     Raises ProfileError, with the way to get the file, when a file is missing.
     """
     where: str | Path = source.where
@@ -63,73 +90,187 @@ def read_source(source: SourceConfig, data: DataConfig, root: Path) -> pd.DataFr
             hint = source.how_to_get or "Set data.folder to the folder that holds it."
             raise ProfileError(f"{source.name}: there is no file {where}. {hint}")
     table, problems = read_records(where, source=source.name, on_error="collect")
+    if source.records:
+        first, past = source.records
+        table = table[table["row"].between(first, past - 1)]
     answered = table[[_answered(messages) for messages in table["messages"]]]
-    usable = _unknown_to_heads(answered)
-    left_out = len(answered) - len(usable)
+    unknown = _unknown_to_heads(answered)
+    left_out = len(answered) - len(unknown)
+    usable, told = cleaned(unknown, source, where)
     if source.take and source.take < len(usable):
         usable = usable.sample(source.take, random_state=data.seed)
     usable = usable.reset_index(drop=True)
     usable.attrs = {"malformed": len(problems), "no_answer": len(table) - len(answered),
-                    "trained_heads": left_out,
+                    "trained_heads": left_out, "cleaned": told,
                     "problems": [str(problem) for problem in problems[:LISTED]]}  # fmt: skip
     return usable
 
 
-def read_exams(data: DataConfig, root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The two evaluation sets of a profile of files or hub names.
+def cleaned(
+    table: pd.DataFrame, source: SourceConfig, where: str | Path
+) -> tuple[pd.DataFrame, dict[str, int]]:
+    """A set without the marks of `source.clean` and the rows that then say nothing; and counts.
 
-    A row of the second that shares a run of eight words with the first is left out, and counted in
-    `.attrs["near_copies"]` of the second.
+    Rows whose answers are then empty go, and those of a template (`source.template_field`) that has
+    the same answer throughout. Counts: rows that held each mark before and after, and rows gone.
     """
-    first, second = (
-        _prompts(read_source(source, data, root), data) for source in (data.eval_1, data.eval_2)
-    )
-    apart = without_copies_of(second, first)
-    apart.attrs = {**second.attrs, "near_copies": len(second) - len(apart)}
-    return first, apart
+    texts, told = table, {}
+    for name in source.clean:
+        mark, place = MARKS[name]
+        clean = [
+            [{**m, "content": mark.sub(place, m["content"])} for m in messages]
+            for messages in texts["messages"]
+        ]
+        words = name.replace("_", " ")
+        told[f"{words} before"] = _holding(mark, texts["messages"])
+        told[f"{words} after"] = _holding(mark, clean)
+        texts = texts.assign(messages=clean)
+    if source.clean:
+        texts = with_row_hash(texts)
+        full = texts[[_answered(messages) for messages in texts["messages"]]]
+        told["empty when cleaned"] = len(texts) - len(full)
+        texts = full
+    if source.template_field:
+        several = texts[~_one_label(texts, where, source.template_field)]
+        told["templates with one label"] = len(texts) - len(several)
+        texts = several
+    return texts, told
+
+
+def _holding(mark: re.Pattern, conversations: Sequence[Messages]) -> int:
+    return sum(any(mark.search(m["content"]) for m in messages) for messages in conversations)
+
+
+def _one_label(table: pd.DataFrame, where: str | Path, template: str) -> np.ndarray:
+    """Whether a row's template has one answer throughout; templates of few rows can't tell."""
+    records = iter_rows(where, only=set(table["row"]))
+    named = {raw.row: raw.value.get(template) for _, raw, _ in records}
+    answers = pd.Series([messages[-1]["content"].strip() for messages in table["messages"]])
+    by_template = answers.groupby([named[row] for row in table["row"]])
+    labels, rows = (by_template.transform(what).to_numpy() for what in ("nunique", "size"))
+    return (labels == 1) & (rows >= ONE_LABEL_OF)
+
+
+def read_exams(data: DataConfig, root: Path) -> tuple[dict[str, pd.DataFrame], list[dict]]:
+    """The evaluation sets of a profile of files or hub names (`StudyData.exams`), and their facts.
+
+    No prompt stands in two of them: a record that asks what an earlier one asks (`asks_the_same`)
+    is left out, and counted. Of `eval_more`, prompts that are alike go to one set as a group.
+    """
+    facts, known = [], []
+
+    def read(source: SourceConfig, role: str) -> pd.DataFrame:
+        table = read_source(source, data, root)
+        drawn = table if role == "prompts" else _prompts(table, data)
+        apart = drawn[~asks_the_same(drawn, pd.concat(known))] if known else drawn
+        known.append(apart)
+        facts.append({"source": source.name, "role": role, "read": len(table), "rows": len(apart),
+                      **_left_out(table),
+                      "near copies of evaluation rows": len(drawn) - len(apart)})  # fmt: skip
+        return apart.reset_index(drop=True)
+
+    exams = {"eval_1": read(data.eval_1, "eval_1"), "eval_2": read(data.eval_2, "eval_2")}
+    if data.eval_more:
+        rest = pd.concat([read(source, "prompts") for source in data.eval_more], ignore_index=True)
+        wanted = {"eval_2": data.eval_2_more, "regime": data.regime_prompts}
+        for name, rows in _apart(rest, wanted, data.seed).items():
+            parts = [exams[name], rows] if name in exams else [rows]
+            exams[name] = pd.concat(parts, ignore_index=True)
+            facts.append({"source": "prompts", "role": name, "rows": len(rows)})
+    if data.human:
+        exams["human"] = read_source(data.human, data, root)
+        facts.append({"source": data.human.name, "role": "human", "rows": len(exams["human"])})
+    return exams, facts
+
+
+def asks_the_same(table: pd.DataFrame, known: pd.DataFrame) -> np.ndarray:
+    """Whether each record's prompt shares a run of eight words with a prompt of `known`, or is one.
+
+    A prompt is all that was said before the last answer, without case and punctuation.
+    """
+    asked, others = ([_asked(messages) for messages in one["messages"]] for one in (table, known))
+    near = np.zeros(len(table), bool)
+    near[shared_runs(asked, others)["text_left"].unique()] = True
+    return near | _is_prompt_of(table, known)
+
+
+def _is_prompt_of(table: pd.DataFrame, known: pd.DataFrame) -> np.ndarray:
+    said = {tuple(fold(_asked(messages))) for messages in known["messages"]}
+    return np.array([tuple(fold(_asked(m))) in said for m in table["messages"]], bool)
+
+
+def _asked(messages: Messages) -> str:
+    return "\n".join(m["content"] for m in messages[:-1])
+
+
+def _apart(rows: pd.DataFrame, wanted: dict[str, int], seed: int) -> dict[str, pd.DataFrame]:
+    """`rows` by role, those with like prompts whole to one: `wanted` rows each, the rest "gate"."""
+    asked = [_asked(messages) for messages in rows["messages"]]
+    group = pd.Series(groups(word_runs(asked), len(asked)))
+    sizes = group.value_counts()
+    order = np.random.default_rng(seed).permutation(np.sort(group.unique()))
+    role, left = pd.Series("gate", index=sizes.index), dict(wanted)
+    for one in order:
+        name = next((name for name, room in left.items() if sizes[one] <= room), "gate")
+        role[one] = name
+        if name in left:
+            left[name] -= sizes[one]
+    named = group.map(role)
+    return {name: rows[(named == name).to_numpy()] for name in (*wanted, "gate")
+            if (named == name).any()}  # fmt: skip
 
 
 def read_study_data(data: DataConfig, root: Path) -> StudyData:
     """Sources, pools and evaluation sets of a profile of files or hub names.
 
-    Candidate and pool rows that share a run of eight words with an evaluation row, and pool rows
-    that share one with a candidate, are left out, and counted (statistics, section 8).
+    Candidate and pool rows that share a run of eight words with an evaluation row or ask what one
+    asks, and pool rows that share a run with a candidate, are left out, and counted (statistics,
+    section 8).
     """
-    exams = dict(zip(("eval_1", "eval_2"), read_exams(data, root), strict=True))
-    both = pd.concat(exams.values(), ignore_index=True)
+    exams, told = read_exams(data, root)
+    known = pd.concat(exams.values(), ignore_index=True)
     facts, candidates, pools, rest = [], [], {}, []
     for source in data.sources:
-        rows, fact = _usable(source, data, root, both)
+        rows, fact = _usable(source, data, root, known)
         kept, spare = _split(rows, data.rows_per_source, data.seed)
         candidates.append(kept)
         rest.append(spare)
         facts.append({**fact, "role": "candidates", "rows": len(kept)})
-    fitted = pd.concat(candidates, ignore_index=True)
-    for source in data.unseen:
-        rows, fact = _usable(source, data, root, both)
-        apart = without_copies_of(rows, fitted)
-        kept, _ = _split(apart, data.pool_rows, data.seed)
-        pools[f"{source.name} (unseen source)"] = kept
-        facts.append({**fact, "role": "pool", "rows": len(kept),
-                      "near copies of candidates": len(rows) - len(apart)})  # fmt: skip
-    spare = pd.concat(rest, ignore_index=True)
-    if len(spare):
-        apart = without_copies_of(spare, fitted)
+    fitted, spare = (pd.concat(parts, ignore_index=True) for parts in (candidates, rest))
+    unseen = () if data.pools_of else data.unseen
+    for source in unseen:
+        rows, fact = _usable(source, data, root, known)
+        name = f"{source.name} (unseen source)"
+        pools[name] = _pool(rows, fitted, data, facts, fact)
+    for name in data.pools_of:
+        others = fitted[fitted["source"] != name]
+        rows = pd.concat([spare[spare["source"] == name], fitted[fitted["source"] == name]])
+        pools[name] = _pool(rows, others, data, facts, {"source": name, "read": len(rows)})
+    if len(spare) and not data.pools_of:
         name = "unseen rows of fitted sources"
-        pools[name], _ = _split(apart, data.pool_rows, data.seed)
-        facts.append({"source": name, "role": "pool", "read": len(spare), "rows": len(pools[name]),
-                      "near copies of candidates": len(spare) - len(apart)})  # fmt: skip
-    for name, exam in exams.items():
-        facts.append({"source": exam["source"].iloc[0], "role": name, "rows": len(exam),
-                      "malformed": exam.attrs["malformed"], "no answer": exam.attrs["no_answer"],
-                      "trained heads": exam.attrs["trained_heads"],
-                      "near copies of evaluation rows": exam.attrs.get("near_copies", 0)})
-    table = pd.DataFrame(facts)
-    counts = [column for column in table if column not in ("source", "role", "problems")]
+        pools[name] = _pool(spare, fitted, data, facts, {"source": name, "read": len(spare)})
+    table = pd.DataFrame([*facts, *told])
+    counts = [column for column in table if column not in ("source", "role")]
     table[counts] = table[counts].fillna(0).astype(int)
     fitted, *others = _own_ids([fitted, *pools.values()])
-    pools = dict(zip(pools, others, strict=True))
-    return StudyData(fitted, pools, exams["eval_1"], exams["eval_2"], table)
+    return StudyData(fitted, dict(zip(pools, others, strict=True)), exams, table)
+
+
+def _pool(
+    rows: pd.DataFrame, fitted: pd.DataFrame, data: DataConfig, facts: list[dict], fact: dict
+) -> pd.DataFrame:
+    """`pool_rows` rows without near copies of `fitted`; what was left out is added to `facts`.
+
+    A pool of `pools_of` may hold rows of its own source's candidates, after the others: the rule
+    that selects from it was fitted without that source.
+    """
+    apart = without_copies_of(rows, fitted)
+    kept, _ = _split(apart, data.pool_rows, data.seed)
+    if data.pools_of:
+        kept = apart.iloc[:data.pool_rows]
+    facts.append({**fact, "role": "pool", "rows": len(kept),
+                  "near copies of candidates": len(rows) - len(apart)})  # fmt: skip
+    return kept.reset_index(drop=True)
 
 
 def _own_ids(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
@@ -154,13 +295,21 @@ def _usable(
     read = read_source(source, data, root)
     limit = data.max_prompt_words or float("inf")
     short = read[[_prompt_words(m) <= limit for m in read["messages"]]]
-    clean = without_copies_of(short, exam)
+    apart = without_copies_of(short, exam)
+    clean = apart[~_is_prompt_of(apart, exam)].reset_index(drop=True)
     return clean, {
-        "source": source.name, "read": len(read), "malformed": read.attrs["malformed"],
-        "no answer": read.attrs["no_answer"], "trained heads": read.attrs["trained_heads"],
+        "source": source.name, "read": len(read), **_left_out(read),
         "prompt too long": len(read) - len(short),
-        "near copies of evaluation rows": len(short) - len(clean),
+        "near copies of evaluation rows": len(short) - len(apart),
+        "evaluation prompts": len(apart) - len(clean),
     }  # fmt: skip
+
+
+def _left_out(read: pd.DataFrame) -> dict[str, int]:
+    """What `read_source` counted, by the names of the table of facts."""
+    told = read.attrs
+    return {"malformed": told["malformed"], "no answer": told["no_answer"],
+            "trained heads": told["trained_heads"], **told["cleaned"]}  # fmt: skip
 
 
 def _unknown_to_heads(table: pd.DataFrame) -> pd.DataFrame:
@@ -193,7 +342,7 @@ def _prompt_words(messages: list[dict]) -> int:
 
 
 def _answered(messages: list[dict]) -> bool:
-    return any(m["role"] == "assistant" and m["content"].strip() for m in messages)
+    return any(is_answer(m) and m["content"].strip() for m in messages)
 
 
 def under_other_prompts(conversations: Sequence[list[dict]]) -> list[list[dict]]:

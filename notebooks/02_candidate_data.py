@@ -30,6 +30,7 @@
 # - where the rows come from, and which serve as what;
 # - whether there is a truth that the rule is not told;
 # - whether an evaluation row leaks into the training rows;
+# - how many rows are cut at their longest;
 # - which models the study uses.
 
 # %% tags=["parameters"]
@@ -53,6 +54,7 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import Markdown
 
+from instructmining import gate
 from instructmining.paper import quote
 from instructmining.study import Study
 from instructmining_core import read_records
@@ -76,11 +78,15 @@ For pandas these two lines have nothing in common; read as records they are {rec
 #
 # On the embedded profiles every row is a question about a function and an answer taken from its documentation, read from the source files of packages that are already on the disk; each package is one *source*.
 # On other profiles the rows are read from files or from the hub.
+# What a source's publication has left in its texts is taken out where the profile says so (`clean`), counted before and after: literal end marks and line breaks, a calculator's notes.
+# Rows that then say nothing go, and templates whose answers are all the same, and whatever asks what an evaluation prompt asks.
 
 # %%
 study = Study.open(profile)
 data = study.data
 display(data.facts)
+left = data.facts.loc[:, data.facts.columns.str.endswith(" after")]
+assert not left.any(axis=None), "what was to be taken out is still there"
 Markdown(f"""
 {len(data.candidates):,} candidates from {data.candidates['source'].nunique()} sources make the training sets of the sweep.
 """)
@@ -90,9 +96,10 @@ Markdown(f"""
 # The rule is fitted on the loss over the first evaluation set, and judged on the second.
 # A third is made of the first: its answers, each after another row's question.
 # What they cost more there than under their own question says how much a model makes of what it was asked.
+# Other profiles have further sets: prompts that only the regime's runs see (notebook 05), prompts that only the gate's main runs see, and people's answers to the first set's prompts.
 
 # %%
-exams = {"eval_1": data.eval_1, "eval_2": data.eval_2}
+exams = data.exams
 tables = {"candidates": data.candidates, **data.pools, **exams}
 pd.DataFrame(
     {name: {"rows": len(t), "sources": t["source"].nunique()} for name, t in tables.items()}
@@ -150,6 +157,29 @@ By hand {by_hand} of {len(exam)} evaluation rows share eight words with a candid
 """)
 
 # %% [markdown]
+# ## How much is cut?
+#
+# A row is trained on up to `finetune.max_tokens` tokens, and an evaluation row counts up to `data.eval_tokens`.
+# What is longer loses its end: it counts as long and not as a defect.
+
+# %%
+lengths = gate.row_lengths(study, data.candidates["row_hash"])
+source = data.candidates.drop_duplicates("row_hash").set_index("row_hash")["source"]
+by_source = lengths.astype(float).groupby(source).agg({"prompt": "mean", "answer": "mean", "whole": lambda whole: 1 - whole.mean()})
+config = study.profile.finetune
+for name in exams:
+    encoded = study.encoded_evals(study.lm, config, (name,))[name]
+    by_source.loc[name] = [
+        sum(len(row) - sum(row.targets) for row in encoded) / len(encoded),
+        sum(sum(row.targets) for row in encoded) / len(encoded),
+        sum(bool(row.truncated or row.dropped) for row in encoded) / len(encoded),
+    ]
+display(by_source.rename(columns={"prompt": "tokens before the answer", "answer": "tokens of the answer", "whole": "share cut"}).round(3))
+Markdown(f"""
+{1 - lengths['whole'].astype(float).mean():.1%} of the candidates are cut at {config.max_tokens} tokens, most often those of {by_source.loc[source.unique(), 'whole'].idxmax()}; {(lengths['answer'] == 0).sum()} have no token of an answer left.
+""")
+
+# %% [markdown]
 # ## Which models does the study use?
 #
 # A model that the profile calls `standin:` is trained on the spot, from text that no evaluation row shares, and goes through the same loading code as a real one.
@@ -174,4 +204,5 @@ Markdown(f"""
 # - the sources, the pools and the evaluation sets;
 # - where there is a known truth: defects inside every source, each beside its clean twin;
 # - that no evaluation row has a near copy among the training rows;
+# - how much of the rows is cut;
 # - the model behind every role.

@@ -30,7 +30,8 @@
 # - which tokens the loss counts;
 # - whether it is the cross entropy that everybody knows;
 # - how far batching moves it;
-# - what one finetune does to it, and what another seed does.
+# - what one finetune does to it, and what another seed does;
+# - at which depth, learning rate and number of rows the hypothesis can be tested at all.
 
 # %% tags=["parameters"]
 profile = "laptop"  # type: str  # a preset's name or a YAML file
@@ -51,7 +52,7 @@ import pandas as pd
 import torch
 from IPython.display import Markdown
 
-from instructmining import figures
+from instructmining import figures, regime
 from instructmining.study import PlannedRun, Study
 from instructmining_core import evaluate, finetune
 from instructmining_core.data.tokenization import encode
@@ -163,9 +164,46 @@ Three seeds differ by a standard deviation of {seeds['loss_eval_1'].std():.4f} n
 """)
 
 # %% [markdown]
+# ## The regime
+#
+# A hypothesis about data can only be tested where finetuning changes something, and where the loss sees what the data say.
+# So some settings are tried first, on prompts that serve nothing else: an equal mixture of collections, each collection alone, and the mixture with every answer exchanged for another question's.
+# A setting is *admissible* where the mixture lowers the loss by five standard errors under both averagings, at least half of the collections lower it, and answers to other questions cost loss.
+# This was written before any run, and is code in one place (`instructmining.regime`).
+
+# %%
+regimes, table = pd.DataFrame(), None
+if study.profile.regime.rows:
+    regimes = regime.regime_runs(study)
+    study.save(regimes[["run_id", "kind", *regime.SETTING, "seed", *regime.LOSSES, "seconds"]], "regime.parquet")
+    display(figures.plot_regime(regimes))
+    base = regimes.iloc[0]
+    best = regimes.loc[(regimes["base_regime"] - regimes["loss_regime"]).idxmax()]
+Markdown("This profile tries no settings." if regimes.empty else f"""
+The base costs {base['base_regime']:.4f} nats a token on these prompts ({base['base_regime_token']:.4f} averaged over tokens).
+The largest gain is that of {best['kind']}, {best['base_regime'] - best['loss_regime']:.4f} nats, with {best['rows']} rows and a learning rate of {best['learning_rate']:g}.
+{(regimes['loss_regime'] < regimes['base_regime']).sum()} of {len(regimes)} runs end below the base.
+""")
+
+# %% [markdown]
+# Among the admissible settings the criterion takes the one with the highest reliability for a second of computing: the variance between collections, as a share of that and of the variance between draws of one mixture.
+
+# %%
+words = "No settings, no criterion."
+if len(regimes):
+    table = regime.regime_table(study, regimes)
+    display(table.round(4))
+    clear = table["gain"] / table["gain_se"]
+    words = f"""
+{regime.in_words(table)}
+The mixture's gain is {clear.min():.1f} to {clear.max():.1f} standard errors; answers to other questions cost {table['cost'].min():+.4f} to {table['cost'].max():+.4f} nats more than the right ones."""
+Markdown(words)
+
+# %% [markdown]
 # ## In this notebook we have seen
 #
 # - which tokens the loss counts;
 # - that it is the masked cross entropy, to the rounding of float32;
 # - how little batching moves it, in each precision;
-# - what one finetune changes, and how much a seed does.
+# - what one finetune changes, and how much a seed does;
+# - which settings can test the hypothesis, by a criterion written beforehand.

@@ -43,9 +43,11 @@ profile = "laptop"  # type: str  # a preset's name or a YAML file
 # ## Select from every pool
 #
 # To select is to predict, sort and keep: `pool.assign(loss=rule.predict(pool)).nsmallest(k, "loss")`.
-# Beside these rows we take random draws, the longest, the shortest, the least perplexing, the best rewarded and the least compressible rows.
+# Beside these rows we take random draws, and rows by rivals that cost little: by either end of length, by perplexity, by reward.
+# Where the profile asks for it, *matched* rows too, drawn at random but alike in length to the selected ones, prompt and answer: a win over random rows that is gone against these is a win of length.
 # A method that likes long answers trains on more tokens at the same number of rows.
-# So every rival runs twice: with as many *rows* as the selection, and, under a name that ends in `_tokens`, with as many *target tokens*.
+# So rivals run twice: with as many *rows* as the selection, and, under a name that ends in `_tokens`, with as many *target tokens*.
+# A repeat has its own seeds, and where the profile draws anew, its own part of the pool; a pool that is one of the fitted sources is judged by the rule refitted without it.
 
 # %%
 import numpy as np
@@ -53,7 +55,7 @@ import pandas as pd
 from IPython.display import Markdown
 from scipy.stats import ttest_ind
 
-from instructmining import claims, experiments, figures, paper, reports
+from instructmining import claims, experiments, figures, front, gate, paper, reports
 from instructmining.study import Study
 from instructmining_core import load_rule
 from instructmining_core.selection import beat_random
@@ -62,14 +64,17 @@ from instructmining_core.selection.support import support
 
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
-plans = experiments.gate_plans(study, rule)
-own = {p.label["pool"]: p.row_hashes for p in plans if p.label["method"] == "selected"}
+plans = gate.gate_plans(study, rule)
+own = {p.label["pool"]: p.row_hashes for p in plans if p.label["method"] == "selected" and p.label["seed"] == 0}
+rules_of = {pool: gate.rule_for(study, rule, pool) for pool in own}
+parts = {pool: gate.pool_parts(study, pool) for pool in own}
 same = 0
 for pool, chosen in own.items():
-    scores = study.pool_scores(pool)
-    best = scores.assign(loss=rule.predict(scores)).nsmallest(len(chosen), "loss")
+    scores = parts[pool][1][0]
+    best = scores.assign(loss=rules_of[pool].predict(scores)).nsmallest(len(chosen), "loss")
     same += len(set(best["row_hash"]) & set(chosen))
 
+display(pd.DataFrame({pool: {"a repeat draws from": kind, "rows of it": len(part[0])} for pool, (kind, part) in parts.items()}).T)
 labels = pd.DataFrame([{**p.label, "rows": len(p.row_hashes)} for p in plans])
 display(labels.groupby(["pool", "method"], sort=False)["rows"].agg(finetunes="size", rows="mean").unstack("pool").round(1))
 taken = {
@@ -80,7 +85,7 @@ alike = pd.Series({
     (pool, method): len(rows & taken[pool, "selected"]) / len(rows | taken[pool, "selected"])
     for (pool, method), rows in taken.items()
 }).groupby(level=1).mean().drop("selected")
-nearest = alike.drop(["random", "full"]).idxmax()
+nearest = alike.drop(["random", "full"], errors="ignore").idxmax()
 Markdown(f"""
 Of the {sum(map(len, own.values()))} selected rows of all pools the plain line takes {same} as well; the core counts a row that stands twice in a pool once.
 At equal rows the selection is most like that of “{nearest}”: the rows in both are {alike[nearest]:.0%} of those in either; with a random draw it is {alike['random']:.0%}.
@@ -94,8 +99,15 @@ by_hash = study.scores.drop_duplicates("row_hash").set_index("row_hash")[list(st
 looks = pd.DataFrame({key: by_hash.loc[list(rows)].mean() for key, rows in taken.items()}).T
 looks = looks.groupby(level=1, sort=False).mean()
 display(looks.round(2))
-ahead = (looks.loc["selected"] - looks.loc["full"]) / study.scores[looks.columns].std()
+whole = pd.DataFrame({pool: study.pool_scores(pool)[looks.columns].mean() for pool in own}).mean(axis=1)
+ahead = (looks.loc["selected"] - whole) / study.scores[looks.columns].std()
+lengths = pd.DataFrame({
+    (pool, method): gate.row_lengths(study, taken[pool, method]).astype(float).mean()
+    for pool in own for method in gate.MAIN if (pool, method) in taken
+}).T
+display(lengths.round(2))
 Markdown(f"""
+The second table has the tokens of answers as trained on and of what stands before them, and the share of rows that were not cut.
 Against the whole pools, the selected rows differ most in {ahead.abs().idxmax()}, by {ahead[ahead.abs().idxmax()]:+.1f} standard deviations of a row.
 """)
 
@@ -107,11 +119,11 @@ Against the whole pools, the selected rows differ most in {ahead.abs().idxmax()}
 
 # %%
 kinds = {
-    pool: reports.pool_kind(study.pool_scores(pool), rule, study.candidate_scores)
-    for pool in study.data.pools
+    pool: reports.pool_kind(study.pool_scores(pool), rules_of[pool], gate.fitted_scores(study, pool))
+    for pool in own
 }
 reach = pd.DataFrame(
-    {pool: support(rule, study.pool_scores(pool)).loc["all"] for pool in study.data.pools}
+    {pool: support(rules_of[pool], study.pool_scores(pool)).loc["all"] for pool in own}
 ).T.assign(pool={pool: kind.name for pool, kind in kinds.items()})
 display(reach)
 far = list(reach.index[reach["verdict"] != "inside"])
@@ -144,7 +156,11 @@ The fitted rule ranks the rows like v1 with a correlation of {ours['spearman'].i
 
 # %%
 runs = study.run("gate", plans)
-study.save(runs[experiments.GATE_COLUMNS], "comparison.parquet")
+study.save(runs[[name for name in experiments.GATE_COLUMNS if name in runs]], "comparison.parquet")
+effects = front.gate_effects(runs, study.runs("sweep"))
+effects.attrs["facts"] = front.facts_of(study)
+study.save(effects, front.EFFECTS)
+display(figures.plot_forest(effects))
 display(figures.plot_selected_random(beat_random.by_budget(runs)["equal rows"]))
 table = beat_random.selection_table(runs)
 display(table.round(4))
@@ -181,28 +197,39 @@ In {first} the mean log losses differ by {100 * np.expm1(selected.mean() - rando
 # The interval from `low` to `high` speaks of these prompts, that from `low_prompts` to `high_prompts` takes the prompts too as drawn at random.
 # `detectable` is the difference that this many runs would have found with 80 % power.
 # `p_margin` asks another question: below 0.05, the difference is smaller than 1 %, whatever its sign.
-# At equal tokens the random sets have another number of rows and of optimisation steps.
+# Where there are more prompts than every run can be asked, the main arms answer them too, and people's references beside the models' (the last tables).
+# At equal tokens the random sets have another number of rows and, unless the profile asks for equal steps, of optimisation steps.
 
 # %%
 prompts = experiments.per_example(study, runs)
 contrasts = beat_random.compare_budgets(runs, prompts, loss="loss_eval_2")
+by_tokens = beat_random.compare_budgets(runs, loss="loss_eval_2_token").query("role == 'primary'")
 study.save(contrasts, "contrasts.parquet")
 numbers = ["difference", "low", "high", "low_prompts", "high_prompts", "detectable"]
 primary = contrasts.query("role == 'primary'")
 display(primary[["budget", "pool", *numbers, "p", "p_holm", "p_margin", "verdict"]].round(4))
+display(by_tokens[["budget", "pool", "difference", "low", "high", "verdict"]].round(4))
+agree = (primary.set_index(["budget", "pool"])["difference"] * by_tokens.set_index(["budget", "pool"])["difference"] > 0)
+main = runs[runs["method"].isin(gate.MAIN)]
+for name in [name for name in ("gate", "human") if name in study.data.exams]:
+    matrices = experiments.per_example(study, main, name)
+    wide = beat_random.compare_with_random(main, loss=f"loss_{name}", per_example=matrices)
+    print(f"evaluation set “{name}”:")
+    display(wide[["pool", "method", "versus", *numbers, "verdict"]].round(4))
 same = primary.query("budget == 'equal rows' and pool == @first").iloc[0]
 np.testing.assert_allclose(same["p"], welch.pvalue, rtol=1e-6)
 Markdown("\n".join([
     f"The test by hand and the table give the same p in {first}.",
     *(f"At {budget} the selection is better than random rows in {part['verdict'].str.startswith('better').sum()} of {len(part)} pools; the differences go from {100 * part['difference'].min():+.2f} to {100 * part['difference'].max():+.2f} %, and {100 * part['detectable'].max():.1f} % could have been seen in every pool."
       for budget, part in primary.groupby("budget", sort=False)),
+    f"Averaged over tokens instead of prompts (second table) {agree.sum()} of {len(agree)} differences have the same sign; one that turns depends on the averaging.",
     "Where only equal rows show an advantage, it may be one of how many tokens are trained on, and not of which.",
 ]))
 
 # %% [markdown]
 # ## Selected against every rival
 #
-# The rivals cost nothing or little; `full` is the whole pool.
+# The rivals cost nothing or little; `full` is all that a repeat draws from, `worst` what the rule ranks last.
 
 # %%
 secondary = contrasts.query("role != 'primary'")
@@ -239,20 +266,21 @@ Markdown("\n".join(
 # Here the sweep's sets are drawn again within their sources, a rule is refitted each time, and each refit selects its own rows and is finetuned once.
 
 # %%
-cards = experiments.refit_cards(study, study.profile.selection.refits)
-refit_plans = experiments.refit_plans(study, cards)
-wider = pd.concat([study.run("refit", refit_plans), runs[runs["method"] == "random"]])
-with_refits = beat_random.compare_with_random(
-    wider, per_example=experiments.per_example(study, wider), selected="refit"
-)
-display(with_refits[["pool", *numbers, "p_holm", "p_margin", "verdict"]].round(4))
-shared = pd.Series([
-    len(set(own[p.label["pool"]]) & set(p.row_hashes)) / len(own[p.label["pool"]]) for p in refit_plans
-]).groupby([p.label["pool"] for p in refit_plans]).agg(["mean", "min"])
-Markdown(f"""
-Over the pools, the {len(cards)} refits choose {shared['mean'].min():.0%} to {shared['mean'].max():.0%} of the rule's own rows, the least like it {shared['min'].min():.0%}.
-With their uncertainty counted the selection is better than random rows in {with_refits['verdict'].str.startswith('better').sum()} of {len(with_refits)} pools.
-""")
+refit_plans, with_refits = gate.refit_plans(study), None
+words = "This profile refits no rule: the contrasts above are those of one rule."
+if refit_plans:
+    wider = pd.concat([study.run("refit", refit_plans), runs[runs["method"] == "random"]])
+    with_refits = beat_random.compare_with_random(
+        wider, per_example=experiments.per_example(study, wider), selected="refit"
+    )
+    display(with_refits[["pool", *numbers, "p_holm", "p_margin", "verdict"]].round(4))
+    chosen = {(p.label["pool"], p.label["seed"]): set(p.row_hashes) for p in plans if p.label["method"] == "selected"}
+    told = [(p.label["pool"], chosen[p.label["pool"], p.label["seed"]] & set(p.row_hashes)) for p in refit_plans if (p.label["pool"], p.label["seed"]) in chosen]
+    shared = pd.Series([len(rows) / len(own[pool]) for pool, rows in told]).groupby([pool for pool, _ in told]).agg(["mean", "min"])
+    words = f"""
+Over the pools, the refits choose {shared['mean'].min():.0%} to {shared['mean'].max():.0%} of the rule's own rows, the least like it {shared['min'].min():.0%}.
+With their uncertainty counted the selection is better than random rows in {with_refits['verdict'].str.startswith('better').sum()} of {len(with_refits)} pools."""
+Markdown(words)
 
 # %% [markdown]
 # ## The verdict

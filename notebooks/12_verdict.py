@@ -26,10 +26,12 @@
 # This notebook asks the embedded corpus for the truth, where there is one, and then goes through the claims one by one:
 #
 # - whether the loss measures quality;
+# - whether a model with a lower loss also answers more questions rightly;
 # - whether the rule finds the defective one of two twins, better than its rivals do;
 # - whether a win over random rows comes from the defects;
 # - whether the procedure stays silent where the indicators mean nothing;
-# - what can be said of every claim.
+# - what can be said of every claim;
+# - what all of it took.
 
 # %% tags=["parameters"]
 profile = "laptop"  # type: str  # a preset's name or a YAML file
@@ -44,13 +46,17 @@ profile = "laptop"  # type: str  # a preset's name or a YAML file
 # If a defect harms, the loss rises with the dose, and a `groupby` shows it.
 # The core fits all runs together, with a level of its own for every dose and one for every seed, and gives the change of the log loss at the full dose (`slope`) with its interval; a kind *harms* where that interval lies above zero.
 # A kind that was not seen to harm the loss is a negative control: one that the rule should *not* find.
+#
+# On real data the same is done to answers that the profile names: another answer of the same collection, words in disorder, an answer cut short, and so on.
+# There the second figure counts: what remains of the gain over the untuned base, under both averagings of the loss.
+# A kind that costs nothing there can't be found by a rule that is fitted to this loss.
 
 # %%
 import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from instructmining import claims, figures, planted_defects, tables
+from instructmining import claims, figures, loss_proxy, machines, planted_defects, tables
 from instructmining.embedded import ground_truth
 from instructmining.embedded.defects import SEEN_KINDS
 from instructmining.study import Study
@@ -60,22 +66,66 @@ from instructmining_core.regression.intervals import significant
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
 planted = study.profile.data.kind == "embedded"
-words = "Real data: no defects are planted, so there is no truth to ask for."
-if planted:
+words = "This profile makes no answers worse, so the loss is not asked what it sees."
+if planted_defects.has_doses(study.profile):
     doses = planted_defects.dose_runs(study)
     study.save(doses[planted_defects.DOSE_COLUMNS], "doses.parquet")
-    plain = doses.assign(log=np.log(doses["loss_eval_1"])).groupby(["kind", "dose"])["log"].mean()
+    small = doses[doses["rows"] == doses["rows"].min()]
+    plain = small.assign(log=np.log(small["loss_eval_1"])).groupby(["kind", "dose"])["log"].mean()
     by_hand = plain.groupby("kind").last().drop("clean") - plain["clean"].iloc[0]
 
-    effects = ground_truth.dose_effects(doses)
+    effects = ground_truth.dose_effects(small)
     harmful = effects.index[effects["harms"]]
     display(significant(effects))
-    display(figures.plot_dose_response(doses, harms=harmful, seen=SEEN_KINDS))
+    display(figures.plot_dose_response(small, harms=harmful, seen=SEEN_KINDS if planted else ()))
+    left = planted_defects.dose_shares(doses)
+    display(significant(left))
+    display(figures.plot_dose_shares(left))
+    blind = planted_defects.unseen_kinds(left)
     worst = effects["slope"].idxmax()
     apart = (by_hand - effects["slope"]).abs().max()
     words = f"""
 At a full dose {worst} costs most: {100 * np.expm1(by_hand[worst]):+.2f} % of the loss by pandas, and the same by the fit (over all kinds the two differ by {apart:.1g} at most){f", with an interval of {100 * np.expm1(effects.loc[worst, 'low']):+.2f} to {100 * np.expm1(effects.loc[worst, 'high']):+.2f} %" if np.isfinite(effects.loc[worst, 'low']) else ", without an interval, since no run is repeated"}.
-{len(harmful)} of {len(effects)} kinds are seen to harm the loss ({', '.join(harmful) or 'none'}); the others this loss does not see, or these runs are too few."""
+{len(harmful)} of {len(effects)} kinds are seen to harm the loss ({', '.join(harmful) or 'none'}); the others this loss does not see, or these runs are too few.
+Under both averagings, whole sets of these kinds were not seen to lose anything of what clean ones gain: {', '.join(blind) or 'none'}."""
+Markdown(words)
+
+# %% [markdown]
+# ## Does a lower loss go with better answers?
+#
+# Where the profile names multiple-choice tasks (`data.choices`), every run answered them: which docstring belongs to a function, which of two answers is preferred, by likelihood as `lm-eval` counts it.
+# A correlation over models is one line of pandas.
+# The core adds two intervals, over runs and over the sources of their rows, for each loss: all models first differ by source, so the interval over sources is the one that a general claim needs.
+
+# %%
+asked, proxies = loss_proxy.models(study), pd.DataFrame()
+words = "Not evaluated: no run was asked a multiple-choice task, since the profile's `data.choices` is empty."
+if len(asked):
+    asked_tasks, proxies = loss_proxy.tasks_in(asked), loss_proxy.correlations(asked)
+    by_hand = asked[["loss_eval_1", *asked_tasks]].corr().loc["loss_eval_1", asked_tasks]
+    np.testing.assert_allclose(by_hand, proxies.query("runs == 'all' and loss == 'loss_eval_1'")["r"])
+    study.save(proxies, "loss_proxy.parquet")
+    display(significant(proxies))
+    display(figures.plot_loss_proxy(asked, asked_tasks))
+    words = "\n".join(f"Over {len(asked)} models the first loss and {task} have a correlation of {by_hand[task]:+.2f}; the untuned base gets {asked[f'base_{task}'].mean():.1%} right, the models {asked[task].min():.1%} to {asked[task].max():.1%}." for task in asked_tasks)
+study.record_claim("loss_predicts_tasks", **loss_proxy.proxy_claim(proxies))
+Markdown(words)
+
+# %% [markdown]
+# A loss that does not see a defect may still be right, if the defect costs nothing.
+# So each kind at its full dose is held against the clean sets, question by question: what does it cost in loss, and what in right answers?
+
+# %%
+words = "Not evaluated here."
+if planted and len(asked):
+    damage = loss_proxy.damage_costs(study, doses)
+    study.save(damage, "damage.parquet")
+    display(significant(damage))
+    unseen = damage[~damage["kind"].isin(harmful)]
+    worse = unseen[unseen["high"] < 0]
+    words = f"""
+Of {unseen['kind'].nunique()} kinds that were not seen to cost loss, {worse['kind'].nunique()} cost right answers ({', '.join(worse['kind'].unique()) or 'none'}).
+The intervals are over questions and, where there are several, over runs; a difference of {100 * (damage['high'] - damage['low']).min() / 2:.1f} points is the smallest that one of them could tell from none."""
 Markdown(words)
 
 # %% [markdown]
@@ -191,10 +241,27 @@ Every verdict stands beside the smallest effect that this run could have detecte
 """)
 
 # %% [markdown]
+# ## What did all of it take?
+#
+# Every record names its machine and its seconds, so a sum tells the cost of each stage in finetuning and evaluation.
+# Scoring, embedding and the statistics come on top.
+
+# %%
+spent = machines.costs(study.ledger_of(study.find("ledger")).load())
+display(spent.round(3))
+dearest = spent.groupby("purpose")["hours"].sum()
+Markdown(f"""
+{spent['runs'].sum():,} runs computed for {spent['hours'].sum():.1f} hours on {spent['machine'].nunique()} kind{'s' * (spent['machine'].nunique() != 1)} of machine; the stage {dearest.idxmax()} took most, {dearest.max():.1f} hours.
+The hours are those of single processes: where two of them share a machine, it is done in half the time.
+""")
+
+# %% [markdown]
 # ## In this notebook we have seen
 #
 # - which defects harm the loss, and by how much;
+# - whether models with a lower loss answer more questions rightly, and what a defect costs there;
 # - how well the rule finds them, beside length, perplexity and the rest, and whether it keeps off those that do no harm;
 # - whether the selected rows win where there is no defect to avoid;
 # - how often the procedure finds something in shuffled indicators;
-# - a verdict on every claim, for this run's models and data.
+# - a verdict on every claim, for this run's models and data;
+# - what each stage took, and on what.

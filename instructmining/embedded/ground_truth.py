@@ -23,19 +23,21 @@ CLEAN = "clean"  # the kind of a dose of 0, which all kinds share
 
 
 def dose_sets(
-    table: pd.DataFrame, size: int, *, doses: Sequence[float], seeds: Sequence[int]
-) -> pd.DataFrame:
+    table: pd.DataFrame, size: int, *, doses: Sequence[float], seeds: Sequence[int],
+    kinds: Sequence[str] = KINDS, partial: Sequence[str] | None = None,
+) -> pd.DataFrame:  # fmt: skip
     """Training sets that differ in the share of defective twins and in nothing else.
 
     table : clean record rows (id, source, symbol, question, prompt, response, messages)
     size : rows of one set, drawn equally from all sources
+    kinds : of defects; partial : those with doses between 0 and 1, None for all
     returns : record rows with columns `dose` (0 to 1), `seed` and `place` (0 to size - 1, the order
         in training); one set is one (kind, dose, seed). At one seed every set asks the same prompts
         in the same places; a larger dose keeps the twins of a smaller one. Dose 0 stands once per
         seed, with kind "clean" in column `set_kind`; the others have their kind there.
     Raises InstructMiningError where the sources cannot give `size` rows with a twin of every kind.
     """
-    made = {kind: twins(table, kind, seed=0).set_index("twin", drop=False) for kind in KINDS}
+    made = {kind: twins(table, kind, seed=0).set_index("twin", drop=False) for kind in kinds}
     whole = table["id"].map(lambda i: all(i in frame.index for frame in made.values()))
     usable = table[whole]
     found = []
@@ -43,7 +45,7 @@ def dose_sets(
         rng = np.random.default_rng(seed)
         clean = _equally(usable, size, rng).assign(kind="", twin="")
         turn = rng.permutation(size)  # the order in which places become defective
-        for kind, dose in _settings(doses):
+        for kind, dose in _settings(doses, kinds, partial):
             chosen = np.sort(turn[: round(dose * size)])
             rows = clean
             if len(chosen):
@@ -198,8 +200,11 @@ def permuted_within_source(
     return shuffled
 
 
-def _settings(doses: Sequence[float]) -> list[tuple[str, float]]:
-    above = [(kind, dose) for kind in KINDS for dose in sorted(doses) if dose > 0]
+def _settings(
+    doses: Sequence[float], kinds: Sequence[str], partial: Sequence[str] | None
+) -> list[tuple[str, float]]:
+    above = [(kind, dose) for kind in kinds for dose in sorted(doses)
+             if dose == 1 or (dose > 0 and (partial is None or kind in partial))]  # fmt: skip
     return [(CLEAN, 0.0), *above] if 0 in doses else above
 
 

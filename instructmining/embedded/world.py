@@ -18,7 +18,8 @@ def study_data(data: DataConfig) -> StudyData:
 
     Pools: the libraries that are in no set, once for each share of `defect_pools`; and unseen rows
     of the fitted libraries with 20 % defects. Evaluation rows come equally from all libraries, so
-    `eval_prompts` is rounded down to a multiple of their number.
+    `eval_prompts` is rounded down to a multiple of their number. The regime's prompts are those of
+    their splits that they leave.
     """
     corpus = build_corpus(data.corpus)
     table = corpus.table
@@ -32,12 +33,16 @@ def study_data(data: DataConfig) -> StudyData:
     ]
     candidates = plant(pd.concat(parts, ignore_index=True), data.defect_share, data.seed)
     pools = _pools(table[table["split"] == "pool"], fitted, unseen, data)
+    sources = [*fitted, *unseen]
     exams = {
-        name: _equally(table[table["split"] == name], [*fitted, *unseen], data)
+        name: _equally(table[table["split"] == name], sources, data.eval_prompts, data.seed)
         for name in ("eval_1", "eval_2")
     }
-    return StudyData(candidates, pools, exams["eval_1"], exams["eval_2"],
-                     _facts(corpus, candidates, fitted, unseen))  # fmt: skip
+    if data.regime_prompts:
+        asked = {one for exam in exams.values() for one in exam["id"]}
+        left = table[table["split"].isin(exams) & ~table["id"].isin(asked)]
+        exams["regime"] = _some(left, data.regime_prompts, data.seed)
+    return StudyData(candidates, pools, exams, _facts(corpus, candidates, fitted, unseen))
 
 
 def _pools(
@@ -71,10 +76,10 @@ def _some(rows: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
     return rows.sample(count, random_state=seed).sort_index().reset_index(drop=True)
 
 
-def _equally(rows: pd.DataFrame, sources: list[str], data: DataConfig) -> pd.DataFrame:
-    each = data.eval_prompts // len(sources) if data.eval_prompts else len(rows)
+def _equally(rows: pd.DataFrame, sources: list[str], prompts: int, seed: int) -> pd.DataFrame:
+    each = prompts // len(sources) if prompts else len(rows)
     each = max(each, 1)
-    parts = [_some(rows[rows["source"] == name], each, data.seed) for name in sources]
+    parts = [_some(rows[rows["source"] == name], each, seed) for name in sources]
     return pd.concat(parts, ignore_index=True)
 
 

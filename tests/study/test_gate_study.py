@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from instructmining import experiments, reports
+from instructmining import experiments, gate, plan, regime, reports
 from instructmining.cli import main
 from instructmining.experiments import draw_prompts
 from instructmining.study import Study
@@ -30,14 +31,20 @@ data:
   unseen: [{{name: d, where: d.jsonl}}, {{name: e, where: e.jsonl}}]
   eval_1: {{name: x, where: x.jsonl}}
   eval_2: {{name: y, where: y.jsonl}}
+  eval_more: [{{name: z, where: z.jsonl}}]
+  regime_prompts: 4
   pool_rows: 30
   eval_prompts: 6
+  choices: []
+regime: {{learning_rates: [1.0e-3], rows: [8], layers: [0, 1], sources: [a, b], draws: 2}}
 models: {{base: {{id: {base}, dtype: float32}}, ladder: []}}
 design: {{size: 8, fusion: 0, within: 9, mixed: 3, tokens: 0, anchors: 1, anchor_seeds: 1}}
 finetune: {{max_tokens: 96}}
 indicators: [len_in, len_out]
 inference: {{columns: [len_out], permutations: 19}}
-selection: {{size: 6, seeds: 2, draws: 2, baseline_seeds: 2}}
+selection:
+  {{size: 6, redraws: false, seeds: 2, draws: 2, matched: 2, baseline_seeds: 2,
+    rivals: [longest, worst], equal_steps: false}}
 """
 
 
@@ -53,7 +60,7 @@ def write_rows(path, count: int, seed: int) -> None:
 def home(tmp_path_factory, tiny_lm_folder):
     """A folder with the files, the profile, and a finished sweep; the current one."""
     folder = tmp_path_factory.mktemp("mini")
-    for seed, name in enumerate("abcdexy"):
+    for seed, name in enumerate("abcdexyz"):
         write_rows(folder / f"{name}.jsonl", 6 if name in "xy" else 40, seed)
     (folder / "mini.yaml").write_text(PROFILE.format(base=tiny_lm_folder))
     with pytest.MonkeyPatch.context() as patch:
@@ -80,14 +87,11 @@ def study(home):
 
 
 @pytest.fixture(scope="module")
-def gate(study):
-    """(plans, runs) of the gate on the first pool, with two rivals."""
-    rule, pool = load_rule("rule.json"), next(iter(study.data.pools))
-    plans = experiments.repeated(study, rule, pool, "selected", 6, 2)
-    plans += experiments.repeated(study, rule, pool, "random", 6, 2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "FREE_RIVALS", ("longest",))
-        plans += experiments.token_plans(study, rule, pool)
+def first_pool(study):
+    """(plans, runs) of the gate on the first pool."""
+    pool = next(iter(study.data.pools))
+    plans = [one for one in gate.gate_plans(study, load_rule("rule.json"))
+             if one.label["pool"] == pool]  # fmt: skip
     return plans, study.run("gate", plans, progress=False)
 
 
@@ -111,8 +115,45 @@ def test_plan_profile_prints_the_half_widths_of_the_design(home, capsys):
     assert half_width("0.2") == pytest.approx(2 * half_width("0.1"), abs=2e-4)
 
 
-def test_losses_by_prompt_are_those_of_the_runs(study, gate):
-    _, runs = gate
+def test_main_arms_are_judged_on_every_prompt(study, first_pool):
+    _, runs = first_pool
+    assert {name: len(exam) for name, exam in study.data.exams.items()} == {
+        "eval_1": 6, "eval_2": 6, "regime": 4, "gate": 36 - sum(
+            study.data.facts.query("source == 'z'")["near copies of evaluation rows"])}
+    main = runs["method"].isin(gate.MAIN)
+    assert runs.loc[main, "loss_gate"].notna().all() and runs.loc[~main, "loss_gate"].isna().all()
+    assert runs[["loss_eval_1", "loss_eval_2", "relevance"]].notna().all(axis=None)
+
+
+def test_the_plan_counts_what_is_there_and_what_is_to_come(study):
+    assert plan.head_count(study).loc["gate", "waits_for"] == "gate needs rule.json"
+    shutil.copy("rule.json", study.folder)
+    table = plan.head_count(study)
+    assert table.loc["sweep", ["runs", "done", "left"]].tolist() == [13, 13, 0]
+    assert table.loc["sweep", "hours"] > 0 and not table["waits_for"].any()
+    assert list(table.index) == ["regime", "sweep", "gate", "refit"]
+    for stage in table.index:
+        told = plan.expected_runs(study.profile, stage, 3, len(study.data.pools))
+        assert table.loc[stage, "runs"] == told, stage
+
+
+def test_the_regime_reads_its_runs_and_the_base(study):
+    runs = regime.regime_runs(study)
+    table = regime.regime_table(study, runs)
+    assert table.index.names == regime.SETTING and len(table) == 2
+    mixed = runs[(runs["kind"] == regime.MIXTURE) & (runs["layers"] == 0)]
+    for end in ("", "_token"):
+        gain = (mixed[f"base_regime{end}"] - mixed[f"loss_regime{end}"]).mean()
+        # records keep six places of each prompt's nll
+        assert table.loc[0, f"gain{end}"].iloc[0] == pytest.approx(gain, abs=2e-5)
+    assert table["collections"].tolist() == [2, 2]
+    assert not table["chosen"].any() or table.loc[table["chosen"], "admissible"].all()
+    hashes = {one for table in study.data.exams.values() for one in table["row_hash"]}
+    assert sum(map(len, study.data.exams.values())) == len(hashes), "no prompt serves twice"
+
+
+def test_losses_by_prompt_are_those_of_the_runs(study, first_pool):
+    _, runs = first_pool
     found = experiments.per_example(study, runs)
     groups = dict(list(runs.groupby(["pool", "method", "size"])))
     assert set(found) == set(groups)
@@ -122,17 +163,18 @@ def test_losses_by_prompt_are_those_of_the_runs(study, gate):
         assert matrix.mean(axis=1) == pytest.approx(by_seed.to_numpy(), rel=1e-5)
 
 
-def test_token_plans_hold_the_selected_rows_tokens(study, gate):
-    plans, runs = gate
-    cost = experiments.target_tokens(study, [one for plan in plans for one in plan.row_hashes])
-    selected = sum(cost[one] for one in plans[0].row_hashes)
+def test_token_plans_hold_the_selected_rows_tokens(study, first_pool):
+    plans, runs = first_pool
+    cost = gate.row_lengths(study, [h for one in plans for h in one.row_hashes])["answer"]
+    own = next(one for one in plans if one.label["method"] == "selected")
+    selected = cost.loc[list(own.row_hashes)].sum()
     tokens = runs.set_index("method")["tokens_trained"]
     assert tokens["selected"].iloc[0] == selected, "one epoch: what was counted is what is trained"
-    for plan in plans:
-        if plan.label["method"].endswith(TOKENS):
-            got = [cost[one] for one in plan.row_hashes]
-            assert abs(sum(got) - selected) <= max(cost.values()) / 2
-            assert plan.label["size"] == 6, "told by the set whose tokens they have"
+    at_tokens = [one for one in plans if one.label["method"].endswith(TOKENS)]
+    assert {one.label["method"] for one in at_tokens} == {"random" + TOKENS, "longest" + TOKENS}
+    for one in at_tokens:
+        assert abs(cost.loc[list(one.row_hashes)].sum() - selected) <= cost.max() / 2
+        assert one.label["size"] == 6, "told by the set whose tokens they have"
     prompts = experiments.per_example(study, runs)
     table = beat_random.compare_budgets(runs, prompts, loss="loss_eval_2")
     primary = table[table["role"] == "primary"]
@@ -141,16 +183,26 @@ def test_token_plans_hold_the_selected_rows_tokens(study, gate):
 
 
 def test_refits_are_rules_of_resampled_sweeps(study):
-    cards = experiments.refit_cards(study, 3)
+    pool = next(iter(study.data.pools))
+    cards = gate.refit_cards(study, 3, pool)
     slopes = [card.coefficients[0].estimate for card in cards]
     assert len(set(slopes)) == 3 and np.isfinite(slopes).all()
     own = load_rule("rule.json")
     assert cards[0].standardisation == own.standardisation, "the same constants"
-    again = experiments.refit_cards(study, 3)
+    again = gate.refit_cards(study, 3, pool)
     assert [card.coefficients for card in again] == [c.coefficients for c in cards]
-    plans = experiments.refit_plans(study, cards)
-    assert len(plans) == 3 * len(study.data.pools)
-    assert {plan.label["method"] for plan in plans} == {"refit"}
+    plans = gate.refit_plans(study)
+    assert len(plans) == study.profile.selection.refits * len(study.data.pools)
+    assert {one.label["method"] for one in plans} == {"refit"}
+
+
+def test_a_pool_of_a_fitted_source_is_judged_by_a_rule_without_it(study, monkeypatch):
+    whole = load_rule("rule.json")
+    assert gate.rule_for(study, whole, "d (unseen source)") is whole
+    without = gate.rule_for(study, whole, "a")
+    assert without.fitted_on.sources == ["b", "c"]
+    assert without.coefficients[0].estimate != whole.coefficients[0].estimate
+    assert without.standardisation != whole.standardisation, "its constants do not know it either"
 
 
 def test_resampling_keeps_to_arm_and_source_and_makes_new_ids():
@@ -158,7 +210,7 @@ def test_resampling_keeps_to_arm_and_source_and_makes_new_ids():
         "set_id": [f"s{i}" for i in range(9)], "arm": ["within"] * 6 + ["mixed"] * 3,
         "source": ["a"] * 4 + ["b"] * 2 + [""] * 3,
     })  # fmt: skip
-    drawn = experiments.resampled(runs, np.random.default_rng(0))
+    drawn = gate.resampled(runs, np.random.default_rng(0))
     sizes = drawn.groupby(["arm", "source"]).size()
     assert sizes.to_dict() == runs.groupby(["arm", "source"]).size().to_dict()
     assert drawn["set_id"].is_unique and drawn["drawn"].duplicated().any()

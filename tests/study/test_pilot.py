@@ -99,11 +99,16 @@ def test_the_pilots_noise_is_that_between_seeds(study):
 def test_a_pilots_runs_have_the_sweeps_ids_and_their_own_list(study, tmp_path, monkeypatch):
     """Study.run itself: `listed` changes which list is written, never a run id."""
     asked = []
-    monkeypatch.setattr(sweep, "run_sweep", lambda specs, *rest, **more: asked.append(specs))
+
+    def noted(specs, *rest, **more):
+        asked.append(specs)
+        return pd.DataFrame(index=range(len(specs)))
+
+    monkeypatch.setattr(sweep, "run_sweep", noted)
     real = Invented(tmp_path)
     base = SimpleNamespace(id="b", revision="r")
     real.lm = SimpleNamespace(dtype="torch.float32", resolved=base, tokenizer=None)
-    real.encoded_evals = lambda lm, config: EvalSets()
+    real.encoded_evals = lambda *args: EvalSets()
     real.encoded_rows = lambda *args: {}
     real.ledger = SimpleNamespace(kept=lambda run_ids: 0)
     Study.run(real, "sweep", pilot.sweep_plans(real))
