@@ -53,7 +53,8 @@ def docstring_questions(seed: int) -> list[Question]:
     from .embedded.corpus import SIZES, find_library, read_library
 
     libraries = [found for name in LIBRARIES if (found := find_library(name))]
-    table = pd.concat([read_library(one, SIZES["smoke"].read) for one in libraries])
+    parts = [read_library(one, SIZES["smoke"].read) for one in libraries]
+    table = pd.concat(parts, ignore_index=True)
     words = table["response"].str.split().str.len()
     function = table["symbol"].str.rpartition(".")[2].str[0].str.islower()
     kept = table[(table["question"] == "summary") & function & (words <= WORDS)]
@@ -80,7 +81,7 @@ def preference_questions(pairs: pd.DataFrame, seed: int) -> list[Question]:
     """
     rng, found = np.random.default_rng(seed), {}
     for place in rng.permutation(len(pairs)):
-        prompt, *answers = (str(pairs[name].iat[place]) for name in ("prompt", "chosen", "rejected"))
+        prompt, *answers = map(str, pairs.iloc[place][["prompt", "chosen", "rejected"]])
         asked = prompt.removesuffix("\n\nAssistant:").removeprefix("\n\nHuman:").strip()
         better, worse = (" ".join(text.split()) for text in answers)
         longest = max(len(text.split()) for text in (asked, better, worse))
@@ -95,7 +96,7 @@ def preference_questions(pairs: pd.DataFrame, seed: int) -> list[Question]:
 
 
 def answered_right(records: Sequence[Mapping], task: str) -> np.ndarray:
-    """Which questions each record's model got right, by `acc_norm`: 0 or 1, (records, questions)."""
+    """Which questions each record's model got right by `acc_norm`: 0 or 1, (records, questions)."""
     told = [record["choices"][task]["right_norm"] for record in records]
     return np.array([[int(mark) for mark in marks] for marks in told], float)
 

@@ -7,8 +7,6 @@ cost in accuracy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -51,7 +49,7 @@ def _group(row: dict) -> str:
     return max(shares, key=shares.get) if isinstance(shares, dict) and shares else told
 
 
-def correlations(runs: pd.DataFrame, losses: Sequence[str] = LOSSES) -> pd.DataFrame:
+def correlations(runs: pd.DataFrame) -> pd.DataFrame:
     """Pearson's correlation of every loss with every task.
 
     runs : from `models`. One row a set of models ("sweep": the designed sets, of one size; "all"),
@@ -59,7 +57,7 @@ def correlations(runs: pd.DataFrame, losses: Sequence[str] = LOSSES) -> pd.DataF
     (delete-one-group jackknife of z with t, over sources; NaN for fewer than `LEAST`). Negative
     where a lower loss goes with a better answer.
     """
-    rows = []
+    rows, losses = [], [name for name in LOSSES if name in runs]
     for name, part in (("sweep", runs[runs["purpose"] == "sweep"]), ("all", runs)):
         for loss in losses:
             for task in tasks_in(runs):
@@ -90,16 +88,16 @@ def _fisher(x: pd.Series, y: pd.Series) -> float:
     return float(np.arctanh(np.clip(np.corrcoef(x, y)[0, 1], -1 + 1e-9, 1 - 1e-9)))
 
 
-def damage_costs(study: Study, runs: pd.DataFrame, against: str = CLEAN) -> pd.DataFrame:
+def damage_costs(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
     """What each kind of damage costs: in loss, and in each task.
 
     runs : columns run_id, kind, dose, loss_eval_1; each kind at its largest dose is held against
-    kind `against`. One row a kind and task: loss (relative change), accuracy, versus, difference,
+    kind "clean". One row a kind and task: loss (relative change), accuracy, versus, difference,
     low, high (shares of the questions, `choice_tasks.difference`).
     """
     ledger, rows = study.ledger_of(study.find("ledger")), []
-    clean = runs[runs["kind"] == against]
-    for kind, part in runs[runs["kind"] != against].groupby("kind", sort=False):
+    clean = runs[runs["kind"] == CLEAN]
+    for kind, part in runs[runs["kind"] != CLEAN].groupby("kind", sort=False):
         part = part[part["dose"] == part["dose"].max()]
         change = np.log(part["loss_eval_1"]).mean() - np.log(clean["loss_eval_1"]).mean()
         here, there = ([ledger.read(one) for one in some["run_id"]] for some in (part, clean))

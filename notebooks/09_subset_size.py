@@ -54,7 +54,12 @@ from instructmining import claims, experiments, figures, reports
 from instructmining.study import Study
 from instructmining_core import load_rule
 from instructmining_core.selection.size_curve import size_curve_power, size_curve_test, size_means
-from instructmining_core.selection.size_search import blendsearch, random_search, search_report, simulated_searches
+from instructmining_core.selection.size_search import (
+    blendsearch,
+    random_search,
+    search_report,
+    simulated_searches,
+)
 
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))

@@ -15,7 +15,6 @@ from instructmining_core.selection.judge import net_win_of_counts, win_tie_lose
 from instructmining_core.selection.size_curve import size_means
 
 from .style import (
-    BLUE,
     GREY,
     INK,
     MUTED,

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 
 from ..config import InstructMiningError
-from ..data.choices import accuracy
+from ..data.choices import EncodedChoices, accuracy
 from ..data.tokenization import Encoded
 from ..models.causal_lm import COLUMNS, LM, response_nll
 from ..models.loss import evaluate
 from ..models.trunk import on_trunk
 from .finetune import Meter, can_share_a_pass, check_rows, finetune
 from .multi_lora import MultiLoRA
-from .packing import PackedModel
+from .packing import packing
 from .run_spec import EvalSets, Record, RunSpec, now
 from .trainer import TrainingJob, train
 
@@ -105,10 +105,10 @@ def run_together(
         epochs[adapter].look(lm, epoch)
 
     needed = chain(*(job.rows for job in jobs), evals.rows())
-    with on_trunk(lm, specs[0].finetune.layers, needed):
+    with on_trunk(lm, specs[0].finetune.layers, needed), packing(lm) as model:
         base, meter = _of_base(lm, evals), Meter(lm.device)
         with adapters.attached():
-            trained = train(adapters, PackedModel(lm), jobs, on_epoch=after_epoch)
+            trained = train(adapters, model, jobs, on_epoch=after_epoch)
             seconds = meter.read()[0] - sum(one.seconds for one in epochs)
             begun = time.perf_counter()
             found = []
@@ -162,8 +162,28 @@ def _evaluated(lm: LM, evals: EvalSets) -> dict[str, dict]:
         losses[name], frame = evaluate(lm, part, batch_tokens=tokens)
         examples[name] = {one: np.round(frame[one].to_numpy(), 6).tolist() for one in COLUMNS[:-1]}
     for name, task in evals.choices.items():
-        choices[name] = accuracy(task, response_nll(lm, task.rows, batch_tokens=tokens)["nll"])
+        choices[name] = accuracy(task, _nll_of_choices(lm, task, tokens))
     return {"losses": losses, "examples": examples} | ({"choices": choices} if choices else {})
+
+
+def _nll_of_choices(lm: LM, task: EncodedChoices, tokens: int) -> np.ndarray:
+    """Summed nll of each row, in nats; where rows lie packed, a question's prompt is computed once.
+
+    tokens : of a batch
+    """
+    lengths, numbers = np.array([len(row) for row in task.rows]), np.array(task.question)
+    if lm.packed is None or lengths.max(initial=0) > lm.max_positions():
+        return response_nll(lm, task.rows, batch_tokens=tokens)["nll"].to_numpy()
+    lm.model.eval()
+    last = lengths.cumsum()[np.searchsorted(numbers, numbers, side="right") - 1]  # of the question
+    sums: list[float] = []
+    for number in np.unique(last // tokens):
+        chosen = np.flatnonzero(last // tokens == number)
+        rows = [task.rows[i] for i in chosen]
+        nll = lm.packed.nll(rows, numbers[chosen]).double().cpu().numpy()
+        parts = np.split(nll, np.cumsum([sum(row.targets[1:]) for row in rows])[:-1])
+        sums += [part.sum() for part in parts]
+    return np.array(sums)
 
 
 def _of_base(lm: LM, evals: EvalSets) -> dict[str, dict]:

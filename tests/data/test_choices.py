@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: rows, both accuracies, and lm-eval's own numbers on the same task."""
+"""Multiple choice by likelihood: rows, both accuracies, and lm-eval's own numbers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_written_task_is_lm_evals_yaml_and_its_questions(tmp_path):
 def questions(count: int) -> list[Question]:
     """Made-up questions of two to four choices, with odd white space, marks and scripts."""
     rng = np.random.default_rng(7)
-    words = "sort the list of items , and give it back ; naïve 数 in order .  two  blanks".split(" ")
+    words = "sort the list of items , and give it ; naïve 数 in order .  two  blanks".split(" ")
     made = []
     for number in range(count):
         texts = {" ".join(rng.choice(words, rng.integers(1, 9))).strip() or "x" for _ in range(4)}

@@ -10,13 +10,14 @@ import pytest
 from instructmining_core.config import FinetuneConfig, ModelRef
 from instructmining_core.data.choices import Question, accuracy, encode_choices
 from instructmining_core.data.tokenization import encode_many
-from instructmining_core.finetuning import workers
+from instructmining_core.finetuning import packing, run, workers
 from instructmining_core.finetuning.ledger import Ledger, tidy
 from instructmining_core.finetuning.run import run_one, run_together
 from instructmining_core.finetuning.run_spec import EvalSets, RunSpec
 from instructmining_core.models.causal_lm import load_lm, response_nll
+from tiny_models import assert_rounded
 
-QUESTIONS = [Question(f"Question: What does f{i} do?\nAnswer:", (f"Sort list {i}.", "Close it."), i % 2)
+QUESTIONS = [Question(f"Question: What is f{i}?\nAnswer:", (f"Sort list {i}.", "Close it."), i % 2)
              for i in range(6)]  # fmt: skip
 
 
@@ -71,7 +72,8 @@ def test_runs_in_one_pass_answer_as_they_do_alone(world):
     evals = evals_of(lm, exam)
     specs = [spec(lm, evals, seed) for seed in (0, 1)]
     together = run_together(specs, lm, rows, evals)
-    assert [r["choices"] for r in together] == [run_one(s, lm, rows, evals)["choices"] for s in specs]
+    alone = [run_one(one, lm, rows, evals) for one in specs]
+    assert [r["choices"] for r in together] == [r["choices"] for r in alone]
 
 
 def test_a_worker_gets_the_tasks_whole(world, tmp_path):
@@ -91,3 +93,23 @@ def test_a_failed_run_and_one_without_tasks_leave_no_number(world):
     assert np.isnan(frame["accuracy_docs"]).all() and "loss_choices/docs" not in frame
     plain = run_one(spec(lm, EvalSets({"eval_1": exam})), lm, rows, EvalSets({"eval_1": exam}))
     assert "choices" not in plain and "base_choices" not in plain
+
+
+def test_a_prompt_computed_once_gives_the_numbers_of_rows_alone(world):
+    """Packed rows of one question share its prompt: rounding of float32 sums is all that differs."""
+    lm, _, _ = world
+    asked = [Question(f"Question: What of the many things does f{i} do?\nAnswer:",
+                      ("Sort the list.", "Close it.", f"Read the lines of file {i}."), i % 3)
+             for i in range(7)]  # fmt: skip
+    task = encode_choices(lm.tokenizer, asked)
+    alone = response_nll(lm, task.rows)["nll"].to_numpy()
+    assert lm.packed is None
+    with packing.packing(lm) as model:
+        assert model.packed
+        seen = []
+        real, model.batch = model.batch, lambda *a: seen.append(real(*a)) or seen[-1]
+        for tokens in (90, 4096):
+            assert_rounded(run._nll_of_choices(lm, task, tokens), alone)
+    prompt = len(lm.tokenizer(asked[0].prompt)["input_ids"])
+    assert sum(one.elsewhere.sum() for one in seen[-1:]) >= 7 * 2 * (prompt - 2)
+    assert len(seen) > 2
