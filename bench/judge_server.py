@@ -65,6 +65,9 @@ class JudgeServer(ThreadingHTTPServer):
         self.server_close()
         self.thread.join()
 
+    def handle_error(self, request, client_address) -> None:
+        """A client that went away is no fault of ours."""
+
     def next_step(self, name: str, request: dict) -> object:
         """What to do with this try."""
         with self.lock:
@@ -93,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         name = hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest()
         step = self.server.next_step(name, {**body, "path": self.path,
-                                            "headers": dict(self.headers)})
+                                            "headers": {k.lower(): v for k, v in self.headers.items()}})
         time.sleep(self.server.delay)
         if step == "dropped":
             self.close_connection = True

@@ -12,12 +12,14 @@ from scipy.stats import t as student
 from instructmining_core.regression.intervals import r2_detectable, r2_of
 from instructmining_core.selection.beat_random import LengthAnswer
 from instructmining_core.selection.contrasts import detectable_difference, detectable_shift
+from instructmining_core.selection.judge import ABOVE
 
 from . import paper
 from .reports import NOT_ASKED
 from .study import MissingInput, Study
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+NOT_JUDGED = "no judge was good enough"
 
 
 def _by_interval(low: float, high: float) -> str:
@@ -175,20 +177,33 @@ def bump_claim(test, power: Mapping[float, float]) -> dict[str, str]:
     }
 
 
-def judge_claim(net) -> dict[str, str]:
+def judge_claim(net, checks: pd.DataFrame) -> dict[str, str]:
     """The net win over prompts and pairs of models (`judge.net_win`).
 
     With fewer than three pairs it is a finding about these models and none about the method.
+    checks : of the judge that gave it (`judging.check_judge`). One that is not better than chance
+    on each of them, or that no check was made of, judges nothing.
     """
+    failed = checks[checks["verdict"] != ABOVE]
+    if checks.empty or len(failed):
+        why = _agreement(failed) or "not checked against people"
+        return {"ours": f"the judge is {why}, so that it judges nothing here",
+                "detectable": "-", "verdict": NOT_JUDGED}
     verdict = _by_interval(net.low, net.high)
     if verdict != UNDECIDED and net.scope != "the method":
         verdict = f"{verdict}, for {net.scope}"
     return {
         "ours": f"net win {net.net:+.2f} [{net.low:+.2f}, {net.high:+.2f}], of {net.scope}, "
-        f"{net.pairs} {'pair' if net.pairs == 1 else 'pairs'} on {net.prompts} prompts",
+        f"{net.pairs} {'pair' if net.pairs == 1 else 'pairs'} on {net.prompts} prompts; the judge "
+        f"is {_agreement(checks)}",
         "detectable": f"a net win of {net.detectable:.2f}",
         "verdict": verdict,
     }
+
+
+def _agreement(checks: pd.DataFrame) -> str:
+    return "; ".join(f"{row.verdict} on {row.check}, agreement {row.agreement:.2f} [{row.low:.2f}, "
+                     f"{row.high:.2f}]" for row in checks.itertuples())
 
 
 def rule_claim(fit, permutation, noise) -> dict[str, str]:

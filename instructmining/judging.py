@@ -125,7 +125,7 @@ def _preferences(source: SourceConfig, study: Study) -> pd.DataFrame:
     rows = []
     beside = root() / study.profile.data.folder / source.where
     for _, raw, found in iter_rows(beside if beside.exists() else source.where):
-        if not found or "rejected" not in raw.value:
+        if not found or not raw.value.get("rejected"):
             continue
         other = conversations({**raw.value, "chosen": raw.value["rejected"]})[0][0]
         (*prompt, chosen), rejected = found[0], other[-1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ import statsmodels.api as sm
 from scipy import stats
 from scipy.special import expit
 from statsmodels.stats.proportion import proportion_confint
+from statsmodels.tools.sm_exceptions import PerfectSeparationWarning
 
 from ..config import InstructMiningError
 from ..data.fields import Messages
@@ -195,7 +197,7 @@ def parse_verdict(reply: str, mark: str) -> float:
     1.0
     """
     last = reply.strip().rpartition("\n")[2].strip(" \t*_`.#")
-    found = re.fullmatch(rf"VERDICT {mark}:\s*[*_`]*(1|2|TIE)", last, re.IGNORECASE)
+    found = re.fullmatch(rf"VERDICT {mark}:[\s*_`]*(1|2|TIE)", last, re.IGNORECASE)
     return _PREFERENCE[found[1].upper()] if found else math.nan
 
 
@@ -268,7 +270,9 @@ def length_controlled(judged: pd.DataFrame) -> NetWin:
     ties = np.column_stack([np.tile(np.eye(count), (2, 1)), np.repeat([1.0, -1.0], count)])
     weights = np.r_[np.ones(len(x)), np.full(2 * count, 0.5)]
     y = np.r_[decided["score"], np.full(2 * count, 0.5)]
-    fit = sm.GLM(y, np.r_[x, ties], sm.families.Binomial(), freq_weights=weights).fit()
+    with warnings.catch_warnings():  # of a fit without residuals, which the ties keep finite
+        warnings.simplefilter("ignore", PerfectSeparationWarning)
+        fit = sm.GLM(y, np.r_[x, ties], sm.families.Binomial(), freq_weights=weights).fit()
     rate = expit(fit.params[:-1])
     slope = np.r_[rate * (1 - rate) / count, 0.0]  # of the mean rate, by the coefficients
     residual = decided["score"] - fit.fittedvalues[: len(x)]

@@ -12,7 +12,7 @@ import ipaddress
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,15 +149,28 @@ class ServedModel:
         return replies
 
     def _send(self, missing: dict[str, Messages], keep: Callable[[_Outcomes], None]) -> None:
-        """Send all; not the rest once the fault is no single request's."""
+        """Send all; not the rest once the fault is no single request's.
+
+        A worker takes no new request before its reply is on the disk: a process that is killed
+        loses no more than it has workers.
+        """
         came: SimpleQueue = SimpleQueue()
-        stop = threading.Event()
+        stop, room = threading.Event(), threading.Semaphore(self.workers)
+        in_a_row = 0
 
         def work(name: str) -> None:
-            came.put((name, self._outcome(missing[name], stop)))
+            nonlocal in_a_row
+            room.acquire()
+            if stop.is_set():
+                return
+            one = self._outcome(missing[name], stop)
+            with self._counting:
+                in_a_row = in_a_row + 1 if isinstance(one, _Failure) else 0
+                if in_a_row >= IN_A_ROW or getattr(one, "kind", "") == "fatal":
+                    stop.set()
+            came.put((name, one))
 
-        left, in_a_row = len(missing), 0
-        pool = ThreadPoolExecutor(self.workers)
+        left, pool = len(missing), ThreadPoolExecutor(self.workers)
         try:
             for name in missing:
                 pool.submit(work, name)
@@ -165,12 +178,10 @@ class ServedModel:
                 found = [came.get(), *_there(came)]
                 left -= len(found)
                 keep(found)
-                for _, one in found:
-                    in_a_row = in_a_row + 1 if isinstance(one, _Failure) else 0
-                    if in_a_row >= IN_A_ROW or getattr(one, "kind", "") == "fatal":
-                        stop.set()
+                room.release(len(found))
         finally:  # also when it is stopped by hand: what is under way is waited for, and kept
             stop.set()
+            room.release(self.workers)
             pool.shutdown(cancel_futures=True)
             keep(_there(came))
 

@@ -76,13 +76,10 @@ def test_a_likelihood_judge_reads_the_model_and_gives_no_verdict_on_a_cut_text(t
     ref = ModelRef(str(tiny_lm_folder), dtype="float32")
     study = Study(Profile("t"))
     study.load = lambda _: load_lm(ref)
-    comparisons = [([{"role": "user", "content": "?"}], "a", "b")] * 2
-    assert np.isnan(judging._by_likelihood(study, ref)(comparisons)).all()  # 512 positions
-    lm = load_lm(ref)
-    lm.model.config.max_position_embeddings = 4096
-    study.load = lambda _: lm
+    asked = [{"role": "user", "content": "?"}]
+    comparisons = [(asked, "a", "b")] * 2 + [(asked, "a", "b" * 400)]  # of 512 positions
     found = judging._by_likelihood(study, ref)(comparisons)
-    assert found[0] == found[1] and 0 < found[0] < 1 and found[0] != 0.5
+    assert found[0] == found[1] and 0 < found[0] < 1 and found[0] != 0.5 and np.isnan(found[2])
 
 
 def test_a_check_without_pairs_is_an_error(tmp_path):
