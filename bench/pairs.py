@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +19,11 @@ class Skipped(RuntimeError):
 
 
 ENOUGH = 60.0  # seconds after which no further repetition is begun
+
+
+def full_size() -> bool:
+    """Whether benches that do fewer runs and scale them shall do them all: `BENCH_FULL=1`."""
+    return bool(os.environ.get("BENCH_FULL"))
 
 
 def in_turn(sides: dict[str, Callable], repeats: int) -> tuple[dict[str, float], dict, int]:

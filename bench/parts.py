@@ -20,8 +20,8 @@ OTHER = "norms, rotary positions, activations, sums"
 PYTHON = "Python and autograd between operations"
 LABELS = {  # (module of the package, name there) -> part
     ("finetuning.packing", "attend_packed"): "attention",
-    ("finetuning.lora", "_BlockLoRA.forward"): "adapters beside their products",
-    ("finetuning.lora", "_BlockLoRA.backward"): "adapters beside their products",
+    ("finetuning.lora", "_BlockLinear.forward"): "adapters beside their products",
+    ("finetuning.lora", "_BlockLinear.backward"): "adapters beside their products",
     ("finetuning.packing", "weighted_nll"): "loss",
     ("finetuning.packing", "PackedModel.batch"): "laying out batches",
     ("finetuning.multi_lora", "MultiLoRA.step"): "optimiser",

@@ -3,8 +3,8 @@
 Ours is `run_sweep` with everything that belongs to it: ledger, records, per-example losses, and the
 start of its worker process. Both sides do the same steps from the same base and first adapter on
 the same token ids; `Trainer` shuffles by its own seed. Each side runs three times in turn, after a
-run of one step that is thrown away. The loss on the first evaluation set, by `response_nll`, must
-agree within 0.5 % in every pair, and training must have lowered it on both sides. On these small
+run of one step that is thrown away. The study's loss on the first evaluation set must agree
+within 0.5 % in every pair, and training must have lowered it on both sides. On these small
 bases 24 steps lower it by less than 1 %, so that agreement alone says little: the note tells both
 falls. That an adapter is trained exactly as peft would is held by the package's own tests.
 """
@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from .pairs import row
-from .trainer import WAYS, Peer
+from .trainer import WAYS, Peer, computed_in
 from .world import World, sweep
 
 LIMIT_LOSS = 0.005  # relative difference of final losses, in every pair
@@ -33,14 +33,12 @@ def against_trainer(world: World, runs: int, repeats: int = 3, **how) -> list[di
 
     runs : of ours in each repetition, at least `repeats`; how : options of `run_sweep`
     """
-    from instructmining_core.models.loss import evaluate
-
-    before = evaluate(world.load("float32"), world.evals["eval_1"])[0]["prompt_mean"]
+    before = base_loss(world)
     seconds: dict[str, list[float]] = {side: [] for side in ("ours", *WAYS)}
     losses: dict[str, list[float]] = {side: [] for side in ("ours", *WAYS)}
     with Peer(world) as peer:
         for way in WAYS:
-            peer.run(0, tuned=way == "tuned", steps=1)
+            peer.warm(tuned=way == "tuned")
         for k in range(repeats):
             for way in WAYS:
                 taken, loss = peer.run(k, tuned=way == "tuned")
@@ -50,13 +48,14 @@ def against_trainer(world: World, runs: int, repeats: int = 3, **how) -> list[di
             seconds["ours"].append(taken / runs)
             losses["ours"].append(found[k])
     rate = {side: 3600 / statistics.median(taken) for side, taken in seconds.items()}
-    ours = "bfloat16" if "bfloat16" in str(world.load().dtype) else "float32"
+    ours = computed_in(world.device)
+    half = "bfloat16 autocast" if ours == "bfloat16" else "float32"
     return [
         row(
             BENCH[way], WAYS[way], rate["ours"], rate[way], "runs/h", **world.told(),
-            dtype=f"{ours} against " + ("float32" if way == "defaults" else "bfloat16 autocast"),
+            dtype=f"{ours} against {'float32' if way == 'defaults' else half}",
             note=f"medians of {repeats} in turn, {runs} runs of ours each; loss before training "
-                 f"{before:.4f}, after {_listed(losses['ours'])} (ours), {_listed(losses[way])}: "
+                 f"{before:.4f}, after {listed(losses['ours'])} (ours), {listed(losses[way])}: "
                  f"median falls {fall(before, losses['ours']):.4f} (ours), "
                  f"{fall(before, losses[way]):.4f}",
         ) | disagreement(before, losses["ours"], losses[way])
@@ -80,7 +79,16 @@ def fall(before: float, losses: Sequence[float]) -> float:
     return before - statistics.median(losses)
 
 
-def _listed(losses: Sequence[float]) -> str:
+def base_loss(world: World) -> float:
+    """The study's loss of the untrained base on the first evaluation set, in float32."""
+    from instructmining_core.finetuning.ledger import over_prompts
+    from instructmining_core.models.loss import evaluate
+
+    return over_prompts(evaluate(world.load("float32"), world.evals["eval_1"])[0])
+
+
+def listed(losses: Sequence[float]) -> str:
+    """The losses in words."""
     return " / ".join(f"{loss:.4f}" for loss in losses)
 
 

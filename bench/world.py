@@ -97,15 +97,15 @@ class World:
         }  # fmt: skip
 
 
-def sweep(world: World, count: int, **how) -> tuple[float, list[float]]:
+def sweep(world: World, count: int, dtype: str = "auto", **how) -> tuple[float, list[float]]:
     """Seconds of a whole sweep in a new ledger, and each run's loss on the first evaluation set.
 
-    how : options of `run_sweep`
+    dtype : of the base; how : options of `run_sweep`
     """
     from instructmining_core.finetuning.ledger import Ledger
     from instructmining_core.finetuning.sweep import run_sweep
 
-    lm = world.load()
+    lm = world.load(dtype)
     specs = world.specs(lm, count)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()

@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..models.causal_lm import Head
+from ..models.products import linear
 
 CHUNK_LOGITS = 1 << 19  # logits of one chunk: 2 MiB in float32, so that they stay in the cache
+_TARGETS = 128  # of one chunk at least: with fewer, reading a large output matrix is what takes time
 CHUNK_LOGITS_GPU = 1 << 26
 _ROWS = 32  # multiple that the rows of a CPU's chunk are filled up to
 KEPT_LOGITS = 1 << 25  # beyond so many at once they are computed a second time for the gradient
@@ -76,11 +78,11 @@ class _FrozenHead(torch.autograd.Function):
         each = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         limit = CHUNK_LOGITS_GPU if hidden.is_cuda else CHUNK_LOGITS
-        size = max(16, limit // weight.shape[0])
+        size = max(_TARGETS, limit // weight.shape[0])
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
             label = labels[part, None]
-            logits = F.linear(_filled_up(hidden[part]), weight, bias)[: len(label)].float()
+            logits = linear(_filled_up(hidden[part]), weight, bias)[: len(label)].float()
             slope = logits.softmax(dim=1)
             # the largest share is at least 1 / vocabulary, so its logarithm is safe, and one
             # softmax serves both the loss and its gradient: exp is what costs here
@@ -89,7 +91,7 @@ class _FrozenHead(torch.autograd.Function):
             if gradient is not None:
                 share = weights[part, None]
                 slope.mul_(share).scatter_add_(1, label, -share)
-                product = _filled_up(slope.to(weight.dtype)) @ weight
+                product = linear(_filled_up(slope.to(weight.dtype)), weight.t())
                 gradient[part] = product[: len(label)]
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(each)

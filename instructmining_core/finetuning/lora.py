@@ -18,6 +18,7 @@ from torch import nn
 
 from ..config import FinetuneConfig, InstructMiningError
 from ..models.causal_lm import unwrapped
+from ..models.products import linear
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,11 @@ class MultiLoRALinear(nn.Module):
         return getattr(self.layer, "bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        way = _BlockLoRA if self.routing.padded is None else _PaddedLoRA
-        return self.layer(x) + way.apply(x, self.trigger, self)
+        if self.routing.padded is not None:
+            return self.layer(x) + _PaddedLoRA.apply(x, self.trigger, self)
+        if type(self.layer) is nn.Linear:
+            return _BlockLinear.apply(x, self.trigger, self)
+        return self.layer(x) + _BlockLoRA.apply(x, self.trigger, self)
 
 
 def shapes(layer: nn.Module) -> tuple[int, int]:
@@ -120,6 +124,39 @@ class _BlockLoRA(torch.autograd.Function):
             layer.grad_a[k] += flat[start:stop].t() @ slope
             if back is not None:
                 torch.mm(slope, layer.a[k].t(), out=back[start:stop])
+        return (None if back is None else back.view(ctx.shape)), None, None
+
+
+class _BlockLinear(torch.autograd.Function):
+    """A frozen `nn.Linear` and its adapters: what they add goes into the layer's own output, and
+    into the gradient of its input, in place. Each further pass over a batch costs as much as an
+    adapter's products."""
+
+    @staticmethod
+    def forward(ctx, x, trigger, layer):
+        flat = x.reshape(-1, x.shape[-1])
+        out = linear(flat, layer.weight, layer.bias)
+        blocks, inner = layer.routing.blocks, []
+        for k, start, stop in blocks:
+            inner.append((flat[start:stop] @ layer.a[k]).mul_(layer.scale))
+            out[start:stop].addmm_(inner[-1], layer.b[k])
+        ctx.save_for_backward(flat, *inner)
+        ctx.layer, ctx.blocks, ctx.shape = layer, blocks, x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        flat, *inner = ctx.saved_tensors
+        layer = ctx.layer
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        back = linear(gradient, layer.weight.t()) if ctx.needs_input_grad[0] else None
+        for (k, start, stop), z in zip(ctx.blocks, inner, strict=True):
+            part = gradient[start:stop]
+            slope = (part @ layer.b[k].t()).mul_(layer.scale)
+            layer.grad_b[k] += z.t() @ part
+            layer.grad_a[k] += flat[start:stop].t() @ slope
+            if back is not None:
+                back[start:stop].addmm_(slope, layer.a[k].t())
         return (None if back is None else back.view(ctx.shape)), None, None
 
 

@@ -244,7 +244,7 @@ def _gradients(adapters, model, schedules, active, step, losses, micro) -> None:
 
     def backward(size: int) -> None:
         for part in micro_batches(lengths, size, padded=not model.packed):
-            batch = model.batch([rows[i] for i in part])
+            batch = model.batch([rows[i] for i in part], [owners[i] for i in part])
             owner = torch.tensor([owners[i] for i in part], device=model.device)[batch.row_of]
             adapters.send([owners[i] for i in part], batch.slots)
             loss, each = model.loss(batch, (share * scales)[owner])

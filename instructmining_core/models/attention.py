@@ -9,13 +9,15 @@ at a time, whose scores stay in the cache, take 4. Scoring 16 to 48 rows of 40 t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from .products import quick_layers
 
 LONGEST = 512  # beyond it the scores, kept for the backward pass, cost too much memory
 _SCORES = 1 << 20  # numbers in one product's scores
@@ -96,11 +98,14 @@ def using(model: nn.Module, name: str, function) -> Iterator[None]:
 
 @contextmanager
 def quickest(model: nn.Module, device: str) -> Iterator[None]:
-    """Attend to short rows by plain products inside the block where sdpa is used on a CPU."""
-    implementation = getattr(model.config, "_attn_implementation", None)
-    if torch.device(device).type != "cpu" or implementation != "sdpa":
+    """On a CPU linear layers multiply by `products.linear` inside the block, and short rows are
+    attended to by plain products where sdpa is used."""
+    if torch.device(device).type != "cpu":
         yield
         return
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
-    with using(model, _NAME, attend_short_rows):
+    with ExitStack() as stack:
+        stack.enter_context(quick_layers(model))
+        if getattr(model.config, "_attn_implementation", None) == "sdpa":
+            AttentionMaskInterface.register(_NAME, sdpa_mask)
+            stack.enter_context(using(model, _NAME, attend_short_rows))
         yield

@@ -36,10 +36,12 @@ _PROMPT_TOKENS = 1024  # of a prompt that is answered, at most
 _ANSWER_TOKENS = 8192  # padded tokens of a batch, prompts and answers; halved when memory runs out
 FIRST = 64  # target tokens of the `nll_first64` column
 _CHUNK = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits made at once, tokens x vocabulary
+_LEAST = 128  # tokens whose logits are made at once at least: fewer mostly read the output matrix
 COLUMNS = (
     "nll", "tokens", "nll_first64", "tokens_first64", "nll_eos", "tokens_eos",
     "nll_first", "tokens_first", "reason",
 )  # fmt: skip
+NOT_FINITE = "the model's loss is not finite on this row"
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,9 @@ class LM(LoadedModel):
     model : Hugging Face causal LM, or a PeftModel around one. dtype : of its weights.
     template : in which rows are scored and prompts answered, as in `tokenization.encode_many`.
     trunk : `trunk.Trunk` in use: rows whose states it keeps are computed above its cut alone.
+    packed : `packing.PackedModel` in use: losses are computed on packed rows.
+    pooled : `pooled.Pooled` in use: heads read this model too, and what their pass finds of an
+        answer's likelihood is not computed again.
     """
 
     # On a CPU small ones, whose activations stay in its caches: twice as fast as 16,384.
@@ -130,6 +135,8 @@ class LM(LoadedModel):
 
     template: str = "auto"
     trunk: Any = field(default=None, repr=False)
+    packed: Any = field(default=None, repr=False)
+    pooled: Any = field(default=None, repr=False)
     _found: tuple[nn.Module, Head] | None = field(default=None, repr=False)
 
     @property
@@ -148,7 +155,8 @@ class LM(LoadedModel):
         """Tokens whose logits are made at once."""
         if self.head.way == "forward":
             return float("inf")
-        return max(1, _CHUNK[torch.device(self.device).type] // int(self.config.vocab_size))
+        chunk = _CHUNK[torch.device(self.device).type]
+        return max(_LEAST, chunk // int(self.config.vocab_size))
 
     def max_positions(self) -> float:
         """Tokens that a row may have; infinite where the configuration names no limit."""
@@ -230,13 +238,18 @@ def _nan(reason: str) -> tuple:
 
 
 def _batch_rows(lm: LM, rows: Sequence[Encoded], side: str, ends: frozenset[int]) -> list[tuple]:
+    found = _padded_nll(lm, rows, side) if lm.packed is None else lm.packed.nll(rows)
+    nll, counts = found.double().cpu().numpy(), [sum(row.targets[1:]) for row in rows]
+    cuts = np.cumsum(counts)[:-1]
+    return [_summary(row, part, ends) for row, part in zip(rows, np.split(nll, cuts), strict=True)]
+
+
+def _padded_nll(lm: LM, rows: Sequence[Encoded], side: str) -> Tensor:
     ids, mask = pad([row.ids for row in rows], lm.pad_id, side)
     wanted, _ = pad([row.targets for row in rows], 0, side)
     wanted[:, 0] = 0
     with nullcontext() if lm.trunk is None else lm.trunk.of_rows(rows, side):
-        nll = token_nll(lm, ids, mask, wanted.astype(bool)).double().cpu().numpy()
-    cuts = np.cumsum(wanted.sum(1))[:-1]
-    return [_summary(row, part, ends) for row, part in zip(rows, np.split(nll, cuts), strict=True)]
+        return token_nll(lm, ids, mask, wanted.astype(bool))
 
 
 def _summary(row: Encoded, nll: np.ndarray, ends: frozenset[int]) -> tuple:
@@ -245,7 +258,7 @@ def _summary(row: Encoded, nll: np.ndarray, ends: frozenset[int]) -> tuple:
     places = [i for i, target in enumerate(targets) if target]
     at_end = np.array([row.ids[i] in ends and not targets[i + 1] for i in places], dtype=bool)
     at_start = np.array([not targets[i - 1] for i in places], dtype=bool) & ~at_end
-    reason = "" if np.isfinite(nll).all() else "the model's loss is not finite on this row"
+    reason = "" if np.isfinite(nll).all() else NOT_FINITE
     total = nll.sum() if not reason else np.nan
     first = nll[:FIRST]
     return (

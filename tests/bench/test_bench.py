@@ -332,16 +332,17 @@ def test_profile_sees_every_part_of_a_training(small_world):
 
 
 def test_sweep_benches_run_at_tiny_size(small_world):
-    from bench.gpu import SWEEP_GOALS, ppl_share, sweep_rows
-    from bench.sweep import BENCH
+    from bench.gpu import SWEEP_GOAL, ppl_share, sweep_rows
+    from bench.report import verdict
 
-    rows = sweep_rows(small_world, 2, (1, 2), repeats=2)
-    assert [r["bench"] for r in rows] \
-        == ["sweep_gpu", "sweep_gpu_width", "sweep_gpu_width", "sweep_gpu_matmul_share"]
-    assert all(r["ratio"] > 0 and r["theirs"] > 0 for r in rows) and rows[1]["ratio"] == 1
+    rows = sweep_rows(small_world, (1, 2), repeats=2)
+    assert [r["bench"] for r in rows] == [
+        *["sweep_gpu"] * 2, *["sweep_gpu_width"] * 2, "sweep_gpu_matmul_share"]
+    assert all(r["ratio"] > 0 and r["theirs"] > 0 for r in rows) and rows[2]["ratio"] == 1
+    assert "so 129 in" in rows[0]["note"] and rows[0]["goal"] is None
+    assert rows[1]["goal"] == SWEEP_GOAL and verdict(rows[1]).startswith("8.0")
     why = rows[0].get("failed", "final losses")  # a tiny model's few steps may differ by more
     assert why.startswith(("final losses", "training lowered"))
-    assert set(BENCH) == {"defaults", "tuned"} and SWEEP_GOALS["1b"] == 4
     share = ppl_share("tiny", 30, "cpu", repeats=1)
     assert share["ours"] > 0 and share["share"] == pytest.approx(share["ratio"] * 0.45, rel=1e-2)
 
@@ -366,3 +367,125 @@ def test_a_peak_is_the_process_own_not_that_of_its_parent():
     assert len(held) > 0 and small < 0.2 < large < 0.5
     with pytest.raises(RuntimeError, match="broken"):
         peak.measured("-c", "raise SystemExit('broken')")
+
+
+@pytest.fixture
+def real_world(small_world):
+    """The tiny base in the place of SmolLM2: 2 layers, adapters on the upper."""
+    from bench.real import RealWorld
+    from bench.world import Extent
+
+    size = Extent(rows=60, warm=0, evals=6, set_rows=12, epochs=2, longest=64)
+    return RealWorld(1, size, model=str(small_world.folder))
+
+
+def test_an_adapter_above_kept_states_is_peft_s(real_world):
+    from bench.real import above_kept_states
+
+    found = above_kept_states(real_world, rows=12, evaluated=6)
+    assert "failed" not in found and found["ratio"] >= 1 and found["ours"] <= 1e-5
+    whole = above_kept_states(real_world.at(0), rows=12, evaluated=6)
+    assert "cut" in whole["failed"]
+
+
+def test_the_sweep_s_own_side_counts_the_pass_below_once(real_world, monkeypatch):
+    import instructmining_core.files
+    from bench import real
+
+    monkeypatch.setattr(real, "SHORT", 3)
+    before = instructmining_core.files.cache()
+    ours = real.ours(real_world, "float32")
+    assert len(ours.losses) == 3 and np.isfinite(ours.losses).all() and ours.seconds > 0
+    assert "3 runs of ours" in ours.note and "layers below" in ours.note
+    assert instructmining_core.files.cache() == before
+    deep = real.ours(real_world.at(0), "float32")
+    assert "below" not in deep.note and deep.losses != ours.losses
+
+
+def test_real_rows_tell_both_losses_and_compare_like_with_like(real_world, monkeypatch):
+    from bench import real
+
+    monkeypatch.setattr(real, "base_loss", lambda world: 5.0)
+    ours = real.Side(10.0, [4.0, 4.1], "2 runs of ours in 20 s")
+    theirs = real.Side(50.0, [4.0], "1 of the peer's, 50 s each")
+    made = real.compared("sweep_real_vs_trainer", real_world, ours, theirs, "defaults", "float32")
+    assert made["ratio"] == 5 and made["ours"] == 360 and "failed" not in made
+    assert "before training 5.0000, after 4.0000 / 4.1000 (ours), 4.0000 on" in made["note"]
+    other = real.Side(50.0, [4.5], "")
+    name, rest = "sweep_real_vs_all_layers", (real_world, ours, other, "tuned", "float32")
+    assert "failed" in real.compared(name, *rest)
+    assert "failed" not in real.compared(name, *rest, alike=False)
+
+
+def test_a_study_s_jobs_are_done_elsewhere_and_come_home(real_world, tmp_path, monkeypatch):
+    import gzip
+    import tarfile
+
+    from bench import gpu
+    from instructmining_core.finetuning import sweep
+    from instructmining_core.finetuning.ledger import Ledger
+
+    lm = real_world.load("float32")
+    specs, home = real_world.specs(lm, 3), Ledger(tmp_path / "results" / "tiny" / "ledger")
+
+    def run(stage, plans, *, tables, progress):
+        assert (stage, plans, tables) == ("sweep", ["plan"], ("table",)) and not progress
+        return sweep.run_sweep(specs, lm, real_world.rows, real_world.evals, home, by_epoch=[])
+
+    study = SimpleNamespace(run=run)
+    monkeypatch.setattr("instructmining.plan.stage_plans", lambda *_: (["plan"], ("table",)))
+    jobs = gpu.jobs_of(study, "sweep", together=2)
+    assert [len(group) for job in jobs for group in job["groups"]] == [1, 2]
+    packed, made = tmp_path / "jobs.json.gz", tmp_path / "made"
+    with gzip.open(packed, "wt") as stream:
+        json.dump(jobs, stream)
+    assert str(tmp_path) not in json.dumps([job | {"model": 0} for job in jobs])
+    assert gpu.run_jobs(packed, made) == 3
+    assert {r["status"] for r in Ledger(made).records().values()} == {"done"}
+    with tarfile.open(tmp_path / "runs.tgz", "w:gz") as tar:
+        tar.add(made, arcname=".")
+    monkeypatch.setenv("INSTRUCTMINING_HOME", str(tmp_path))
+    assert [gpu.take(tmp_path / "runs.tgz", "tiny") for _ in range(2)] == [3, 0]
+    assert all(home.has(spec.run_id) for spec in specs)
+    assert gpu.jobs_of(study, "sweep", together=2) == []
+    jobs[0]["resolved"]["revision"] = "another"
+    with gzip.open(packed, "wt") as stream:
+        json.dump(jobs, stream)
+    with pytest.raises(SystemExit, match="another"):
+        gpu.run_jobs(packed, tmp_path / "nothing")
+
+
+def test_a_large_file_is_carried_in_parts(tmp_path):
+    from bench.gpu import _in_parts
+
+    whole, folder = tmp_path / "model.whl", tmp_path / "carried"
+    whole.write_bytes(bytes(range(256)) * 4)
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "jobs").write_bytes(b"x" * 100)
+    folders = _in_parts(whole, folder, 400)
+    assert [one.name for one in folders] == ["1", "2", "3"]
+    parts = sorted((path for one in folders for path in one.glob("part.*")), key=lambda p: p.name)
+    assert b"".join(path.read_bytes() for path in parts) == whole.read_bytes()
+    assert all(sum(p.stat().st_size for p in one.iterdir()) <= 400 for one in folders)
+    with pytest.raises(SystemExit, match="mib"):
+        _in_parts(whole, folder, 90)
+
+
+def test_wana_s_scores_must_be_ours(tmp_path, monkeypatch):
+    import pandas as pd
+
+    from bench import wana
+    from bench.pairs import Disagreement
+
+    theirs = pd.DataFrame({"conditional_nll": [1.0, 2.0, 3.0],
+                           "unconditional_nll": [2.0, 2.5, 3.0]})
+    ours = pd.DataFrame({"log_ppl": [1.01, 2.0, 2.99], "ifd": np.exp([-1.0, -0.5, 0.0])})
+    monkeypatch.setattr(wana, "ours_of", lambda rows, dtype: (ours, 2.0))
+    found = wana.versus(tmp_path, "bfloat16", theirs, 10.0, "Alpaca")
+    assert found["ratio"] == 5 and found["goal"] == 5 and "0.010 nats" in found["note"]
+    monkeypatch.setattr(wana, "ours_of", lambda rows, dtype: (ours.assign(log_ppl=2.0), 2.0))
+    with pytest.raises(Disagreement, match="nats"):
+        wana.versus(tmp_path, "float32", theirs, 10.0, "Alpaca")
+    monkeypatch.setattr(wana, "PEER", tmp_path / "wana")
+    with pytest.raises(wana.Skipped, match="bench-peers"):
+        wana.against_wana()

@@ -92,6 +92,24 @@ def test_packing_is_the_literal_layout():
     assert padded.predict.tolist() == [0, 1, 3]
 
 
+def test_what_rows_of_one_owner_begin_with_is_laid_out_once():
+    head = tuple(range(20, 29))
+    rows = [Encoded((*head, *rest), (*[False] * 9, *[True] * len(rest)))
+            for rest in ((1, 2), (3,), (4,))]  # fmt: skip
+    batch = pack(rows, owners=[0, 0, 1])
+    assert batch.ids[0, :22].tolist() == [*head, 1, 2, 3, *head, 4]
+    assert batch.positions[0, :22].tolist() == [*range(11), 9, *range(10)]
+    assert batch.elsewhere.tolist() == [0, 9, 0] and batch.slots.tolist() == [11, 1, 10 + 42]
+    assert batch.predict.tolist() == [8, 9, 8, 20]  # before 1, 2, 3 and 4
+    assert batch.labels.tolist() == [1, 2, 3, 4] and batch.row_of.tolist() == [0, 0, 1, 2]
+    assert batch.spans == ((0, 9, 1),)
+    assert batch.take[batch.copies].tolist() == list(range(9))
+    assert batch.take[batch.back].tolist() == list(range(64))
+    assert pack(rows).spans == ((0, 9, 2),)
+    short = [replace(row, ids=row.ids[2:], targets=row.targets[2:]) for row in rows]
+    assert pack(short).spans == ()  # seven tokens are not worth it
+
+
 @pytest.mark.parametrize("targets", [1, 64, 65, 200])
 def test_a_batch_has_one_of_few_shapes(targets):
     row = Encoded(tuple(range(targets + 40)), (*[False] * 40, *[True] * targets))

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from instructmining_core.config import FinetuneConfig, InstructMiningError, ModelRef
+from instructmining_core.data.tokenization import Encoded
 from instructmining_core.finetuning import cross_entropy, packing
 from instructmining_core.finetuning.finetune import finetune
 from instructmining_core.finetuning.lora import set_first_values
@@ -117,6 +118,36 @@ def test_other_families(name, tiny_tokenizer):
         expected, expected_nll = alone(lm, job)
         assert curve == pytest.approx(expected, rel=TOLERANCE)
         assert nll == pytest.approx(expected_nll, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_common_beginning_that_is_computed_once_changes_no_number(
+    name, tiny_tokenizer, monkeypatch
+):
+    """Two adapters, whose rows all begin alike; with a window, the beginning leaves it."""
+    lm = family(name, tiny_tokenizer)
+
+    def begun(rows):
+        return [Encoded((*range(40, 50), *row.ids), (*[False] * 10, *row.targets)) for row in rows]
+
+    jobs = [replace(job, rows=begun(job.rows)) for job in jobs_of(2)]
+    assert packing.pack(jobs[0].rows).spans == ((0, 10, 8),)
+    curves, after, adapters = together(lm, jobs)
+    with packing.packing(lm), adapters.attached():
+        adapters.use(1)
+        assert lm.packed is not None
+        once = response_nll(lm, begun(rows_of(5, seed=99)), batch_tokens=150)["nll"].to_numpy()
+    monkeypatch.setattr(packing, "_ALIKE", 1000)
+    plain, plain_after, _ = together(lm, jobs)
+    for ours, theirs in zip(curves, plain, strict=True):
+        assert ours == pytest.approx(theirs, rel=TOLERANCE)
+    for ours, theirs in zip(after, plain_after, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert lm.packed is None
+    with adapters.attached():
+        adapters.use(1)
+        padded = response_nll(lm, begun(rows_of(5, seed=99)))["nll"].to_numpy()
+    assert once == pytest.approx(padded, rel=1e-5)
 
 
 def test_company_does_not_change_a_run(lm, monkeypatch):
@@ -258,9 +289,9 @@ def test_more_layers_than_there_are_is_said(lm):
 def test_padded_rows_are_sorted_within_a_step_and_nothing_else_changes(lm, monkeypatch):
     config, seen, real = replace(CONFIG, batch_size=12, micro_tokens=120), [], PackedModel.batch
 
-    def spy(self, rows):
+    def spy(self, rows, owners):
         seen.append([len(row) for row in rows])
-        return real(self, rows)
+        return real(self, rows, owners)
 
     jobs = jobs_of(2)
     whole = together(lm, jobs, replace(config, micro_tokens=10_000))[0]

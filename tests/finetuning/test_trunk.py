@@ -127,3 +127,15 @@ def test_the_first_pass_over_a_base_may_be_an_evaluation_above_kept_states(tiny_
         above = response_nll(lm, rows, batch_tokens=64)["nll"]
     whole = response_nll(family("qwen2", tiny_tokenizer), rows)["nll"]
     np.testing.assert_allclose(above, whole, rtol=TOLERANCE)
+
+
+def test_losses_above_kept_states_are_computed_on_packed_rows_too(tiny_tokenizer):
+    """Rows that begin alike, whose common beginning the states hold once for each."""
+    lm, head = family("qwen2", tiny_tokenizer), tuple(range(40, 50))
+    rows = [replace(row, ids=(*head, *row.ids), targets=(*[False] * 10, *row.targets))
+            for row in rows_of(6)]  # fmt: skip
+    whole = response_nll(lm, rows)["nll"]
+    with on_trunk(lm, 1, rows), packing.packing(lm) as model:
+        assert len(model.batch(rows).spans) == 1
+        above = response_nll(lm, rows, batch_tokens=120)["nll"]
+    np.testing.assert_allclose(above, whole, rtol=TOLERANCE)
