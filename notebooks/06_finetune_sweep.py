@@ -177,7 +177,7 @@ if study.has_own("compared.parquet"):
     display(gained.round(5))
     first = moved[moved["loss"] == "loss_eval_1"]
     furthest = first.loc[first["largest"].idxmax()]
-    words = f"No loss on the first evaluation set moved by more than {furthest['largest']:.2g} nats, where sets differ by {furthest['spread']:.2g} (sd); that was in {furthest['dtype_again']} on {furthest['threads_again']:.0f} thread{'s' * (furthest['threads_again'] != 1)} of {furthest['machine_again']}."
+    words = f"No loss on the first evaluation set moved by more than {furthest['largest']:.2g} nats, where sets differ by {furthest['spread']:.2g} (sd); that was in {furthest['dtype_again']} on {furthest['threads_again']:.0f} thread{'' if furthest['threads_again'] == 1 else 's'} of {furthest['machine_again']}."
     if len(gained):
         words += f" What the selected rows gain over random ones changed its sign in {gained['turned'].sum()} of {len(gained)} comparisons of a pool."
 Markdown(words)
