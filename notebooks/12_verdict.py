@@ -251,7 +251,7 @@ spent = machines.costs(study.ledger_of(study.find("ledger")).load())
 display(spent.round(3))
 dearest = spent.groupby("purpose")["hours"].sum()
 Markdown(f"""
-{spent['runs'].sum():,} runs computed for {spent['hours'].sum():.1f} hours on {spent['machine'].nunique()} kind{'s' * (spent['machine'].nunique() != 1)} of machine; the stage {dearest.idxmax()} took most, {dearest.max():.1f} hours.
+{spent['runs'].sum():,} runs computed for {spent['hours'].sum():.1f} hours on {spent['machine'].nunique()} kind{'' if spent['machine'].nunique() == 1 else 's'} of machine; the stage {dearest.idxmax()} took most, {dearest.max():.1f} hours.
 The hours are those of single processes: where two of them share a machine, it is done in half the time.
 """)
 
