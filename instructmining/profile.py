@@ -290,7 +290,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if parent is None:
         return values
     beside = path.parent / str(parent)
-    inherited = _read(beside if beside.is_file() else profile_path(parent), (*above, path))
+    inherited = _read(beside if beside.is_file() else profile_path(str(parent)), (*above, path))
     inherited.pop("name", None)
     return _merged(inherited, values)
 

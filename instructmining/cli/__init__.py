@@ -1,4 +1,4 @@
-"""The command line: `instructmining score | select | explain | fit | plan | pin`.
+"""The command line: `instructmining score | select | explain | fit | plan | pin | references`.
 
 Each command takes its options apart here and is thin over the functions that the notebooks call.
 Nothing heavy is imported before a command needs it, so that `--help` answers at once.
@@ -101,6 +101,17 @@ examples:
   instructmining pin colab -o colab_pinned.yaml
 """)
 
+REFERENCES = _examples("""
+examples:
+  INSTRUCTMINING_API_KEY=... instructmining references prompts.jsonl \\
+      -o answers.jsonl --base-url https://api.openai.com/v1 --model gpt-4o
+  instructmining references prompts.jsonl -o answers.jsonl \\
+      --base-url http://localhost:11434/v1 --model llama3.1
+
+Replies are kept in OUT.replies: a run that ended goes on where it was, and pays
+nothing twice. The key is read from the environment alone, and written nowhere.
+""")
+
 NOT_FOR = ("other models, other reference sets, other languages; rows outside the range of the "
            "fitted sets")  # fmt: skip
 
@@ -158,6 +169,9 @@ def _score(
         str | None, Option(metavar="OURS=YOURS,...", help="which columns hold what, where they "
                            "have other names: question=input,answer=target or messages=talk")
     ] = None,
+    encoding: Annotated[
+        str | None, Option(help="of text that is neither UTF-8 nor UTF-16: cp1252, gb18030, ...")
+    ] = None,
     revision: Annotated[str, Option(help="of hub sets; the commit is recorded")] = "main",
     reference: Annotated[
         Path | None, Option(metavar="FILE.npz", help="reference of knn_6 that an earlier run saved")
@@ -165,7 +179,14 @@ def _score(
     bank: Annotated[
         Path | None, Option(metavar="DIR", help="folder where model scores are kept")
     ] = None,
-    chunk_rows: Annotated[int, Option(min=1, help="rows held in memory at a time")] = 10_000,
+    chunk_rows: Annotated[
+        int | None, Option(min=1, help="rows held in memory at a time, 10,000; with Ray those of "
+                           "one task, 1,000")
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"], Option(help="this process, or a Ray cluster (RAY_ADDRESS, or that "
+                                        "of this machine)")
+    ] = "local",
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Compute indicators of every row."""
@@ -173,14 +194,15 @@ def _score(
     from .score import Inputs, open_scorer, reference_of, score_files
 
     names = indicators.split(",") if indicators else None
-    with Inputs(files, out, paths, revision, on_error, chunk_rows, columns) as inputs:
+    rows = chunk_rows or {"local": 10_000, "ray": 1_000}[engine]
+    with Inputs(files, out, paths, revision, on_error, rows, columns, encoding) as inputs:
         scorer = open_scorer(
             asked_models(profile, models), names, profile=profile, bank=bank,
             form=asked_form(profile, reward_form), allow_standins=allow_standins,
         )  # fmt: skip
         if any(one.pool_relative for one in scorer.indicators):
             reference_of(scorer, inputs, reference, profile, show=not quiet)
-        score_files(scorer, inputs, show=not quiet)
+        score_files(scorer, inputs, show=not quiet, engine=engine)
 
 
 @app.command("select", epilog=SELECT)
@@ -310,6 +332,28 @@ def _pin(
     sys.stdout.write("\n".join(pin_profile(profile, out)) + "\n")
 
 
+@app.command("references", epilog=REFERENCES)
+def _references(
+    prompts: Annotated[str, Argument(metavar="FILE", help="prompts: file, '-' or hub name")],
+    out: Annotated[Path, Option("-o", "--out", help="answers to write (.jsonl), not yet there")],
+    base_url: Annotated[str, Option(help="of the server, such as http://localhost:8000/v1")],
+    model: Annotated[str, Option(help="the teacher, as the server names it")],
+    budget: Annotated[int, Option(min=1, help="calls in all, failed tries counted")] = 2000,
+    workers: Annotated[int, Option(min=1, help="calls under way at once")] = 8,
+    timeout: Annotated[float, Option(help="seconds for one call")] = 300.0,
+    max_tokens: Annotated[
+        int | None, Option(min=1, help="of an answer; default: the server's own limit")
+    ] = None,
+) -> None:  # fmt: skip
+    """Make an evaluation set's answers with a teacher at a server."""
+    from .references import make_references
+
+    sys.stdout.write("\n".join(make_references(
+        prompts, out, base_url, model, budget=budget, workers=workers, timeout=timeout,
+        max_tokens=max_tokens,
+    )) + "\n")  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -325,6 +369,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         # Every room's own errors derive from these and say what to do.
         sys.stderr.write(f"instructmining {command}: {error}\n")
+        return 1
+    except MemoryError:
+        sys.stderr.write(f"instructmining {command}: out of memory; free some, or let the command "
+                         "hold less at a time (score: --chunk-rows)\n")  # fmt: skip
         return 1
     return 0
 
