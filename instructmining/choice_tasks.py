@@ -31,8 +31,13 @@ ANSWER_WORDS = 80  # of one answer of a pair at most, and of its prompt
 NEAR = 1.25  # length of the longer answer of a pair over that of the shorter, at most
 
 
-def questions_of(source: SourceConfig, data: DataConfig, root: Path) -> list[Question]:
-    """The questions of one task of a profile, `take` of them (all when 0), drawn by seed."""
+def questions_of(
+    source: SourceConfig, data: DataConfig, root: Path, trained: Sequence[Sequence[Mapping]] = ()
+) -> list[Question]:
+    """The questions of one task of a profile, `take` of them (all when 0), drawn by seed.
+
+    trained : conversations that models may be trained on: what one of them begins with is not asked
+    """
     if source.where == EMBEDDED:
         found = docstring_questions(data.seed)
     else:
@@ -41,7 +46,13 @@ def questions_of(source: SourceConfig, data: DataConfig, root: Path) -> list[Que
             hint = source.how_to_get or "Set data.folder to the folder that holds it."
             raise ProfileError(f"{source.name}: there is no file {path}. {hint}")
         found = preference_questions(pd.read_json(path, lines=True), data.seed)
+    known = {_asked(messages[0]["content"]) for messages in trained}
+    found = [one for one in found if one.prompt not in known]
     return found[: source.take or None]
+
+
+def _asked(prompt: str) -> str:
+    return f"Question: {prompt.strip()}\nAnswer:"
 
 
 def docstring_questions(seed: int) -> list[Question]:
@@ -69,7 +80,7 @@ def docstring_questions(seed: int) -> list[Question]:
                 wrong = [texts[i] for i in rng.permutation(others)[:RIVALS]]
                 right = int(rng.integers(RIVALS + 1))
                 wrong.insert(right, texts[place])
-                found.append(Question(f"Question: {prompt}\nAnswer:", tuple(wrong), right))
+                found.append(Question(_asked(prompt), tuple(wrong), right))
     return [found[i] for i in rng.permutation(len(found))]
 
 
@@ -80,8 +91,8 @@ def preference_questions(pairs: pd.DataFrame, seed: int) -> list[Question]:
     of one turn whose answers are short and of nearly the same length, so that length hardly tells.
     """
     rng, found = np.random.default_rng(seed), {}
-    for place in rng.permutation(len(pairs)):
-        prompt, *answers = map(str, pairs.iloc[place][["prompt", "chosen", "rejected"]])
+    told = pairs[["prompt", "chosen", "rejected"]].astype(str).to_numpy()
+    for prompt, *answers in told[rng.permutation(len(told))]:
         asked = prompt.removesuffix("\n\nAssistant:").removeprefix("\n\nHuman:").strip()
         better, worse = (" ".join(text.split()) for text in answers)
         longest = max(len(text.split()) for text in (asked, better, worse))
@@ -91,7 +102,7 @@ def preference_questions(pairs: pd.DataFrame, seed: int) -> list[Question]:
             continue
         right = int(rng.integers(2))
         texts = (worse, better) if right else (better, worse)
-        found.setdefault(asked, Question(f"Question: {asked}\nAnswer:", texts, right))
+        found.setdefault(asked, Question(_asked(asked), texts, right))
     return list(found.values())
 
 

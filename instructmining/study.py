@@ -346,7 +346,8 @@ class Study:
         """The questions of the profile's multiple-choice tasks, by the task's name."""
         from .choice_tasks import questions_of
 
-        return {one.name: questions_of(one, self.profile.data, files.root())
+        trained = self.data.everything["messages"].tolist()
+        return {one.name: questions_of(one, self.profile.data, files.root(), trained)
                 for one in self.profile.data.choices}  # fmt: skip
 
     def encoded_evals(

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from tiny_models import assert_rounded
 
 from instructmining_core.config import FinetuneConfig, ModelRef
 from instructmining_core.data.choices import Question, accuracy, encode_choices
@@ -15,7 +16,6 @@ from instructmining_core.finetuning.ledger import Ledger, tidy
 from instructmining_core.finetuning.run import run_one, run_together
 from instructmining_core.finetuning.run_spec import EvalSets, RunSpec
 from instructmining_core.models.causal_lm import load_lm, response_nll
-from tiny_models import assert_rounded
 
 QUESTIONS = [Question(f"Question: What is f{i}?\nAnswer:", (f"Sort list {i}.", "Close it."), i % 2)
              for i in range(6)]  # fmt: skip
@@ -96,7 +96,7 @@ def test_a_failed_run_and_one_without_tasks_leave_no_number(world):
 
 
 def test_a_prompt_computed_once_gives_the_numbers_of_rows_alone(world):
-    """Packed rows of one question share its prompt: rounding of float32 sums is all that differs."""
+    """Packed rows of one question share its prompt: float32 rounding is all that differs."""
     lm, _, _ = world
     asked = [Question(f"Question: What of the many things does f{i} do?\nAnswer:",
                       ("Sort the list.", "Close it.", f"Read the lines of file {i}."), i % 3)

@@ -86,6 +86,10 @@ def test_pairs_of_a_file_keep_to_their_lengths(shared_data):
         sizes = sorted(map(len, one.choices))
         assert sizes[1] <= NEAR * sizes[0]
     assert questions_of(source, data, shared_data) == found
+    asked = found[0].prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+    talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": "x"}]
+    without = questions_of(source, data, shared_data, [talk])
+    assert found[0] not in without and found[1] in without
 
 
 def test_a_missing_file_of_pairs_is_named():
@@ -128,8 +132,8 @@ def runs(seed=0, slope=-0.1, sources=6, each=12) -> pd.DataFrame:
 
 def test_correlations_by_scipy_and_by_hand():
     told = runs()
-    table = loss_proxy.correlations(told, ["loss_eval_1"])
-    row = table.query("runs == 'all'").iloc[0]
+    table = loss_proxy.correlations(told)
+    row = table.query("runs == 'all' and loss == 'loss_eval_1'").iloc[0]
     known = stats.pearsonr(told["loss_eval_1"], told["accuracy_docs_norm"])
     low, high = known.confidence_interval(0.95)
     assert (row["r"], row["low"], row["high"]) == pytest.approx((known.statistic, low, high))
@@ -141,16 +145,16 @@ def test_correlations_by_scipy_and_by_hand():
 
 
 def test_intervals_over_few_sources_and_of_no_variation_are_not_told():
-    few = loss_proxy.correlations(runs(sources=4), ["loss_eval_1"]).iloc[-1]
+    few = loss_proxy.correlations(runs(sources=4)).iloc[-1]
     assert np.isnan(few["high_sources"]) and np.isfinite(few["high"])
-    still = loss_proxy.correlations(runs().assign(accuracy_docs_norm=0.5), ["loss_eval_1"])
+    still = loss_proxy.correlations(runs().assign(accuracy_docs_norm=0.5))
     assert still["r"].isna().all()
 
 
 @pytest.mark.parametrize(("slope", "verdict"), [(-0.5, "docs: holds"), (0.5, "docs: does not hold"),
                                                 (0.0, "docs: undecided")])
 def test_the_claim_needs_both_losses_and_both_intervals(slope, verdict):
-    table = loss_proxy.correlations(runs(slope=slope), list(loss_proxy.PRIMARY))
+    table = loss_proxy.correlations(runs(slope=slope))
     assert loss_proxy.proxy_claim(table)["verdict"] == verdict
 
 
