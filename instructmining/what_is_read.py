@@ -22,6 +22,7 @@ Refused in one sentence: {foreign}, a spreadsheet, an archive of several files.
 A field counts where it is *filled*: null, NaN, blanks, `[]` and `{{}}` do not.
 Case and blanks of names do not count.
 Lists and objects may stand as JSON text or Python literals, as in CSV.
+An answer that stands as text stays text, but for messages, and for a list in {lists} of a CSV file.
 Other names of columns are told with `--columns question=input,answer=target`; only these are read then.
 
 ## Forms, the first that fits
@@ -54,6 +55,7 @@ def page() -> str:
              for role in fields.ROLES.values()}  # fmt: skip
     return PAGE.format(
         suffixes=_code(name for name in SUFFIXES if name not in PACKED), packed=_code(PACKED),
+        lists=_code(fields.LISTS),
         foreign="; ".join(dict.fromkeys(what.partition(",")[0].partition(":")[0].partition(" (")[0]
                                         for _, what in FOREIGN)),
         forms="\n\n".join(forms), system=_code(fields.SYSTEM), reasoning=_code(fields.REASONING),

@@ -50,6 +50,7 @@ ANSWERS = ("response", "output", "completion", "answer", "answers", "target", "t
            "answerkey")  # fmt: skip
 ANSWERS_FIRST = {"instruction": "output", "prompt": "completion", "question": "answer",
                  "query": "response", "inputs": "targets", "problem": "solution"}  # fmt: skip
+LISTS = ("answer", "answers", "targets", "outputs", "generations")  # of accepted answers, in CSV
 REFERENCES = ("reference_turns", "reference", "answers")
 SYSTEM = ("system", "system_prompt", "system_message", "systeminstruction")
 IDS = ("id", "question_id", "message_tree_id", "prompt_id", "conversation_id", "uuid")
@@ -128,6 +129,8 @@ def _literal(text: str) -> object:
         raise ValueError("too long")
     # NumPy, and so pandas in CSV, writes no commas between objects; in a literal text no line ends.
     text = text.strip().replace("}\n {", "},\n {")
+    if re.match(r"\[\s*['\"]", text) and re.search(r"['\"]\s+['\"]", text):
+        raise ValueError("texts without commas, which Python would join")
     with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
         return ast.literal_eval(text)
 

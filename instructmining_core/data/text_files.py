@@ -24,6 +24,7 @@ from .fields import (
     BESIDE,
     CALLS,
     CONTENT_KEYS,
+    LISTS,
     NO_VALUE,
     SYSTEM,
     FormatError,
@@ -233,11 +234,12 @@ def read_csv(name: str, stream: BinaryIO, delimiter: str) -> Found:
         delimiter, _ = told[1].decode("latin-1"), next(lines)
     elif delimiter.encode() not in first:
         delimiter = max(delimiter, *",;\t|", key=lambda one: first.count(one.encode()))
-    header, optional = None, []
+    header, optional, lists = None, [], []
     while cells := lines.record(delimiter):
         if header is None:
             header = _header(name, cells)
             optional = _optional(header)
+            lists = [one for one in header if one.strip().lower() in LISTS]
             continue
         line = lines.number - len(lines.taken) + 1
         if not isinstance(cells, FormatError) and len(cells) != len(header):
@@ -249,11 +251,13 @@ def read_csv(name: str, stream: BinaryIO, delimiter: str) -> Found:
             value = dict(zip(header, cells, strict=True))
             for one in optional:
                 value[one] = None if value[one].lower() in NO_VALUE else value[one]
+            for one in lists:
+                value[one] = structured(value[one])
             yield line, value
 
 
 def _optional(header: list[str]) -> list[str]:
-    """Columns in which "None" or "nan" is no text: what may be missing, or has another beside it."""
+    """Columns where "None" or "nan" is no text: what may be missing, or has another beside it."""
     names = {one: one.strip().lower() for one in header}
     found = [one for one, name in names.items() if name in (*BESIDE, *SYSTEM, "history")]
     for group in (ASKED, ANSWERS):

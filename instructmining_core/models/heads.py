@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from scipy.special import expit
 
 from ..config import InstructMiningError
 from ..files import write_atomic
@@ -60,6 +59,8 @@ class HeadFile:
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Scores of rows; features : shape (n, features); returns shape (n, columns), float64."""
+        from scipy.special import expit  # late: rows without models need no scipy
+
         scaled = (features.astype(np.float64) - self.mean) / self.scale
         scores = scaled @ self.weights.astype(np.float64) + self.bias
         return expit(scores) if self.link == "sigmoid" else scores

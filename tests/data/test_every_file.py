@@ -379,6 +379,14 @@ def test_an_encoding_can_be_named(tmp_path, coding):
         list(iter_records(tmp_path / "e.csv", encoding="no such"))
 
 
+def test_accepted_answers_in_a_cell_are_a_list(tmp_path):
+    path = tmp_path / "l.csv"
+    cells = ["['b', 'c']", '["b"]', "[b]", "['b' 'c']"]
+    pd.DataFrame({"question": "a", "answer": cells}).to_csv(path, index=False)
+    table, _ = read_records(path)
+    assert [m[1]["content"] for m in table["messages"]] == ["b", "b", "[b]", "['b' 'c']"]
+
+
 def test_a_quote_inside_a_cell_is_a_character(tmp_path):
     path = tmp_path / "q.csv"
     path.write_text('prompt,completion\na 5" pipe,b\nc,"d "" e"\nf,3" and 4"\n')
@@ -429,6 +437,8 @@ TALKS = [
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b",
      "tool_calls": [{"function": {"name": "f", "arguments": {"y": [2]}}}]}]},
     {"prompt": "q", "chosen": {"role": "assistant", "content": "b"}, "image": b"\x89PNG"},
+    {"question": "q", "answer": ["b", "it's c"]},
+    {"messages": [*said("a"), {"role": "assistant", "content": "b", "weight": 0}, *said("c", "d")]},
 ]  # fmt: skip
 
 
@@ -442,7 +452,7 @@ def test_what_is_written_is_read_back_as_the_same_rows(tmp_path, suffix, rows):
 
 
 def test_a_format_that_cannot_hold_the_rows_is_refused_before_anything_is_written(tmp_path):
-    rows = [{"question": "a", "answer": ["b"]}]
+    rows = [{"instruction": "a", "output": ["b"]}]
     with pytest.raises(InstructMiningError, match=r"1 of 1 would be read back as others"):
         write_rows(rows, tmp_path / "x.csv", hashes=[row_hash(said("a", "b"))])
     assert not (tmp_path / "x.csv").exists()
