@@ -128,11 +128,16 @@ def clock(runs: pd.DataFrame) -> pd.Series:
 
 
 def seconds_of(study: Study, plan: PlannedRun, known: pd.DataFrame, seconds: float) -> float:
-    """Seconds of the clock that a run will take: as finished ones with as many rows did; else in
-    proportion to its rows.
+    """Seconds of the clock that a run will take: as finished ones did with as many rows, at its
+    depth and on its evaluation sets; else in proportion to its rows.
     """
-    rows = len(plan.row_hashes)
+    rows, config = len(plan.row_hashes), plan.config or study.profile.finetune
     alike = known[known["rows"] == rows] if len(known) else known
+    for name in ("regime", "gate"):
+        judged = alike.get(f"loss_{name}", pd.Series(index=alike.index, dtype=float)).notna()
+        alike = alike[judged == (name in plan.exams)]
+    if "layers" in alike:  # a label of the regime's runs; all others are at the profile's depth
+        alike = alike[alike["layers"].fillna(study.profile.finetune.layers) == config.layers]
     if len(alike):
         return float(clock(alike).mean())
     return seconds * rows / study.profile.design.size

@@ -76,7 +76,7 @@ for pool, chosen in own.items():
 
 display(pd.DataFrame({pool: {"a repeat draws from": kind, "rows of it": len(part[0])} for pool, (kind, part) in parts.items()}).T)
 labels = pd.DataFrame([{**p.label, "rows": len(p.row_hashes)} for p in plans])
-display(labels.groupby(["pool", "method"], sort=False)["rows"].agg(finetunes="size", rows="mean").unstack("pool").round(1))
+display(labels.groupby(["pool", "method"])["rows"].agg(finetunes="size", rows="mean").unstack("pool").round(1))
 taken = {
     (p.label["pool"], p.label["method"]): set(p.row_hashes)
     for p in plans if p.label["seed"] == 0 and not p.label["method"].endswith("_tokens")
