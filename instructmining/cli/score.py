@@ -25,7 +25,7 @@ from instructmining_core.data.records import Problem, iter_records
 from instructmining_core.indicators.score_table import ScoreWriter
 from instructmining_core.indicators.scorer import ParsedTable, Scorer, job_bar, read_rows
 
-from .models import asked_template, opened_study, standin_folder
+from .models import asked_template, folder_notes, opened_study, standin_folder
 
 REFERENCE_SEED = 0
 LONG_JOB = 60  # seconds above which the estimate is told before the start
@@ -38,6 +38,7 @@ MARKUP = {  # note -> what is looked for in answers
         re.compile(r"<\|\w+\|>|</?s>|\[/?(?:INST|PAD|SEP|CLS|MASK)\]"
                    r"|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>"),
 }  # fmt: skip
+Scored = Iterator[tuple[ParsedTable, pd.DataFrame]]
 
 
 class Inputs:
@@ -48,11 +49,12 @@ class Inputs:
     paths : of OASST trees, "best" or "all"; revision : of hub sets
     on_error : "collect" keeps malformed records as rows without values, "raise" stops at the first
     columns : "question=A,answer=B": which of the records' columns hold what
+    encoding : of text that is not UTF-8
     """
 
     def __init__(
         self, names: Sequence[str], out: str, paths: str, revision: str, on_error: str,
-        chunk_rows: int, columns: str | None,
+        chunk_rows: int, columns: str | None, encoding: str | None,
     ) -> None:  # fmt: skip
         if len(set(names)) < len(names):
             raise InstructMiningError("a file is named twice; each row is scored once")
@@ -65,9 +67,10 @@ class Inputs:
                     f"there is no file {name}; if it is a model, give --models before each: "
                     f"--models A=x --models {name}"
                 )
-        self.names, self.out, self.paths, self.revision = names, out, paths, revision
+        self.names, self.out, self.revision = names, out, revision
         self.on_error, self.chunk_rows = on_error, chunk_rows
-        self.columns = asked_columns(columns)
+        asked = {"columns": asked_columns(columns), "encoding": encoding}
+        self.read = {"paths": paths, **{name: one for name, one in asked.items() if one}}
         self.problems: list[Problem] = []
         self.notes: Counter[str] = Counter()  # what was not read, and in how many records
         self.piped_sha256: dict[str, str] = {}
@@ -80,7 +83,8 @@ class Inputs:
                 folder = self._open.enter_context(tempfile.TemporaryDirectory())
                 kept = self._piped[name] = _spooled(name, Path(folder))
                 self.piped_sha256[name] = files.file_sha256(kept)
-        counts = [count_records(self._piped.get(name, name)) for name in self.names]
+        coding = self.read.get("encoding")
+        counts = [count_records(self._piped.get(name, name), coding) for name in self.names]
         self.total = sum(counts) if None not in counts else None
         return self
 
@@ -117,7 +121,7 @@ class Inputs:
             stream = self._piped[name].open("rb", buffering=0) if name in self._piped else None
             yield from iter_records(
                 name, chunk_rows=self.chunk_rows, revision=self.revision, on_error=on_error,
-                paths=self.paths, stdin=stream, columns=self.columns,
+                stdin=stream, **self.read,
             )  # fmt: skip
 
 
@@ -157,6 +161,8 @@ def open_scorer(
     needed = {one.role for one in scorer.indicators}
     used = {role: ref for role, ref in roles.items() if role in needed}
     scorer.models.standins = standin_folder(used, allow_standins)
+    for note in folder_notes(used) if used else ():
+        _say(note)
     if bank is None and any(one.role and not one.role_optional for one in scorer.indicators):
         scorer.bank = files.cache() / "bank"
     return scorer
@@ -188,23 +194,17 @@ def reference_of(
          f"data with --reference {kept}")  # fmt: skip
 
 
-def score_files(scorer: Scorer, inputs: Inputs, *, show: bool) -> None:
+def score_files(scorer: Scorer, inputs: Inputs, *, show: bool, engine: str) -> None:
     """Score all inputs and write the table; progress and problems go to standard error."""
+    ways = {"local": _scored_here, "ray": _scored_on_ray}
     tally: dict[str, list] = {}
     counted = 0
-    start = time.perf_counter()
-    with ScoreWriter(inputs.out) as writer, ExitStack() as shown:
-        for number, rows in enumerate(map(read_rows, inputs.tables())):
-            if number == 0:
-                _estimate(scorer, rows, inputs.total, time.perf_counter() - start)
-                bar = shown.enter_context(job_bar(inputs.total, show=show))
-            frame = scorer.score(rows, progress=bar)
+    with ScoreWriter(inputs.out) as writer:
+        for rows, frame in ways[engine](scorer, inputs, show):
             for name, sha256 in inputs.piped_sha256.items():
                 piped = frame["file"] == name
                 frame["file_sha256"] = frame["file_sha256"].mask(piped, sha256)
-            frame.attrs["read"] = {"paths": inputs.paths}
-            if inputs.columns:
-                frame.attrs["read"]["columns"] = inputs.columns
+            frame.attrs["read"] = inputs.read
             writer.write(frame)
             inputs.notes.update(_notes(rows, frame))
             counted += len(frame)
@@ -216,6 +216,25 @@ def score_files(scorer: Scorer, inputs: Inputs, *, show: bool) -> None:
             kinds = "\n".join(_kinds(inputs.problems))
             raise InstructMiningError(f"none of the {counted:,} records can be read:\n{kinds}")
     _report(inputs, tally)
+
+
+def _scored_here(scorer: Scorer, inputs: Inputs, show: bool) -> Scored:
+    start = time.perf_counter()
+    with ExitStack() as shown:
+        for number, rows in enumerate(map(read_rows, inputs.tables())):
+            if number == 0:
+                _estimate(scorer, rows, inputs.total, time.perf_counter() - start)
+                bar = shown.enter_context(job_bar(inputs.total, show=show))
+            yield rows, scorer.score(rows, progress=bar)
+
+
+def _scored_on_ray(scorer: Scorer, inputs: Inputs, show: bool) -> Scored:
+    from ..ray_engine import scored
+
+    with job_bar(inputs.total, show=show) as bar:
+        for rows, frame in scored(scorer, inputs.tables()):
+            bar.update(len(frame))
+            yield rows, frame
 
 
 def _estimate(scorer: Scorer, first: ParsedTable, total: int | None, reading: float) -> None:
