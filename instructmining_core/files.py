@@ -6,6 +6,7 @@ Every module and notebook takes its absolute paths from here, and writes what ot
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any
 
 from .config import InstructMiningError
 
-OLD = 600.0  # seconds: no write takes so long
+OLD = 600.0  # seconds without a write after which another host's writer counts as dead
 
 
 def root() -> Path:
@@ -87,6 +88,7 @@ def being_written(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{os.getpid()}@{socket.gethostname()}.tmp")
     try:
         yield temporary
@@ -109,17 +111,20 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomic(path, json.dumps(_finite(content), allow_nan=False))
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Remove the temporary files of writers that died: gone from this host, or long ago."""
+def clear_leftovers(folder: Path, name: str = "") -> None:
+    """Remove what writers left that died, gone from this host or silent for long on another.
+
+    name : of the one file whose leftovers go; "" for every file's
+    """
     import psutil
 
-    for path in folder.glob(".*.tmp"):
+    for path in folder.glob(f".{glob.escape(name) or '*'}.*.tmp"):
         rest, _, host = path.name.removesuffix(".tmp").rpartition("@")
         pid = rest.rpartition(".")[2]
         here = host == socket.gethostname() and pid.isdigit()
         with suppress(FileNotFoundError):
             old = time.time() - path.stat().st_mtime > OLD
-            if old or (here and not psutil.pid_exists(int(pid))):
+            if (not psutil.pid_exists(int(pid))) if here else old:
                 path.unlink()
 
 

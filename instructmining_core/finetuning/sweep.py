@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -29,10 +30,27 @@ from .workers import WORTH, Workers, do_group, one_thread, sweep_job, worker_dev
 LOOK = 0.2  # seconds between looks at the runs of other processes
 
 
+class Cluster(Protocol):
+    """What does a sweep's groups elsewhere (`instructmining.ray_engine.RaySweep`)."""
+
+    def slots(self) -> int:
+        """Groups that it can do at once."""
+
+    def begin(self, job: Record, lm: LM, ledger: Ledger) -> None:
+        """Take a job of `workers.sweep_job`."""
+
+    def do(self, group: Sequence[RunSpec]) -> int:
+        """As `workers.do_group`, but for waiting: groups given and records written meanwhile."""
+
+    def start(self) -> None: ...
+    def fallen(self) -> list[str]: ...
+    def stop(self) -> None: ...
+
+
 def run_sweep(
     specs: Sequence[RunSpec], lm: LM, rows: Rows, evals: EvalSets, ledger: Ledger, *,
     together: int | None = None, workers: int | None = None, by_epoch: Collection[str] = (),
-    progress: bool = False,
+    cluster: Cluster | None = None, progress: bool = False,
 ) -> pd.DataFrame:  # fmt: skip
     """Do every run that the ledger does not hold.
 
@@ -42,6 +60,7 @@ def run_sweep(
     workers : processes beside this one; None takes the machine's further cores or GPUs when the
         sweep is long enough; no number of a run depends on it beyond float rounding
     by_epoch : run_ids that are also evaluated after each epoch
+    cluster : does the groups in place of this machine's processes
     progress : a bar with runs done, time left, best and worst loss so far
 
     returns : one row a specification, in their order, with its own label (see `ledger.tidy`)
@@ -55,14 +74,18 @@ def run_sweep(
     todo = [unique[run_id] for run_id in watch.waiting]
     for spec in todo:
         check_run(spec, lm, rows, evals)
-    devices = worker_devices(lm, workers) if len(todo) > 2 else []
-    groups = groups_of(todo, lm, together, processes=1 + len(devices))
+    cluster = cluster if todo else None  # which would be connected to for nothing
+    devices = worker_devices(lm, workers) if len(todo) > 2 and cluster is None else []
+    groups = groups_of(todo, lm, together, cluster.slots() if cluster else 1 + len(devices))
     options = {"by_epoch": by_epoch, "tried": watch.tried}
-    job = sweep_job(groups, lm, rows, evals, ledger, **options) if devices else {}
-    crew = Workers(devices, job)
+    job = sweep_job(groups, lm, rows, evals, ledger, **options) if devices or cluster else {}
+    crew = cluster or Workers(devices, job)
     if workers or "cpu" not in devices:  # a GPU's share is a group of its own, not one run of many
         crew.start()
     do = partial(do_group, lm=lm, rows=rows, evals=evals, ledger=ledger, **options)
+    if cluster:
+        cluster.begin(job, lm, ledger)
+        do = cluster.do
     try:
         with one_thread() if "cpu" in devices else nullcontext():
             _work(groups, do, watch, crew)

@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..config import ModelRef
+from ..data.choices import EncodedChoices
 from ..data.tokenization import Encoded
 from ..models.causal_lm import LM, load_lm
 from ..models.memory import is_out_of_memory
@@ -44,11 +45,23 @@ def do_group(
     by_epoch : see `run_one`
     tried : attempts of each run_id when the sweep began: what failed since is left alone
     """
-    mine = [spec for spec in group
+    mine = take(group, ledger, tried)
+    return put(mine, attempt(mine, lm, rows, evals, by_epoch), ledger)
+
+
+def take(
+    group: Sequence[RunSpec], ledger: Ledger, tried: Mapping[str, int] | None
+) -> list[RunSpec]:
+    """Those runs of a group that this process may do, their leases taken; `tried` as above."""
+    return [spec for spec in group
             if ledger.lock_run(spec, tried=None if tried is None else tried.get(spec.run_id, 0))]
+
+
+def put(mine: Sequence[RunSpec], records: Iterable[Record], ledger: Ledger) -> int:
+    """Write the records of taken runs as they come, give all leases back; how many were written."""
     written = 0
     try:
-        for record in _attempt(mine, lm, rows, evals, by_epoch):
+        for record in records:
             try:
                 ledger.write(record)
             except Taken:  # this process was taken for dead; the record of who took over stands
@@ -60,7 +73,7 @@ def do_group(
     return written
 
 
-def _attempt(mine, lm, rows, evals, by_epoch) -> Iterator[Record]:
+def attempt(mine, lm, rows, evals, by_epoch) -> Iterator[Record]:
     """Records of a group; out of memory halves it, after another error each runs alone."""
     if not mine:
         return
@@ -79,7 +92,7 @@ def _attempt(mine, lm, rows, evals, by_epoch) -> Iterator[Record]:
         yield from records
         return
     for start in range(0, len(mine), size):
-        yield from _attempt(mine[start : start + size], lm, rows, evals, by_epoch)
+        yield from attempt(mine[start : start + size], lm, rows, evals, by_epoch)
 
 
 def worker_devices(lm: LM, wanted: int | None) -> list[str]:
@@ -162,6 +175,8 @@ def sweep_job(
                      if name != "folder"},
         "rows": {h: _plain(rows[h]) for h in used},
         "evals": {name: [_plain(row) for row in part] for name, part in evals.items()},
+        "choices": {name: vars(part) | {"rows": [_plain(row) for row in part.rows]}
+                    for name, part in evals.choices.items()},
         "ledger": str(ledger.folder.resolve()),
         "options": {"by_epoch": list(by_epoch), "tried": dict(tried)},
     }  # fmt: skip
@@ -175,11 +190,21 @@ def _encoded(row: list) -> Encoded:
     return Encoded(tuple(row[0]), tuple(map(bool, row[1])), row[2], row[3])
 
 
-def work_on(job: Mapping[str, Any], lm: LM, parent: int) -> None:
-    """Do a sweep's groups, from the last to the first, while the process that began it lives."""
+def read_job(job: Mapping[str, Any], lm: LM) -> tuple[Rows, EvalSets]:
+    """Training rows and evaluation sets of a job; its model takes the name it has there."""
     lm.resolved = dataclasses.replace(lm.resolved, **job["resolved"])
     rows = {h: _encoded(row) for h, row in job["rows"].items()}
-    evals = EvalSets({name: [_encoded(row) for row in part] for name, part in job["evals"].items()})
+    evals = EvalSets(
+        {name: [_encoded(row) for row in part] for name, part in job["evals"].items()},
+        choices={name: EncodedChoices(**part | {"rows": [_encoded(row) for row in part["rows"]]})
+                 for name, part in job["choices"].items()},
+    )  # fmt: skip
+    return rows, evals
+
+
+def work_on(job: Mapping[str, Any], lm: LM, parent: int) -> None:
+    """Do a sweep's groups, from the last to the first, while the process that began it lives."""
+    rows, evals = read_job(job, lm)
     ledger = Ledger(job["ledger"])
     for group in reversed(job["groups"]):
         if os.getppid() != parent:

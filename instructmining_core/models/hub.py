@@ -268,7 +268,7 @@ def _hub_commit(name: str, revision: str) -> str:
         return revision
     import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
     cached = _cached_commit(name, revision)
     if _offline():
@@ -279,7 +279,7 @@ def _hub_commit(name: str, revision: str) -> str:
         return HfApi().model_info(name, revision=revision, timeout=20).sha
     except HfHubHTTPError as error:
         raise _explained(name, revision, error) from error
-    except (OSError, OfflineModeIsEnabled, httpx.HTTPError) as error:
+    except (OSError, OfflineModeIsEnabled, httpx.HTTPError, HTTPError) as error:
         if cached:
             return cached
         raise HubError(
@@ -323,7 +323,7 @@ def _explained(name: str, revision: str, error: Exception) -> HubError:
 def _download(name: str, commit: str) -> Path:
     """The folder of a hub model's files: settings and weights, never code."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
     try:
         if _offline():
@@ -340,6 +340,9 @@ def _download(name: str, commit: str) -> Path:
         raise HubError(missing) from error
     except HfHubHTTPError as error:
         raise _explained(name, commit, error) from error
+    except (OSError, HTTPError) as error:
+        raise HubError(f"{name}@{commit}: the download broke off ({error}); start again, what has "
+                       "come is kept") from error  # fmt: skip
 
 
 def _weight_patterns(files: Sequence[str], modules: Sequence[str]) -> list[str]:

@@ -35,11 +35,23 @@ class StateStore:
         self._lock = FileLock(self.folder / ".lock")
         self._maps: dict[int, np.memmap] = {}
         self._sound: set[bytes] = set()
-        with self._lock, closing(self._index()) as index:
+        with self._lock:
+            try:
+                self._open()
+            except sqlite3.OperationalError:  # locked, read-only, disk full
+                raise
+            except sqlite3.DatabaseError:  # a broken index: all of it can be computed anew
+                for path in (*self.folder.glob("index.sqlite*"), *self.folder.glob("*.bin")):
+                    path.unlink()
+                self._open()
+
+    def _open(self) -> None:
+        with closing(self._index()) as index, index:
             index.execute(
                 "CREATE TABLE IF NOT EXISTS states (digest BLOB PRIMARY KEY, segment INTEGER, "
                 "start INTEGER, rows INTEGER, crc INTEGER) WITHOUT ROWID"
             )
+            index.execute("SELECT count(crc) FROM states")  # every page: a kill may have cut it off
 
     def missing(self, digests: Iterable[bytes]) -> list[bytes]:
         """Those of the digests that have no sound array, each once, in their order."""
