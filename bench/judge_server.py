@@ -95,8 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         name = hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest()
-        step = self.server.next_step(name, {**body, "path": self.path,
-                                            "headers": {k.lower(): v for k, v in self.headers.items()}})
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        step = self.server.next_step(name, {**body, "path": self.path, "headers": headers})
         time.sleep(self.server.delay)
         if step == "dropped":
             self.close_connection = True

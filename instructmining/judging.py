@@ -172,8 +172,8 @@ def _asked(study: Study) -> pd.DataFrame:
     rows = read_source(source, data, root())
     words = [sum(len(m["content"].split()) for m in talk[:-1]) for talk in rows["messages"]]
     short = rows[np.array(words) <= (data.max_prompt_words or _PROMPT_WORDS)]
-    # as of the evaluation sets: none that shares a run of words with what is trained on
-    return without_copies_of(short, study.data.everything)
+    # as of the evaluation sets: none that shares a run of words with what a rule is fitted on
+    return without_copies_of(short, pd.concat([study.data.everything, study.data.eval_1]))
 
 
 def _answers(study: Study, plan: PlannedRun, questions: list[Messages]) -> list[str]:
