@@ -120,10 +120,12 @@ def difference(right: np.ndarray, versus: np.ndarray) -> dict[str, float]:
     model a side the interval speaks of these two models.
     """
     apart = right.mean(0) - versus.mean(0)
-    error = apart.var(ddof=1) / len(apart)
-    error += sum(g.mean(1).var(ddof=1) / len(g) for g in (right, versus) if len(g) > 1)
-    smallest = min([len(apart), *(len(g) for g in (right, versus) if len(g) > 1)])
-    half = stats.t.isf(0.025, smallest - 1) * np.sqrt(error)
+    terms = [(apart.var(ddof=1) / len(apart), len(apart) - 1)]
+    terms += [(group.mean(1).var(ddof=1) / len(group), len(group) - 1)
+              for group in (right, versus) if len(group) > 1]
+    total = sum(one for one, _ in terms)
+    df = total**2 / sum(one**2 / d for one, d in terms) if total else 1.0  # Satterthwaite
+    half = stats.t.isf(0.025, df) * np.sqrt(total)
     return {"accuracy": right.mean(), "versus": versus.mean(), "difference": apart.mean(),
             "low": apart.mean() - half, "high": apart.mean() + half}  # fmt: skip
 
