@@ -139,7 +139,7 @@ def command(argv: Sequence[str] | None = None) -> int:
             base.setdefault(task, marks(told))
             rows.append(row(task, name, told, None if options.limit else ours, base[task]))
     table = pd.DataFrame(rows)
-    table.insert(3, "chance", table["task"].map(chances(study)))
+    table.insert(3, "chance", table["task"].map(chances(study.choices)))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     table.round(4).to_csv(options.out, index=False)
     print(f"{study.lm.resolved.id}, {study.lm.dtype}, lm-eval {version('lm-eval')}, "

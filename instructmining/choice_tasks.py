@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -17,11 +16,11 @@ from statsmodels.stats.proportion import proportion_confint
 
 from instructmining_core.config import ProfileError
 from instructmining_core.data.choices import Question
+from instructmining_core.finetuning.ledger import Ledger
 
 from .profile import DataConfig, SourceConfig
 
-if TYPE_CHECKING:
-    from .study import Study
+Tasks = Mapping[str, Sequence[Question]]  # by the task's name
 
 EMBEDDED = "embedded"  # the place of the task that is made from docstrings
 LIBRARIES = ("pyarrow", "pydantic", "accelerate", "sentence_transformers", "rich", "docutils")
@@ -130,19 +129,19 @@ def difference(right: np.ndarray, versus: np.ndarray) -> dict[str, float]:
             "low": apart.mean() - half, "high": apart.mean() + half}  # fmt: skip
 
 
-def chances(study: Study) -> dict[str, float]:
+def chances(tasks: Tasks) -> dict[str, float]:
     """The share that guessing gets right, by task."""
     return {name: float(np.mean([1 / len(one.choices) for one in questions]))
-            for name, questions in study.choices.items()}
+            for name, questions in tasks.items()}
 
 
-def base_scores(study: Study, record: Mapping) -> pd.DataFrame:
+def base_scores(tasks: Tasks, record: Mapping) -> pd.DataFrame:
     """What the untuned base scores on every task, beside chance.
 
     record : of any run of that base. One row a task: questions, chance, acc, acc_norm with low and
     high (Wilson), above_chance (low > chance: a model at chance can show no difference).
     """
-    rows, chance_of = [], chances(study)
+    rows, chance_of = [], chances(tasks)
     for name, found in record["base_choices"].items():
         chance = chance_of[name]
         hits, count = found["right_norm"].count("1"), found["questions"]
@@ -153,14 +152,13 @@ def base_scores(study: Study, record: Mapping) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("task")
 
 
-def selected_against_random(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
+def selected_against_random(ledger: Ledger, runs: pd.DataFrame) -> pd.DataFrame:
     """Do selected rows train a model that answers more questions rightly than random rows do?
 
     runs : the gate's, columns run_id, pool, method, size; of the size that `selected` has. One row
     a pool and task: n, n_versus, and `difference`'s columns.
     """
-    ledger, rows = study.ledger_of(study.find("ledger")), []
-    size = runs.loc[runs["method"] == "selected", "size"].iloc[0]
+    rows, size = [], runs.loc[runs["method"] == "selected", "size"].iloc[0]
     for pool, part in runs[runs["size"] == size].groupby("pool", sort=False):
         groups = [[ledger.read(one) for one in part.loc[part["method"] == method, "run_id"]]
                   for method in ("selected", "random")]  # fmt: skip

@@ -140,12 +140,13 @@ The paper's {paper.JUDGE['win']} wins, {paper.JUDGE['tie']} ties and {paper.JUDG
 
 # %%
 gate = study.frame("comparison.parquet").query("method in ('selected', 'random')")
-record = study.ledger_of(study.find("ledger")).read(gate["run_id"].iloc[0])
+ledger = study.ledger_of(study.find("ledger"))
+record = ledger.read(gate["run_id"].iloc[0])
 words = "Not evaluated: no run was asked a task, since the profile's `data.choices` is empty."
 if "base_choices" in record:
-    base = choice_tasks.base_scores(study, record)
+    base = choice_tasks.base_scores(study.choices, record)
     display(base.round(3))
-    benchmark = choice_tasks.selected_against_random(study, gate)
+    benchmark = choice_tasks.selected_against_random(ledger, gate)
     display(benchmark.round(3))
     for name, questions in study.choices.items():
         write_task(study.folder / "tasks", name, questions)
