@@ -242,16 +242,17 @@ def chunk(job: tuple[int, int, int, float]) -> list[dict]:
         row = found.setdefault(kind, {"kind": kind, "inputs": 0, "refused": 0, "findings": [],
                                       "slowest": 0.0})  # fmt: skip
         start = time.perf_counter()
-        signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
-            read()
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            try:
+                read()
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
         except InstructMiningError:
             row["refused"] += size
         except (Exception, Hang) as error:
             row["findings"].append({"kind": kind, "chunk": number, "error": repr(error)[:300],
                                     "content": content[:20_000].hex()})  # fmt: skip
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
         row["slowest"] = max(row["slowest"], time.perf_counter() - start)
         row["inputs"] += size
         done += size

@@ -60,9 +60,9 @@ NAMES = {*CHATS, *MORE_CHATS, *ASKED, *ASKED_ALONE, *BESIDE, *CHOICES, *ANSWERS,
 THOUGHTS = (*REASONING, "cot", "complex_cot", "chain_of_thought", "rationale", "scratchpad")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios", "tools", "functions")
 # What takes an answer out of training: of a message, or of a row (there also a list, an entry for
-# each message or answer). `label` and `kto_tag` tell a rejected answer.
-NOT_TO_LEARN = ("weight", "train", "trainable", "loss", "loss_mask", "loss_scale", "label",
-                "kto_tag", "train_detail")  # fmt: skip
+# each message or answer). `label` and `kto_tag` tell that a row's answer is a rejected one.
+MASKS = ("weight", "train", "trainable", "loss", "loss_mask", "loss_scale", "train_detail")
+NOT_TO_LEARN = (*MASKS, "label", "kto_tag")
 SILENT = {*IDS, "id", "category", "source", "user", "dataset", "data_source", "data_name", "lang",
           "language", "type", "kind", "meta", "metadata", "model", "model_id", "model_name", "name",
           "tool_call_id", "tags", "topic", "rejected", "score", "url", "title", "text_id",
@@ -363,7 +363,7 @@ class Record:
         off = ""
         for key in _others(tuple(entry)):
             value = entry[key]
-            if key in NOT_TO_LEARN and not isinstance(value, list | dict):
+            if key in MASKS and not isinstance(value, list | dict):
                 off = off or (key if is_off(key, value) else "")
             elif not filled(value):
                 continue
@@ -442,7 +442,7 @@ class Record:
         """Leave a field unread: it is noted where it bears text or is no text at all."""
         if key in MEDIA:
             unread.append([key, structured(value)])
-        elif key not in NOT_TO_LEARN and not bears_text(value):
+        elif key not in MASKS and not bears_text(value):
             return
         self.notes[f"{key!r}{of} is not read"] = True
 

@@ -164,8 +164,8 @@ OFF = {
     "as text": ({"messages": said("a", "b", "c", "d"), "kto_tag": "False"}, {1, 3}),
     "a mask of messages": ({"messages": said("a", "b", "c", "d"), "loss_mask": [0, 0, 0, 1]}, {1}),
     "a mask of answers": ({"messages": said("a", "b", "c", "d"), "train": "[true, false]"}, {3}),
-    "a class, a number": ({"messages": said("a", "b", "c", "d"), "label": 0, "loss": 0.0,
-                           "weight": "1", "train": True}, set()),
+    "a class, a number": ({"messages": [{**m, "label": False} for m in said("a", "b", "c", "d")],
+                           "label": 0, "loss": 0.0, "weight": "1", "train": True}, set()),
 }  # fmt: skip
 
 
