@@ -117,8 +117,8 @@ Markdown(words)
 
 # %%
 words = "Not evaluated here."
-if planted and len(asked):
-    damage = loss_proxy.damage_costs(study, doses)
+if planted_defects.has_doses(study.profile) and len(asked):
+    damage = loss_proxy.damage_costs(study, small)
     study.save(damage, "damage.parquet")
     display(significant(damage))
     unseen = damage[~damage["kind"].isin(harmful)]
