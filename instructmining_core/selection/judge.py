@@ -324,6 +324,8 @@ def _share(values: pd.Series, clusters: pd.Series) -> tuple[float, float, float]
         return mean, float("nan"), float("nan")
     sums = (values - mean).groupby(clusters).sum()
     variance = groups / (groups - 1) * float((sums**2).sum()) / count**2
+    if variance == 0 and 0 < mean < 1:  # ties all: such a judge can't be swayed
+        return mean, mean, mean
     size = min(count, mean * (1 - mean) / variance) if variance > 0 else groups
     size *= (stats.t.isf(0.025, count - 1) / stats.t.isf(0.025, groups - 1)) ** 2
     low, high = proportion_confint(mean * size, size, 1 - LEVEL, method="beta")
