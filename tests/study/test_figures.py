@@ -130,7 +130,19 @@ def every_figure() -> dict[str, Figure]:
         for kind in KINDS for s in ("rule", "random", "longest", "reward", "loss_oracle")])
     curve = pd.DataFrame({"step": range(1, 25), "epoch": np.repeat([1, 2, 3], 8),
                           "loss": np.linspace(5, 4, 24), "lr": np.linspace(1e-3, 0, 24)})
+    left = pd.DataFrame([
+        {"kind": kind, "dose": dose, "rows": rows, "averaging": averaging, "left": 0.05,
+         "clean": 0.1, "share": 0.5}
+        for kind in KINDS for dose in (0.25, 0.5, 1.0) for rows in (96, 384)
+        for averaging in ("prompts", "tokens")])
+    settings = pd.DataFrame([
+        {"kind": kind, "layers": layers, "rows": rows, "learning_rate": rate, "loss_regime": 1.9,
+         "loss_regime_token": 1.85, "base_regime": 2.0, "base_regime_token": 2.0}
+        for kind in ("mixture", "other_answer", *SOURCES[:6]) for layers in (0, 6)
+        for rows in (96, 384) for rate in (1e-3, 3e-4)])
     return {
+        "plot_dose_shares": figures.plot_dose_shares(left),
+        "plot_regime": figures.plot_regime(settings),
         "plot_indicator_distributions": figures.plot_indicator_distributions(
             data["scores"], COLUMNS),
         "plot_correlation_map": figures.plot_correlation_map(data["scores"], COLUMNS),
