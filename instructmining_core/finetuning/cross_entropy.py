@@ -17,7 +17,7 @@ from ..models.causal_lm import Head
 from ..models.products import linear
 
 CHUNK_LOGITS = 1 << 19  # logits of one chunk: 2 MiB in float32, so that they stay in the cache
-_TARGETS = 128  # of one chunk at least: with fewer, reading a large output matrix is what takes time
+_TARGETS = 128  # of one chunk at least: with fewer, time goes into reading a large output matrix
 CHUNK_LOGITS_GPU = 1 << 26
 _ROWS = 32  # multiple that the rows of a CPU's chunk are filled up to
 KEPT_LOGITS = 1 << 25  # beyond so many at once they are computed a second time for the gradient

@@ -7,8 +7,8 @@ give the same loss. Lengths are rounded up a little, as oneDNN builds its code a
 it has not seen: where every batch had a size of its own, that took a quarter of the time of a small
 model.
 
-Rows of one adapter that begin alike (a chat template's system prompt) have the same states there, as
-no token sees what follows it. So what they begin with is laid out once, with the first of them.
+Rows of one adapter that begin alike (a chat template's system prompt) have the same states there,
+as no token sees what follows it. So what they begin with is laid out once, with the first of them.
 """
 
 from __future__ import annotations
