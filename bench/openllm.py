@@ -138,6 +138,7 @@ def command(argv: Sequence[str] | None = None) -> int:
             ours = record["choices" if name in records else "base_choices"].get(task)
             base.setdefault(task, marks(told))
             rows.append(row(task, name, told, None if options.limit else ours, base[task]))
+            print(rows[-1], file=sys.stderr, flush=True)
     table = pd.DataFrame(rows)
     table.insert(3, "chance", table["task"].map(chances(study.choices)))
     options.out.parent.mkdir(parents=True, exist_ok=True)
