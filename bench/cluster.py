@@ -29,6 +29,7 @@ from instructmining_core.files import write_atomic
 PORT = 6399
 ROUNDING = 1e-4  # relative, of float32 models in batches of other shapes
 RAY = str(Path(sys.executable).parent / "ray")
+QUIETLY = {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
 
 
 class Nodes:
@@ -46,7 +47,7 @@ class Nodes:
                 [RAY, "start", *how, "--block", "--num-cpus=1", "--num-gpus=0",
                  "--object-store-memory=200000000"],
                 start_new_session=True, text=True, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
+                stderr=subprocess.STDOUT, env=os.environ | QUIETLY,
             )  # fmt: skip
             said = []
             for line in process.stdout:
@@ -77,12 +78,13 @@ class Nodes:
 @contextmanager
 def two_nodes() -> Iterator[Nodes]:
     """A cluster that RAY_ADDRESS names inside the block."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # of Ray 2.60 and later; all nodes are on this machine
     nodes = Nodes()
     os.environ["RAY_ADDRESS"] = nodes.address
     try:
         yield nodes
     finally:
-        del os.environ["RAY_ADDRESS"]
+        del os.environ["RAY_ADDRESS"], os.environ["RAY_AUTH_MODE"]
         nodes.stop()
 
 

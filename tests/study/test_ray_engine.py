@@ -152,3 +152,17 @@ def test_a_killed_driver_leaves_runs_to_the_next(cluster, tmp_path, tiny_lm_fold
     lm = load_lm(ModelRef(str(tiny_lm_folder), dtype="float32"), "cpu")
     frame = run_sweep(specs_of(lm, 6), lm, ROWS, EVALS, Ledger(tmp_path), workers=0)
     assert frame["status"].tolist() == ["done"] * 6 and not list(tmp_path.glob("*.lease"))
+
+
+def test_blendsearch_tries_the_same_sizes_with_ray_and_without(cluster):
+    """FLAML takes Ray's classes where it finds them; its trials must not depend on that."""
+    code = (
+        "import math, sys\n"
+        "if len(sys.argv) > 1: sys.modules['ray'] = None\n"
+        "from instructmining_core.selection.size_search import blendsearch\n"
+        "print(blendsearch(lambda s: (math.log(s) - 4) ** 2, 8, 256, 12, 0)['size'].tolist())\n"
+    )
+    found = [subprocess.run([sys.executable, "-c", code, *more], text=True, capture_output=True,
+                            check=True, cwd=Path(__file__).resolve().parents[2]).stdout
+             for more in ([], ["hidden"])]  # fmt: skip
+    assert found[0] == found[1] and found[0].count(",") == 11
