@@ -296,7 +296,7 @@ class Campaign:
         row.lost, row.doubled = row.lost + lost, row.doubled + doubled
         if lost or doubled:
             row.notes.append(f"{stage}: {lost} lost, {doubled} doubled by {keys}")
-        elif not found.equals(expected):
+        elif not _equal(found, expected):
             row.wrong += 1
             row.notes.append(f"{stage}: other values")
         else:
@@ -305,6 +305,15 @@ class Campaign:
         if left:
             row.wrong += 1
             row.notes.append(f"{stage}: left behind {left[:3]}")
+
+
+def _equal(found: pd.DataFrame, expected: pd.DataFrame) -> bool:
+    """Equal, but for what a model gives: a resumed job batches rows otherwise, and "auto" may be
+    bfloat16, of 8 bits.
+    """
+    made = [c for c in ("ppl", "log_ppl", "knn_6") if c in expected]
+    near = all(np.allclose(found[c], expected[c], rtol=2e-2, equal_nan=True) for c in made)
+    return near and found.drop(columns=made).equals(expected.drop(columns=made))
 
 
 def result(folder: Path, stage: str) -> pd.DataFrame:
