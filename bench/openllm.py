@@ -77,7 +77,7 @@ def ask(model: Any, tokenizer: Any, tasks: Mapping[str, int | None], folder: Pat
     found = {}
     for name, shots in tasks.items():
         told = simple_evaluate(wrapped, tasks=[name], num_fewshot=shots, task_manager=manager,
-                               limit=limit or None, bootstrap_iters=0, log_samples=True)
+                               limit=limit or None, bootstrap_iters=100, log_samples=True)
         found[name] = told["results"][name] | {"samples": told["samples"].get(name, [])}
     return found
 
