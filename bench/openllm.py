@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from instructmining.choice_tasks import chances, difference
-from instructmining.experiments import size_pool
+from instructmining.experiments.comparisons import size_pool
 from instructmining.study import PlannedRun, Study
 from instructmining_core.data.choices import write_task
 from instructmining_core.finetuning.finetune import finetune

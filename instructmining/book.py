@@ -273,7 +273,7 @@ def _copy_numbers(folder: Path, evidence: Path) -> None:
 
 def compare(name_or_yaml: str, count: int, dtype: str, threads: int) -> None:
     """Do finished runs again on this machine; the table goes to the evidence, its sums are said."""
-    from .machines import add_comparison, differences, gains, repeat_runs
+    from .experiments.machines import add_comparison, differences, gains, repeat_runs
     from .study import Study
 
     study = Study.open(name_or_yaml)

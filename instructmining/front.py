@@ -16,7 +16,7 @@ from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from instructmining_core.selection.contrasts import ALPHA
 
-from .gate import MATCHED
+from .experiments.gate import MATCHED
 from .reports import NOT_ASKED, markdown_table
 from .study import Study
 

@@ -21,11 +21,11 @@ from instructmining_core.config import InstructMiningError
 from instructmining_core.regression.rule_card import load_rule
 
 from .embedded.defects import KINDS
-from .experiments import sweep_plans
-from .gate import gate_plans, refit_plans
-from .planted_defects import dose_plans, dose_sets_of, has_doses
+from .experiments.comparisons import sweep_plans
+from .experiments.gate import gate_plans, refit_plans
+from .experiments.planted_defects import dose_plans, dose_sets_of, has_doses
+from .experiments.regime import regime_plans, regime_sets
 from .profile import Profile
-from .regime import regime_plans, regime_sets
 from .study import MissingInput, PlannedRun, Study
 
 STAGES = ("regime", "dose", "sweep", "gate", "refit")  # purposes of runs, in the order of doing

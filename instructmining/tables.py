@@ -32,7 +32,7 @@ from instructmining_core.regression.run_table import (
 )
 
 from .embedded.ground_truth import permuted_within_source
-from .experiments import ladder_sweep
+from .experiments.comparisons import ladder_sweep
 from .paper import R_SQUARED
 from .study import Study
 

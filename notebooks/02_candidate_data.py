@@ -54,7 +54,7 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import Markdown
 
-from instructmining import gate
+from instructmining.experiments import gate
 from instructmining.paper import quote
 from instructmining.study import Study
 from instructmining_core import read_records

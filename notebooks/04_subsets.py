@@ -55,8 +55,9 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from instructmining import figures, pilot
+from instructmining import figures
 from instructmining.design import gain
+from instructmining.experiments import pilot
 from instructmining.study import Study
 from instructmining_core.regression.inference import effective_dimensions
 from instructmining_core.regression.run_table import RankError

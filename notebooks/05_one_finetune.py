@@ -52,7 +52,8 @@ import pandas as pd
 import torch
 from IPython.display import Markdown
 
-from instructmining import figures, regime
+from instructmining import figures
+from instructmining.experiments import regime
 from instructmining.study import PlannedRun, Study
 from instructmining_core import evaluate, finetune
 from instructmining_core.data.tokenization import encode
@@ -169,7 +170,7 @@ Three seeds differ by a standard deviation of {seeds['loss_eval_1'].std():.4f} n
 # A hypothesis about data can only be tested where finetuning changes something, and where the loss sees what the data say.
 # So some settings are tried first, on prompts that serve nothing else: an equal mixture of collections, each collection alone, and the mixture with every answer exchanged for another question's.
 # A setting is *admissible* where the mixture lowers the loss by five standard errors under both averagings, at least half of the collections lower it, and answers to other questions cost loss.
-# This was written before any run, and is code in one place (`instructmining.regime`).
+# This was written before any run, and is code in one place (`instructmining.experiments.regime`).
 
 # %%
 regimes, table = pd.DataFrame(), None

@@ -48,8 +48,9 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from instructmining import figures, machines, pilot
-from instructmining.experiments import sweep_plans
+from instructmining import figures
+from instructmining.experiments import machines, pilot
+from instructmining.experiments.comparisons import sweep_plans
 from instructmining.study import Study
 from instructmining_core.regression.inference import seed_variance
 from instructmining_core.regression.run_table import RunsError

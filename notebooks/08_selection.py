@@ -55,7 +55,8 @@ import pandas as pd
 from IPython.display import Markdown
 from scipy.stats import ttest_ind
 
-from instructmining import claims, experiments, figures, front, gate, paper, reports
+from instructmining import claims, figures, front, paper, reports
+from instructmining.experiments import comparisons, gate
 from instructmining.study import Study
 from instructmining_core import load_rule
 from instructmining_core.selection import beat_random
@@ -156,7 +157,7 @@ The fitted rule ranks the rows like v1 with a correlation of {ours['spearman'].i
 
 # %%
 runs = study.run("gate", plans)
-study.save(runs[[name for name in experiments.GATE_COLUMNS if name in runs]], "comparison.parquet")
+study.save(runs[[name for name in comparisons.GATE_COLUMNS if name in runs]], "comparison.parquet")
 effects = front.gate_effects(runs, study.runs("sweep"))
 effects.attrs["facts"] = front.facts_of(study)
 study.save(effects, front.EFFECTS)
@@ -201,7 +202,7 @@ In {first} the mean log losses differ by {100 * np.expm1(selected.mean() - rando
 # At equal tokens the random sets have another number of rows and, unless the profile asks for equal steps, of optimisation steps.
 
 # %%
-prompts = experiments.per_example(study, runs)
+prompts = comparisons.per_example(study, runs)
 contrasts = beat_random.compare_budgets(runs, prompts, loss="loss_eval_2")
 by_tokens = beat_random.compare_budgets(runs, loss="loss_eval_2_token").query("role == 'primary'")
 study.save(contrasts, "contrasts.parquet")
@@ -212,7 +213,7 @@ display(by_tokens[["budget", "pool", "difference", "low", "high", "verdict"]].ro
 agree = (primary.set_index(["budget", "pool"])["difference"] * by_tokens.set_index(["budget", "pool"])["difference"] > 0)
 main = runs[runs["method"].isin(gate.MAIN)]
 for name in [name for name in ("gate", "human") if name in study.data.exams]:
-    matrices = experiments.per_example(study, main, name)
+    matrices = comparisons.per_example(study, main, name)
     wide = beat_random.compare_with_random(main, loss=f"loss_{name}", per_example=matrices)
     print(f"evaluation set “{name}”:")
     display(wide[["pool", "method", "versus", *numbers, "verdict"]].round(4))
@@ -271,7 +272,7 @@ words = "This profile refits no rule: the contrasts above are those of one rule.
 if refit_plans:
     wider = pd.concat([study.run("refit", refit_plans), runs[runs["method"] == "random"]])
     with_refits = beat_random.compare_with_random(
-        wider, per_example=experiments.per_example(study, wider), selected="refit"
+        wider, per_example=comparisons.per_example(study, wider), selected="refit"
     )
     display(with_refits[["pool", *numbers, "p_holm", "p_margin", "verdict"]].round(4))
     chosen = {(p.label["pool"], p.label["seed"]): set(p.row_hashes) for p in plans if p.label["method"] == "selected"}

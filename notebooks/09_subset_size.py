@@ -50,7 +50,8 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from instructmining import claims, experiments, figures, reports
+from instructmining import claims, figures, reports
+from instructmining.experiments import comparisons
 from instructmining.study import Study
 from instructmining_core import load_rule
 from instructmining_core.selection.size_curve import size_curve_power, size_curve_test, size_means
@@ -63,9 +64,9 @@ from instructmining_core.selection.size_search import (
 
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))
-pool, sizes = experiments.size_pool(study), study.profile.size
+pool, sizes = comparisons.size_pool(study), study.profile.size
 rows = len(study.data.pools[pool])
-loss_at = experiments.size_trial(study, rule, pool)  # size -> loss of one finetune
+loss_at = comparisons.size_trial(study, rule, pool)  # size -> loss of one finetune
 
 one = loss_at(sizes.low)  # by hand; the search starts there too
 trials = blendsearch(loss_at, sizes.low, sizes.high, sizes.trials, seed=0)
@@ -92,9 +93,9 @@ Random search trains on {drawn['cost'].iloc[-1]} rows where BlendSearch took {tr
 # A `groupby` gives the curve; the core adds its intervals, with one noise pooled over the sizes so that two draws a size are enough.
 
 # %%
-plans = experiments.size_plans(study, rule, pool, list(found.values()))
+plans = comparisons.size_plans(study, rule, pool, list(found.values()))
 runs = study.run("size", plans)
-study.save(runs[experiments.GATE_COLUMNS], "sizes.parquet")
+study.save(runs[comparisons.GATE_COLUMNS], "sizes.parquet")
 means = size_means(runs, loss="loss_eval_2")
 by_hand = runs.assign(log=np.log(runs["loss_eval_2"])).groupby(["method", "size"])["log"].mean()
 np.testing.assert_allclose(np.exp(by_hand), means.set_index(["method", "size"]).loc[by_hand.index, "mean"])
@@ -141,8 +142,8 @@ Trained anew, BlendSearch's {best} rows end at {report.loc['BlendSearch', 'anew'
 # %%
 curves, words = {"fixed epochs": runs}, "The profile does not ask for the curve at fixed steps."
 if sizes.fixed_steps:
-    curves["fixed steps"] = study.run("size_steps", experiments.at_fixed_steps(study, plans))
-    study.save(pd.concat(curves.values())[experiments.GATE_COLUMNS], "sizes.parquet")
+    curves["fixed steps"] = study.run("size_steps", comparisons.at_fixed_steps(study, plans))
+    study.save(pd.concat(curves.values())[comparisons.GATE_COLUMNS], "sizes.parquet")
     display(figures.plot_size_curve(curves["fixed steps"]))
     low_high = {name: part.query("method == 'selected'").groupby("size")["loss_eval_2"].mean().iloc[[0, -1]] for name, part in curves.items()}
     words = "From the smallest to the largest set of selected rows the loss changes by " + ", ".join(f"{pair.iloc[1] - pair.iloc[0]:+.4f} nats at {name}" for name, pair in low_high.items()) + "."

@@ -51,7 +51,8 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from instructmining import claims, experiments, figures, paper, tables
+from instructmining import claims, figures, paper, tables
+from instructmining.experiments import comparisons
 from instructmining.study import Study
 from instructmining_core import load_rule
 from instructmining_core.regression.intervals import significant
@@ -105,9 +106,9 @@ figures.plot_coefficients(coefficients.rename(columns={"setting": "kind"}))
 # %%
 runs = pd.concat([
     study.run("robustness", plans, **setting)
-    for setting, plans in experiments.robustness_plans(study, rule)
+    for setting, plans in comparisons.robustness_plans(study, rule)
 ])
-study.save(runs[experiments.GATE_COLUMNS], "robustness.parquet")
+study.save(runs[comparisons.GATE_COLUMNS], "robustness.parquet")
 display(figures.plot_selected_random(runs))
 contrasts = compare_with_random(runs, loss="loss_eval_2")
 study.record_claim("robust", **claims.contrasts_claim(contrasts))
@@ -134,13 +135,13 @@ Its differences on Self-Instruct go from {100 * gap.min():+.2f} % ({published['m
 # Drop one indicator, refit on the same runs, select anew by the same code, and see how much of the selection stays the same.
 
 # %%
-overlaps, dropped = experiments.ablation(study, rule)
+overlaps, dropped = comparisons.ablation(study, rule)
 study.save(overlaps, "ablation.parquet")
 display(significant(overlaps))
 needed = overlaps.sort_values("jaccard")["without"].tolist() if len(overlaps) else []
 Markdown(f"""
 {f"Leaving out {needed[0]} changes the selection most: {overlaps['jaccard'].min():.0%} of the rows in either selection are in both." if needed else "The rule has one indicator only, so there is none to leave out."}
-Selections that agree in {experiments.SAME:.0%} of their rows count as the same, and {int(overlaps['finetuned'].sum()) if needed else 0} of {len(overlaps)} differ by more.
+Selections that agree in {comparisons.SAME:.0%} of their rows count as the same, and {int(overlaps['finetuned'].sum()) if needed else 0} of {len(overlaps)} differ by more.
 """)
 
 # %% [markdown]

@@ -56,9 +56,10 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from instructmining import claims, figures, loss_proxy, machines, planted_defects, tables
+from instructmining import claims, figures, tables
 from instructmining.embedded import ground_truth
 from instructmining.embedded.defects import SEEN_KINDS
+from instructmining.experiments import loss_proxy, machines, planted_defects
 from instructmining.study import Study
 from instructmining_core import load_rule
 from instructmining_core.regression.intervals import significant

@@ -222,7 +222,7 @@ def fitted_card(
 
 def planned(profile: str, by_pilot: bool, sigma: float | None, target: float) -> str:
     """The half-widths of a design's slopes by number of runs, and the runs that a target needs."""
-    from .. import pilot
+    from ..experiments import pilot
     from ..study import Study
 
     study = Study.open(profile)
@@ -248,7 +248,7 @@ def planned(profile: str, by_pilot: bool, sigma: float | None, target: float) ->
 
 
 def _needed(study: Study, frame: pd.DataFrame, noise, target: float) -> list[str]:
-    from .. import pilot
+    from ..experiments import pilot
 
     within = pilot.arm_plan(study, frame, noise, every=10)
     needed, most = pilot.runs_needed(within, target), within.table["runs"].max()
@@ -268,7 +268,7 @@ def _needed(study: Study, frame: pd.DataFrame, noise, target: float) -> list[str
 
 def _noise(study: Study, by_pilot: bool, sigma: float | None):
     """The noise between seeds, the sweep's fit where there is one, and where they come from."""
-    from .. import pilot
+    from ..experiments import pilot
 
     if sigma is not None:
         return pilot.assumed(sigma), None, "assumed by --sigma"

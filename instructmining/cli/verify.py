@@ -53,7 +53,7 @@ def verified(
     """
     from instructmining_core.selection.beat_random import compare_budgets
 
-    from ..experiments import per_example
+    from ..experiments.comparisons import per_example
     from ..reports import pool_kind, verdict_markdown
 
     pool = ", ".join(sources.files)

@@ -49,7 +49,7 @@ def compare_with_random(
     diverged run, left out and counted in `lost`). loss : take the evaluation set that was *not*
     used for fitting. primary_size : the size fixed beforehand, needed where `selected` has
     several. per_example : losses by prompt, keyed (pool, method, size), shape (runs, prompts),
-    from `experiments.per_example`; they give the second interval, low_prompts to high_prompts,
+    from `comparisons.per_example`; they give the second interval, low_prompts to high_prompts,
     which takes the prompts too as drawn at random (`contrasts.crossed_interval`).
 
     Primary: selected against random at that size, Holm over pools. Secondary, unadjusted: the
@@ -154,7 +154,7 @@ def _with_verdicts(table: pd.DataFrame) -> pd.DataFrame:
 def by_budget(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The runs to compare at equal rows, and those to compare at equal tokens.
 
-    Methods named `<method>_tokens` (`experiments.token_plans`) have the selected rows' number of
+    Methods named `<method>_tokens` (`gate.token_plans`) have the selected rows' number of
     target tokens; in the second frame they go by their plain names, beside the selected runs.
     """
     tokens = runs["method"].str.endswith(TOKENS)

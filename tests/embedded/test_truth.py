@@ -11,9 +11,10 @@ import statsmodels.api as sm
 from embedded.test_defects import table
 from scipy import stats
 
-from instructmining import planted_defects, tables
+from instructmining import tables
 from instructmining.embedded import ground_truth
 from instructmining.embedded.defects import KINDS
+from instructmining.experiments import planted_defects
 from instructmining_core.config import InstructMiningError
 
 DOSES = (0.0, 0.25, 0.5, 1.0)

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from instructmining import loss_proxy
 from instructmining.choice_tasks import (
     ANSWER_WORDS,
     NEAR,
@@ -23,6 +22,7 @@ from instructmining.choice_tasks import (
     questions_of,
 )
 from instructmining.embedded.corpus import CANDIDATES, UNSEEN
+from instructmining.experiments import loss_proxy
 from instructmining.profile import DataConfig, SourceConfig, load_profile
 from instructmining.reports import NOT_ASKED
 from instructmining_core.config import ProfileError

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from instructmining import figures, planted_defects, regime
+from instructmining import figures
+from instructmining.experiments import planted_defects, regime
 from instructmining.profile import DesignConfig, RegimeConfig, SelectionConfig
 from instructmining_core.config import FinetuneConfig, ProfileError
 from instructmining_core.data.records import with_row_hash
@@ -90,7 +91,7 @@ def test_both_means_with_their_errors():
     assert found["gain_token"] == pytest.approx(nll.sum() / tokens.sum())
     drawn = rng.integers(1, 400, (4000, 399))
     resampled = nll[drawn].sum(1) / tokens[drawn].sum(1)
-    assert found["gain_token_se"] == pytest.approx(resampled.std(), rel=0.06)  # 4,000 resamples: 1 %
+    assert found["gain_token_se"] == pytest.approx(resampled.std(), rel=0.06)  # resampling: 1 %
 
 
 def test_the_criterion_in_words_when_nothing_is_admissible():

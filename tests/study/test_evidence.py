@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from instructmining import book, machines
-from instructmining.experiments import LOSSES, per_example
+from instructmining import book
+from instructmining.experiments import machines
+from instructmining.experiments.comparisons import LOSSES, per_example
 from instructmining.study import PlannedRun, Study
 from instructmining_core.indicators.score_table import read_scores, write_scores
 

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from instructmining import gate, plan
+from instructmining import plan
 from instructmining.design import interleaved, of_sources
+from instructmining.experiments import gate
 from instructmining.profile import SelectionConfig, load_profile
 from instructmining_core.config import FinetuneConfig, InstructMiningError
 from instructmining_core.regression.rule_card import load_rule

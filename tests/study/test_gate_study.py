@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from instructmining import experiments, gate, plan, regime, reports
+from instructmining import plan, reports
 from instructmining.cli import main
-from instructmining.experiments import draw_prompts
+from instructmining.experiments import comparisons, gate, regime
+from instructmining.experiments.comparisons import draw_prompts
 from instructmining.study import Study
 from instructmining_core.indicators.score_table import write_scores
 from instructmining_core.indicators.scorer import score
@@ -75,7 +76,7 @@ def home(tmp_path_factory, tiny_lm_folder):
         study.save(pd.DataFrame({"set_id": [s.set_id for s in sets],
                                  "set": [json.dumps(s.as_dict()) for s in sets]}),
                    "sets.parquet")  # fmt: skip
-        study.run("sweep", experiments.sweep_plans(study), progress=False)
+        study.run("sweep", comparisons.sweep_plans(study), progress=False)
         arguments = ["fit", "--profile", "mini.yaml", "-o", "rule.json", "--permutations", "19"]
         assert main(arguments) == 0
         yield folder
@@ -154,7 +155,7 @@ def test_the_regime_reads_its_runs_and_the_base(study):
 
 def test_losses_by_prompt_are_those_of_the_runs(study, first_pool):
     _, runs = first_pool
-    found = experiments.per_example(study, runs)
+    found = comparisons.per_example(study, runs)
     groups = dict(list(runs.groupby(["pool", "method", "size"])))
     assert set(found) == set(groups)
     for key, matrix in found.items():
@@ -175,7 +176,7 @@ def test_token_plans_hold_the_selected_rows_tokens(study, first_pool):
     for one in at_tokens:
         assert abs(cost.loc[list(one.row_hashes)].sum() - selected) <= cost.max() / 2
         assert one.label["size"] == 6, "told by the set whose tokens they have"
-    prompts = experiments.per_example(study, runs)
+    prompts = comparisons.per_example(study, runs)
     table = beat_random.compare_budgets(runs, prompts, loss="loss_eval_2")
     primary = table[table["role"] == "primary"]
     assert primary["budget"].tolist() == ["equal rows", "equal tokens"]

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from bench.judge_server import JudgeServer
-from instructmining import judging
+from instructmining.experiments import judging
 from instructmining.profile import JudgeConfig, Profile, SourceConfig, load_profile, preset_names
 from instructmining.study import Study
 from instructmining_core.config import InstructMiningError, ModelRef, ProfileError

@@ -10,9 +10,9 @@ import pytest
 from scipy.stats import chi2, t
 
 from bench.studies import COLUMNS, synthetic_world
-from instructmining import pilot
 from instructmining.cli import main
 from instructmining.design import chosen, design_matrix, designed_arm, drawn, gain
+from instructmining.experiments import pilot
 from instructmining.profile import DesignConfig, load_profile
 from instructmining.study import Study
 from instructmining_core.config import FinetuneConfig

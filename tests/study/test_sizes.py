@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from types import SimpleNamespace
 
-from instructmining.experiments import at_fixed_steps
+from instructmining.experiments.comparisons import at_fixed_steps
 from instructmining.profile import load_profile
 from instructmining.study import PlannedRun
 

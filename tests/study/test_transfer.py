@@ -8,7 +8,8 @@ import pytest
 from regression.test_card import scored_attrs
 
 from bench.studies import COLUMNS, design, synthetic_world
-from instructmining import experiments, tables
+from instructmining import tables
+from instructmining.experiments import comparisons
 from instructmining_core.finetuning.sets import designed_sets, equal_token_sets, fusion_sets
 from instructmining_core.regression import checks
 from instructmining_core.regression.checks import univariate
@@ -84,18 +85,18 @@ def test_dropping_the_carrier_changes_the_selection(world):
     sets = designed_sets(world, 48, 16, 100, seed=2, columns=COLUMNS)
     made = design(sets, world)
     runs = runs_of(made, np.array([0.001, 0.04, 0.0, 0, 0, 0, 0, 0, 0]))
-    smaller = experiments.smaller_rules(runs, world, columns)
+    smaller = comparisons.smaller_rules(runs, world, columns)
     fit, card = smaller[columns[1]]
     assert fit.columns == tuple(card.columns) == (columns[0], columns[2])
     rule = make_card(fit_rule(runs, columns, Standardizer.fit(world, columns)), world,
                      not_for="")
     # repeats count once for every rule
     pool = pd.concat([world.head(400), world.head(50)], ignore_index=True)
-    table = experiments.ablation_overlaps(pool, 60, rule, smaller).set_index("without")
+    table = comparisons.ablation_overlaps(pool, 60, rule, smaller).set_index("without")
     assert table.loc[columns[1], "jaccard"] < 0.4 and table.loc[columns[1], "finetuned"]
     assert table.loc[columns[0], "jaccard"] > 0.9 and not table.loc[columns[0], "finetuned"]
     assert table.loc[columns[1], "r2"] < 0.5 < table.loc[columns[0], "r2"]
-    assert experiments.smaller_rules(runs, world, columns[:1]) == {}
+    assert comparisons.smaller_rules(runs, world, columns[:1]) == {}
 
 
 def test_the_contrasts_set_every_smaller_rule_against_random_and_the_full_rule():

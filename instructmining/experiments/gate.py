@@ -25,8 +25,8 @@ from instructmining_core.regression.run_table import (
 )
 from instructmining_core.selection.select import TOKENS, choose_rows, choose_tokens
 
-from .design import interleaved
-from .study import USUAL, PlannedRun, Study
+from ..design import interleaved
+from ..study import USUAL, PlannedRun, Study
 
 MATCHED = "matched"  # method: random rows, alike in length to those that the rule selects
 MAIN = ("selected", "random", MATCHED)  # judged on every prompt that there is

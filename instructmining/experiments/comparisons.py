@@ -19,8 +19,8 @@ from instructmining_core.regression.run_table import DESIGNED, Standardizer
 from instructmining_core.selection.beat_random import compare_with_random
 from instructmining_core.selection.select import choose_rows
 
-from .design import interleaved
-from .study import PlannedRun, Study
+from ..design import interleaved
+from ..study import PlannedRun, Study
 
 LOSSES = ["loss_eval_1", "loss_eval_2", "loss_eval_1_token", "loss_eval_2_token"]
 GATE_COLUMNS = ["run_id", "pool", "method", "size", "seed", *LOSSES, "rows", "steps",

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .choice_tasks import answered_right, difference
-from .claims import FAILS, HOLDS, UNDECIDED
-from .embedded.ground_truth import CLEAN
-from .experiments import LOSSES
-from .reports import NOT_ASKED
-from .study import Study
+from ..choice_tasks import answered_right, difference
+from ..claims import FAILS, HOLDS, UNDECIDED
+from ..embedded.ground_truth import CLEAN
+from ..reports import NOT_ASKED
+from ..study import Study
+from .comparisons import LOSSES
 
 PRIMARY = ("loss_eval_1", "loss_eval_1_token")  # the co-primary losses
 LEAST = 5  # models, or sources, that an interval rests on

@@ -13,8 +13,8 @@ from instructmining_core.finetuning.ledger import Ledger
 from instructmining_core.finetuning.run_spec import CHOICES, RunSpec
 from instructmining_core.finetuning.sweep import run_sweep
 
-from .experiments import LOSSES
-from .study import Study
+from ..study import Study
+from .comparisons import LOSSES
 
 NAMES = ["run_id", "purpose", "pool", "method", "seed", "set_id"]
 MADE_WITH = ["machine", "dtype", "threads", "commit"]

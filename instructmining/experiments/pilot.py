@@ -27,8 +27,8 @@ from instructmining_core.regression.run_table import (
     standardised,
 )
 
-from .experiments import sweep_plans
-from .study import PlannedRun, Study
+from ..study import PlannedRun, Study
+from .comparisons import sweep_plans
 
 PILOT_SETS, PILOT_SEEDS = 4, 3
 ARMS = {"fusion": ("fusion",), "designed": DESIGNED}

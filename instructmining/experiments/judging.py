@@ -20,10 +20,10 @@ from instructmining_core.regression.rule_card import RuleCard
 from instructmining_core.selection import judge
 from instructmining_core.selection.served_model import ServedModel
 
-from .experiments import draw_prompts, repeated, size_pool
-from .profile import SourceConfig
-from .study import PlannedRun, Study
-from .study_data import read_source
+from ..profile import SourceConfig
+from ..study import PlannedRun, Study
+from ..study_data import read_source
+from .comparisons import draw_prompts, repeated, size_pool
 
 SIDES = ("selected", "random")
 PLANTED = "planted defects"  # the check of the embedded corpus: a clean row against its twin

@@ -16,13 +16,13 @@ from instructmining_core.regression.rule_card import RuleCard
 from instructmining_core.selection import beat_random
 from instructmining_core.selection.select import choose_rows
 
-from .design import interleaved, of_sources
-from .embedded import ground_truth
-from .embedded.defects import KINDS
-from .experiments import LOSSES
+from ..design import interleaved, of_sources
+from ..embedded import ground_truth
+from ..embedded.defects import KINDS
+from ..profile import Profile
+from ..study import PlannedRun, Study
+from .comparisons import LOSSES
 from .gate import pool_parts
-from .profile import Profile
-from .study import PlannedRun, Study
 
 FITTED, UNSEEN = "fitted candidates", "unseen pool rows"
 AVERAGINGS = {"prompts": "", "tokens": "_token"}  # of a loss -> end of its column's name

@@ -17,11 +17,11 @@ import pandas as pd
 
 from instructmining_core.config import ProfileError
 
-from .design import interleaved
-from .embedded.ground_truth import CLEAN, dose_sets
-from .experiments import body_of
+from ..design import interleaved
+from ..embedded.ground_truth import CLEAN, dose_sets
+from ..study import PlannedRun, Study
+from .comparisons import body_of
 from .planted_defects import clean_rows
-from .study import PlannedRun, Study
 
 SURE = 5.0  # standard errors over prompts by which the mixture must lower the loss
 SEEN = 2.0  # standard errors over prompts by which answers to other questions must raise it

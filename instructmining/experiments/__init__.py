@@ -1,0 +1,1 @@
+"""What each question of the study finetunes, and what comes out of it."""
