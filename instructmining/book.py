@@ -350,9 +350,9 @@ def _execute(notebook: Path, folder: Path, profile: str) -> None:
 def _data_files(profile: Profile) -> list[Path]:
     """Local files that a profile names; what the hub gives is known by its recorded revision."""
     data = profile.data
-    named = [source.where for source in (*data.sources, *data.unseen, data.eval_1, data.eval_2,
-                                         *profile.judge.checks, profile.judge.asks)
-             if source]  # fmt: skip
+    exams = (data.eval_1, data.eval_2, *data.eval_more, data.human, *data.choices)
+    judged = (*profile.judge.checks, profile.judge.asks)
+    named = [one.where for one in (*data.sources, *data.unseen, *exams, *judged) if one]
     paths = [files.root() / data.folder / name for name in named]
     return [path for path in paths if path.is_file()]
 

@@ -154,13 +154,11 @@ def _score(
                "texts; default: the model's own form"),
     ] = None,
     allow_standins: Annotated[
-        bool, Option("--allow-standins", help="let small stand-in models take the place of real "
-                     "ones")
+        bool, Option("--allow-standins", help="let small stand-ins take the place of real models")
     ] = False,
     on_error: Annotated[
         Literal["raise", "collect"],
-        Option(help="malformed records: keep their rows without values, with the reason, and list "
-               "them (collect), or stop at the first one (raise)"),
+        Option(help="malformed records: keep their rows without values and list them, or stop"),
     ] = "collect",
     paths: Annotated[
         Literal["best", "all"], Option(help="OASST trees: the best-ranked path, or every path")
@@ -180,8 +178,7 @@ def _score(
         Path | None, Option(metavar="DIR", help="folder where model scores are kept")
     ] = None,
     chunk_rows: Annotated[
-        int | None, Option(min=1, help="rows held in memory at a time, 10,000; with Ray those of "
-                           "one task, 1,000")
+        int | None, Option(min=1, help="rows held in memory: 10,000; with Ray, of a task: 1,000")
     ] = None,
     engine: Annotated[
         Literal["local", "ray"], Option(help="this process, or a Ray cluster (RAY_ADDRESS, or that "
