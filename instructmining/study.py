@@ -173,12 +173,7 @@ class Study:
         """Every candidate and pool row with its indicators (notebook 03)."""
         from instructmining_core.indicators.score_table import read_scores
 
-        scores = read_scores(self.find("scores.parquet"))
-        if "ppl" in scores and "log_ppl" not in scores:  # a table of older evidence
-            told = scores.attrs["indicators"]
-            told["log_ppl"] = told["ppl"]
-            scores["log_ppl"] = np.log(scores["ppl"])
-        return scores
+        return read_scores(self.find("scores.parquet"))
 
     @property
     def candidate_scores(self) -> pd.DataFrame:

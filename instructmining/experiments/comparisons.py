@@ -76,10 +76,9 @@ def per_example(
 
 
 def body_of(example: Mapping[str, Sequence[float]], name: str) -> np.ndarray:
-    """nll or tokens of the answers' body by prompt; of whole answers in records without parts."""
-    parts = (f"{name}_first", f"{name}_eos") if f"{name}_first" in example else ()
+    """nll or tokens of the answers' body by prompt: first token and the one that ends it left out."""
     return np.array(example[name], float) - sum(
-        np.nan_to_num(np.array(example[part], float)) for part in parts
+        np.nan_to_num(np.array(example[f"{name}_{part}"], float)) for part in ("first", "eos")
     )
 
 

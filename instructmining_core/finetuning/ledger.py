@@ -208,9 +208,8 @@ def tidy(records: Sequence[Record]) -> pd.DataFrame:
     Columns: run_id, purpose, status, every label key under its own name (`shares` stays a dict),
     finetune_method, base, dtype, init_seed, order_seed, machine (GPU, or processor and cores),
     threads, commit, then for each evaluation set, in nats per token, `loss_<e>` (mean over
-    prompts) and `loss_<e>_token` (over tokens), both over the answers' body
-    (over whole answers in records without it), `loss_<e>_whole`, `loss_<e>_first64`,
-    `loss_<e>_without_eos`, `first_token_<e>`, `end_of_text_<e>`, `effective_n_<e>`; `base_<e>` and
+    prompts) and `loss_<e>_token` (over tokens), both over the answers' body,
+    `loss_<e>_whole`, `loss_<e>_first64`, `loss_<e>_without_eos`, `first_token_<e>`, `end_of_text_<e>`, `effective_n_<e>`; `base_<e>` and
     `base_<e>_token` are the base's own, and where a run was evaluated by epoch `loss_<e>_epoch1`
     and so on (mean over prompts). `relevance` (and `base_relevance`) is what eval_1's answers cost
     more under another prompt than under their own. `accuracy_<t>` and `accuracy_<t>_norm` are
@@ -267,8 +266,8 @@ def _accuracies(record: Record, task: str) -> dict[str, float]:
 
 
 def over_prompts(losses: Mapping[str, float | None]) -> float:
-    """The study's first loss of a record: mean over prompts, over the body where it is known."""
-    return _number(losses.get("body_prompt_mean", losses.get("prompt_mean")))
+    """The study's first loss of a record: mean over prompts, over the answers' body."""
+    return _number(losses.get("body_prompt_mean"))
 
 
 def _machine(record: Record) -> str | None:
@@ -278,7 +277,7 @@ def _machine(record: Record) -> str | None:
 
 
 def _over_tokens(losses: Mapping[str, float | None]) -> float:
-    return _number(losses.get("body_token_mean", losses.get("token_mean")))
+    return _number(losses.get("body_token_mean"))
 
 
 def _number(value: float | None) -> float:

@@ -36,7 +36,8 @@ def spec(**changes) -> RunSpec:
 
 
 def record(run: RunSpec, status="done", loss=2.0, attempt=1, **more) -> dict:
-    losses = {name: {"prompt_mean": loss, "token_mean": loss + 1, "first64": loss + 2,
+    losses = {name: {"prompt_mean": loss, "token_mean": loss + 1, "body_prompt_mean": loss,
+                     "body_token_mean": loss + 1, "first64": loss + 2,
                      "without_eos": loss + 3, "effective_n": 9.0} for name in run.evals}
     return {"run_id": run.run_id, "spec": run.content(), "label": dict(run.label),
             "status": status, "losses": losses, "attempt": attempt, "error": None, "rows": 2,

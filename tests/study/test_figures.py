@@ -140,7 +140,13 @@ def every_figure() -> dict[str, Figure]:
          "loss_regime_token": 1.85, "base_regime": 2.0, "base_regime_token": 2.0}
         for kind in ("mixture", "other_answer", *SOURCES[:6]) for layers in (0, 6)
         for rows in (96, 384) for rate in (1e-3, 3e-4)])
+    effects = pd.DataFrame([
+        {"pool": pool, "versus": versus, "averaging": averaging, "effect": 0.02, "low": -0.01,
+         "high": 0.05, "spread": 0.03, "relevance": 0.012, "base": -0.15, "worst": 0.06}
+        for pool in ("unseen sources, 0 % defects", "unseen rows of fitted sources", "all pools")
+        for versus in ("random", "matched") for averaging in ("prompts", "tokens")])
     return {
+        "plot_forest": figures.plot_forest(effects),
         "plot_dose_shares": figures.plot_dose_shares(left),
         "plot_regime": figures.plot_regime(settings),
         "plot_indicator_distributions": figures.plot_indicator_distributions(
