@@ -111,7 +111,8 @@ def page_table() -> pd.DataFrame:
     cards = [head_card(name) for name in ("reward", "evaluator")]
     return pd.DataFrame([
         {"score": column, "pairs of": name, "pairs": told["pairs"], "head": share(told[column]),
-         "longer answer": share(told["longer"]), "lower perplexity": share(told["lower_perplexity"])}
+         "longer answer": share(told["longer"]),
+         "lower perplexity": share(told["lower_perplexity"])}
         for card in cards for column in card["columns"]
         for name, told in card["accuracy"][column].items()
     ])  # fmt: skip
