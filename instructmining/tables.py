@@ -325,8 +325,13 @@ def control_table(
     return pd.DataFrame(table).T
 
 
-def rule_card(study: Study, fit: RuleFit, jack, held: pd.DataFrame, test) -> RuleCard:
-    """The card of the study's rule, with all that is needed to use it or to refuse to."""
+def rule_card(
+    study: Study, fit: RuleFit, jack, held: pd.DataFrame, test, blind: Sequence[str]
+) -> RuleCard:  # fmt: skip
+    """The card of the study's rule, with all that is needed to use it or to refuse to.
+
+    blind : ways of making an answer worse that the study's loss was not seen to punish
+    """
     from instructmining_core.regression.rule_card import make_card
 
     profile = study.profile
@@ -335,7 +340,8 @@ def rule_card(study: Study, fit: RuleFit, jack, held: pd.DataFrame, test) -> Rul
     return make_card(
         fit, study.candidate_scores, profile=profile.name, set_size=profile.design.size,
         not_for="other models, other reference sets, other languages; rows outside the range "
-        "of the fitted sets" + ("; models of any use: these are stand-ins" * stand_in),
+        "of the fitted sets" + ("; models of any use: these are stand-ins" * stand_in)
+        + (f"; finding what its loss was not seen to punish ({', '.join(blind)})" if blind else ""),
         new_sources=jack, held_out=held, permutation_p=test.p,
         base={"id": base["id"], "revision": base["revision"], "stand_in": stand_in},
     )  # fmt: skip

@@ -57,6 +57,7 @@ from IPython.display import Markdown
 from statsmodels.stats.proportion import proportion_confint
 
 from instructmining import claims, figures, tables
+from instructmining.experiments import planted_defects
 from instructmining.reports import card_markdown
 from instructmining.simulation import null_r2
 from instructmining.study import Study
@@ -272,9 +273,13 @@ Markdown(f"{words}\n{at}")
 # ## The card
 #
 # The rule goes out with everything that is needed to use it, or to refuse to.
+# What the loss does not see, a rule fitted to it can't find: the card names the ways of making answers worse that the loss was not seen to punish (notebook 12 shows them by dose).
 
 # %%
-card = tables.rule_card(study, fit, jackknife, held, tests[0])
+blind = []
+if planted_defects.has_doses(study.profile):
+    blind = planted_defects.unseen_kinds(planted_defects.dose_shares(planted_defects.dose_runs(study)))
+card = tables.rule_card(study, fit, jackknife, held, tests[0], blind)
 card.save(study.folder / "rule.json")
 study.record_claim("rule_predicts", **claims.rule_claim(fit, tests[0], noise))
 study.record_claim("rule_transfers", **claims.transfer_claim(over))
