@@ -154,10 +154,10 @@ def _against(effects: pd.DataFrame, versus: str) -> str:
         size, ends = abs(row.effect), sorted((row.low, row.high), key=abs)
         sign = 1 if row.effect > 0 else -1
         ends = sorted(sign * end / row.spread for end in ends)
-        told.append(f"{word} the loss by {size / row.spread:.2f} [{ends[0]:.2f}, {ends[1]:.2f}] of "
-                    f"the spread between collections ({size:.3f} nats), averaged over "
-                    f"{row.averaging}")  # fmt: skip
-    return " and ".join(told) or "were not compared"
+        told.append(f"{word} the loss averaged over {row.averaging} by {size / row.spread:.2f} "
+                    f"[{ends[0]:.2f}, {ends[1]:.2f}] of the spread between collections "
+                    f"({size:.3f} nats)")  # fmt: skip
+    return ", and ".join(told) or "were not compared"
 
 
 def _followed(effects: pd.DataFrame) -> str:
@@ -165,9 +165,9 @@ def _followed(effects: pd.DataFrame) -> str:
     if change.empty:
         return ""
     value = change.iloc[0]
-    word = "more" if value > 0.01 else "less" if value < -0.01 else "as much as before"
-    return (f"The model heeds its prompt {word}: under another prompt its answers cost "
-            f"{value:+.3f} nats more than after random rows.")  # fmt: skip
+    word = "more" if value > 0.01 else "less" if value < -0.01 else "as much as after random rows"
+    return (f"The model heeds its prompt {word}: what an answer costs more under another prompt "
+            f"changes by {value:+.3f} nats.")  # fmt: skip
 
 
 def _claims(verdict: pd.DataFrame) -> str:
