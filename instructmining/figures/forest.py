@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 
 from .style import BLUE, INK, MUTED, ORANGE, PAPER, WIDTH, rows_axis, styled
 
-AVERAGING = {"prompts": (BLUE, -0.12), "tokens": (ORANGE, 0.12)}  # colour, shift in the row
-MATCHED_SHIFT = 0.30  # the hollow marks stand this much lower than their filled ones
+AVERAGING = {"prompts": (BLUE, -0.16), "tokens": (ORANGE, 0.0)}  # colour, place in the row
+MATCHED_SHIFT = 0.34  # the hollow marks stand this much lower than their filled ones
+TICKS = -0.36  # place of the grey ticks in the row, above all marks
 
 
 @styled("pool", "versus", "averaging", "effect", "low", "high", "spread", "relevance")
@@ -23,19 +24,20 @@ def plot_forest(effects: pd.DataFrame) -> Figure:
     """
     pools = list(dict.fromkeys(effects["pool"]))
     unit = effects.groupby("averaging")["spread"].first()
-    figure, ax = plt.subplots(figsize=(WIDTH, 1.1 + 0.62 * len(pools)))
+    figure, ax = plt.subplots(figsize=(WIDTH, 1.1 + 0.78 * len(pools)))
     for row, pool in enumerate(pools):
         part = effects[effects["pool"] == pool]
         for one in part.itertuples():
             colour, shift = AVERAGING[one.averaging]
-            y = row + shift + (MATCHED_SHIFT if one.versus != "random" else 0) - 0.1
+            y = row + shift + (MATCHED_SHIFT if one.versus != "random" else 0)
             _mark(ax, one, y, colour, pool == pools[-1] and len(pools) > 1)
         first = part[(part["versus"] == "random") & (part["averaging"] == "prompts")].iloc[0]
         for name in ("base", "worst"):
             if np.isfinite(first.get(name, np.nan)):
-                ax.plot(first[name] / first["spread"], row, "|", color=MUTED, ms=11, mew=1.3)
-                ax.annotate(name, (first[name] / first["spread"], row), (0, 7), ha="center",
-                            textcoords="offset points", color=MUTED, fontsize=7)  # fmt: skip
+                place = first[name] / first["spread"], row + TICKS
+                ax.plot(*place, "|", color=MUTED, ms=8, mew=1.3)
+                ax.annotate(name, place, (4, 0), va="center", textcoords="offset points",
+                            color=MUTED, fontsize=7)  # fmt: skip
         ax.annotate(f"{first['relevance']:+.3f}", (1.01, row), xycoords=("axes fraction", "data"),
                     va="center", color=INK, fontsize=8)  # fmt: skip
     ax.axvline(0, color=INK, lw=0.9)
