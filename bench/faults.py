@@ -32,7 +32,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-ROWS, RUNS, SIZES, TOP = 300, 6, 3, 40
+# rows of a file, finetunes, sizes, rows selected; a test asks the stages' processes for fewer
+ROWS, RUNS, SIZES, TOP = map(int, os.environ.get("FAULTS_SIZES", "300,6,3,40").split(","))
 SECRET = "hf_plantedSECRETplantedSECRET"
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ["seconds", "peak_memory_bytes", "attempt"]  # of no two executions the same

@@ -76,7 +76,7 @@ def per_example(
 
 
 def body_of(example: Mapping[str, Sequence[float]], name: str) -> np.ndarray:
-    """nll or tokens of the answers' body by prompt: first token and the one that ends it left out."""
+    """nll or tokens of the answers' body by prompt: without first token and end mark."""
     return np.array(example[name], float) - sum(
         np.nan_to_num(np.array(example[f"{name}_{part}"], float)) for part in ("first", "eos")
     )

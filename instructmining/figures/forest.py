@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .style import BLUE, INK, MUTED, ORANGE, PAPER, WIDTH, rows_axis, styled
 
@@ -46,9 +47,10 @@ def plot_forest(effects: pd.DataFrame) -> Figure:
                   "(right of 0: the selected rows are better)")  # fmt: skip
     scale = unit["prompts"]
     above = ax.secondary_xaxis("top", functions=(lambda x: x * scale, lambda x: x / scale))
+    above.xaxis.set_major_locator(MaxNLocator(6, prune="both"))
     above.set_xlabel("nats a token (mean over prompts)")
-    ax.annotate("heeds the\nprompt more\nby (nats)", (1.01, 1.0), xycoords="axes fraction",
-                va="bottom", fontsize=7, color=MUTED)  # fmt: skip
+    ax.annotate("heeds the\nprompt more\nby (nats)", (1.01, 1.0), (0, 18), va="bottom", fontsize=7,
+                xycoords="axes fraction", textcoords="offset points", color=MUTED)  # fmt: skip
     for name, (colour, _) in AVERAGING.items():
         ax.plot([], [], "o", color=colour, label=f"loss averaged over {name}")
     if (effects["versus"] != "random").any():

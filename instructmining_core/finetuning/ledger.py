@@ -209,7 +209,8 @@ def tidy(records: Sequence[Record]) -> pd.DataFrame:
     finetune_method, base, dtype, init_seed, order_seed, machine (GPU, or processor and cores),
     threads, commit, then for each evaluation set, in nats per token, `loss_<e>` (mean over
     prompts) and `loss_<e>_token` (over tokens), both over the answers' body,
-    `loss_<e>_whole`, `loss_<e>_first64`, `loss_<e>_without_eos`, `first_token_<e>`, `end_of_text_<e>`, `effective_n_<e>`; `base_<e>` and
+    `loss_<e>_whole`, `loss_<e>_first64`, `loss_<e>_without_eos`, `first_token_<e>`,
+    `end_of_text_<e>`, `effective_n_<e>`; `base_<e>` and
     `base_<e>_token` are the base's own, and where a run was evaluated by epoch `loss_<e>_epoch1`
     and so on (mean over prompts). `relevance` (and `base_relevance`) is what eval_1's answers cost
     more under another prompt than under their own. `accuracy_<t>` and `accuracy_<t>_norm` are

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -17,11 +19,10 @@ def from_the_checkout(monkeypatch):
 
 
 def test_nothing_is_lost_doubled_or_wrong(monkeypatch, capsys):
+    monkeypatch.setenv("FAULTS_SIZES", "60,2,3,8")  # for the processes of the stages as well
     from bench import faults
 
-    monkeypatch.setattr(faults, "ROWS", 60)
-    monkeypatch.setattr(faults, "RUNS", 2)
-    monkeypatch.setattr(faults, "TOP", 8)
+    faults = importlib.reload(faults)
     table = faults.campaign(kill_count=5, tries=1)
     told = capsys.readouterr().err
     assert not table[["lost", "doubled", "wrong"]].to_numpy().any(), told
@@ -38,7 +39,7 @@ def test_what_is_lost_doubled_or_other_is_counted(tmp_path):
     own = object.__new__(Campaign)
     own.tables = {"sweep": frame}
     found = {"lost": frame.iloc[:2], "doubled": pd.concat([frame, frame.iloc[:1]]),
-             "wrong": frame + [[0], [0], [1e-9]], "same": frame}
+             "wrong": frame + np.array([[0], [0], [1e-9]]), "same": frame}
     for kind, result in found.items():
         row = Row("a fault", "sweep", "")
         with pytest.MonkeyPatch.context() as patch:

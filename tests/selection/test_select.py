@@ -151,7 +151,8 @@ def test_auto_is_the_size_on_the_card():
 
 
 POOL = dict(
-    ppl=[5.0, np.nan, 2.0, 9.0], reward=[0.1, 0.9, 0.5, 0.2], compression=[1.0, 3.0, 2.0, 0.5]
+    ppl=[5.0, np.nan, 2.0, 9.0], reward=[0.1, 0.9, 0.5, 0.2], compression=[1.0, 3.0, 2.0, 0.5],
+    ifd=[0.5, 0.9, 0.7, 1.2],
 )
 
 
@@ -166,6 +167,7 @@ def test_baselines_take_the_right_end_of_each_column():
     assert found["full"] == ["r0", "r1", "r2", "r3"]
     assert len(set(found["random"])) == 2
     assert found["shortest"] == ["r0", "r2"]
+    assert choose_rows(pool, "worst", 2, rule=rule(len_out=1.0))["id"].tolist() == ["r1", "r3"]
 
 
 def test_choose_selected_is_the_ranking():
@@ -192,7 +194,7 @@ def test_choose_counts_duplicates_once_and_unread_rows_not_at_all():
 
 
 def test_unknown_methods_and_columns_are_told():
-    with pytest.raises(InstructMiningError, match="unknown method 'best'; known: selected, random"):
+    with pytest.raises(InstructMiningError, match="unknown method 'best'; known: selected, worst"):
         choose_rows(table([1.0]), "best", 1)
     with pytest.raises(InstructMiningError, match="needs the column 'ppl'"):
         choose_rows(table([1.0]), "lowest_ppl", 1)

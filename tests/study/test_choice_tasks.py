@@ -98,9 +98,11 @@ def test_a_missing_file_of_pairs_is_named():
         questions_of(source, DataConfig(), Path("/"))
 
 
-def test_the_presets_that_are_published_ask_nothing_new():
-    assert load_profile("laptop").data.choices == ()
-    assert [one.name for one in load_profile("smoke").data.choices] == ["docstrings"]
+def test_what_presets_ask_of_every_run():
+    asked = {name: [one.name for one in load_profile(name).data.choices]
+             for name in ("smoke", "laptop", "replication", "paper")}
+    assert asked["smoke"] == asked["laptop"] == ["docstrings"] and asked["paper"] == []
+    assert asked["replication"] == ["docstrings", "preferences"]
 
 
 def test_difference_is_paired_by_question():

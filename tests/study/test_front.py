@@ -80,6 +80,6 @@ def test_the_page_answers_first_and_escapes_what_it_is_given(sweep):
     page = front.front_page(effects, verdict)
     first = page.splitlines()[0]
     assert first.endswith("Yes: the rows that it picks lower the loss.")
-    assert "<script>" not in page and "of the same length they lower the loss by" in page
+    assert "<script>" not in page and "of the same length they lower the loss averaged" in page
     assert page.count("\n| ") == len(verdict) - 1 + 2 and "x / y" in page
     assert "heeds its prompt more" in page

@@ -66,7 +66,8 @@ def test_a_stage_runs_once_and_a_change_runs_it_and_what_follows(house):
 def test_a_stage_depends_on_the_modules_that_it_imports_and_on_no_others(house):
     notebook = house / "notebooks" / "01_first.ipynb"
     script = notebook.with_suffix(".py")
-    script.write_text("from instructmining import figures, pilot\n"
+    script.write_text("from instructmining import figures\n"
+                      "from instructmining.experiments import pilot\n"
                       "from instructmining_core import select")
 
     def used(**more):
