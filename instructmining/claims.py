@@ -33,7 +33,11 @@ def percent(value: float, low: float, high: float) -> str:
     '-1.2 % [-2.0, -0.4]'
     >>> percent(-0.0029, -0.0033, -0.0026)
     '-0.29 % [-0.33, -0.26]'
+    >>> percent(0.004, float("nan"), float("nan"))
+    '+0.4 % (one run a side, no interval)'
     """
+    if not np.isfinite([low, high]).all():
+        return f"{100 * value:+.1f} % (one run a side, no interval)"
     digits = 2 if high - low < 0.002 else 1
     value, low, high = (f"{100 * x:+.{digits}f}" for x in (value, low, high))
     return f"{value} % [{low}, {high}]"

@@ -137,12 +137,12 @@ def front_page(effects: pd.DataFrame, verdict: pd.DataFrame) -> str:
         f"{ANSWERS[verdict_of(effects, 'random')]}.", "",
         f"A rule was fitted to {escape(facts['rule'], quote=False)}, and picked rows from "
         f"{escape(facts['pools'], quote=False)}; {escape(facts['base'], quote=False)} was "
-        "finetuned on them and on rows drawn at random.",
-        f"Against random rows they {_against(effects, 'random')}.",
+        "finetuned on them and on rows drawn at random.", "",
+        f"- Against random rows they {_against(effects, 'random')}.",
     ]  # fmt: skip
     if (effects["versus"] == MATCHED).any():
-        lines.append(f"Against random rows of the same length they {_against(effects, MATCHED)}.")
-    lines += [_followed(effects), "Whether answers are true this study cannot tell.", ""]
+        lines.append(f"- Against random rows of the same length they {_against(effects, MATCHED)}.")
+    lines += [_followed(effects), "- Whether answers are true this study cannot tell.", ""]
     return "\n".join(lines) + "\n" + _claims(verdict)
 
 
@@ -166,7 +166,7 @@ def _followed(effects: pd.DataFrame) -> str:
         return ""
     value = change.iloc[0]
     word = "more" if value > 0.01 else "less" if value < -0.01 else "as much as after random rows"
-    return (f"The model heeds its prompt {word}: what an answer costs more under another prompt "
+    return (f"- The model heeds its prompt {word}: what an answer costs more under another prompt "
             f"changes by {value:+.3f} nats.")  # fmt: skip
 
 
