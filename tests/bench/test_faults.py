@@ -19,7 +19,7 @@ def from_the_checkout(monkeypatch):
 
 
 def test_nothing_is_lost_doubled_or_wrong(monkeypatch, capsys):
-    monkeypatch.setenv("FAULTS_SIZES", "60,2,3,8")  # for the processes of the stages as well
+    monkeypatch.setenv("FAULTS_SIZES", "270,2,3,8")  # for the processes of the stages as well
     from bench import faults
 
     faults = importlib.reload(faults)
@@ -29,7 +29,8 @@ def test_nothing_is_lost_doubled_or_wrong(monkeypatch, capsys):
     assert set(table["fault"]) >= {"kill -9 at a random moment", "full disk", "read-only results",
                                    "two processes on one folder", "memory limit"}
     assert table.loc[table["fault"] == "kill -9 at a random moment", "injected"].sum() >= 5
-    assert (table["injected"] > 0).all()
+    others = table[table["fault"] != "kill -9 at a random moment"]  # five kills reach some stages
+    assert (others["injected"] > 0).all()
 
 
 def test_what_is_lost_doubled_or_other_is_counted(tmp_path):
