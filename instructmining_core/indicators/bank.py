@@ -68,7 +68,8 @@ class ScoreCache:
                 (name, json.dumps(list(row_hashes))),
             ).fetchall()
         for row, data, reasons, checksum in found:
-            if checksum != _checksum(name, row, data, reasons):
+            # SQLite keeps text or nothing in any column, so a damaged byte may change the type
+            if type(data) is not bytes or checksum != _checksum(name, row, data, reasons):
                 raise self._damaged(f"the checksum of row {row} is wrong")
         found = [(row, unpack(f"<{len(data) // 8}d", data), why) for row, data, why, _ in found]
         return {

@@ -162,3 +162,12 @@ def test_a_locked_or_unwritable_file_is_named(tmp_path, monkeypatch):
         cache.add(KEY, numbered(["a"]))
     other.execute("ROLLBACK")
     cache.add(KEY, numbered(["a"]))
+
+
+def test_numbers_that_became_text_are_damage(tmp_path):
+    """What the fuzzer found: SQLite keeps any type in any column."""
+    ScoreCache(tmp_path).add(KEY, {"a": ((1.0,), ("",))})
+    with sqlite3.connect(tmp_path / FILE) as file:
+        file.execute("UPDATE scores SET data = 'text'")
+    with pytest.raises(InstructMiningError, match="damaged .the checksum of row a is wrong"):
+        ScoreCache(tmp_path).get(KEY, ["a"])
