@@ -14,11 +14,11 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-from instructmining_core.config import ProfileError
 from instructmining_core.data.choices import Question
 from instructmining_core.finetuning.ledger import Ledger
 
 from .profile import DataConfig, SourceConfig
+from .study_data import read_pairs
 
 Tasks = Mapping[str, Sequence[Question]]  # by the task's name
 
@@ -40,11 +40,7 @@ def questions_of(
     if source.where == EMBEDDED:
         found = docstring_questions(data.seed)
     else:
-        path = root / data.folder / source.where
-        if not path.exists():
-            hint = source.how_to_get or "Set data.folder to the folder that holds it."
-            raise ProfileError(f"{source.name}: there is no file {path}. {hint}")
-        found = preference_questions(pd.read_json(path, lines=True), data.seed)
+        found = preference_questions(read_pairs(source, data, root), data.seed)
     known = {_asked(messages[0]["content"]) for messages in trained}
     found = [one for one in found if one.prompt not in known]
     return found[: source.take or None]
@@ -86,18 +82,18 @@ def docstring_questions(seed: int) -> list[Question]:
 def preference_questions(pairs: pd.DataFrame, seed: int) -> list[Question]:
     """Which of two answers is preferred? One pair a prompt, in an order drawn by seed.
 
-    pairs : columns prompt (with `Human:` and `Assistant:` marks), chosen, rejected. Kept are those
-    of one turn whose answers are short and of nearly the same length, so that length hardly tells.
+    pairs : from `study_data.read_pairs`. Kept are those of one turn whose answers are short and of
+    nearly the same length, so that length hardly tells.
     """
     rng, found = np.random.default_rng(seed), {}
-    told = pairs[["prompt", "chosen", "rejected"]].astype(str).to_numpy()
-    for prompt, *answers in told[rng.permutation(len(told))]:
-        asked = prompt.removesuffix("\n\nAssistant:").removeprefix("\n\nHuman:").strip()
+    for i in rng.permutation(len(pairs)):
+        prompt, *answers = pairs.loc[i, ["prompt", "chosen", "rejected"]]
+        asked = prompt[0]["content"].strip()
         better, worse = (" ".join(text.split()) for text in answers)
         longest = max(len(text.split()) for text in (asked, better, worse))
         sizes = sorted((len(better), len(worse)))
-        if ("\n\nAssistant:" in asked or longest > ANSWER_WORDS or better == worse
-                or not sizes[0] or sizes[1] > NEAR * sizes[0]):  # fmt: skip
+        if (len(prompt) > 1 or longest > ANSWER_WORDS or better == worse
+                or sizes[1] > NEAR * sizes[0]):  # fmt: skip
             continue
         right = int(rng.integers(2))
         texts = (worse, better) if right else (better, worse)

@@ -40,7 +40,7 @@ def gate_effects(runs: pd.DataFrame, sweep: pd.DataFrame) -> pd.DataFrame:
     Columns pool (the last ones `POOLED`), versus ("random" or "matched"), averaging, effect, low,
     high (nats; 95 %, Welch over repeats; of all pools t over pools, so for other pools like these),
     n, n_versus (finetunes), spread (nats); for the figure's grey ticks `base` and `worst`, random
-    minus these, and `relevance`, selected minus `versus`, in nats.
+    minus these, and `relevance`, selected minus `versus`, in nats, over all pools with its ends.
     """
     rows = []
     for averaging, loss in AVERAGINGS.items():
@@ -76,10 +76,12 @@ def _pool(pool: str, part: pd.DataFrame, loss: str, versus: str) -> dict:
 
 def _together(pools: pd.DataFrame) -> dict:
     """The mean over pools; no interval where one of them has a single finetune."""
-    means = pools[["effect", "base", "worst", "relevance"]].mean()
-    found = {"pool": POOLED, **means, **pools[["n", "n_versus"]].sum(), "low": np.nan}
-    if pools["low"].notna().all():
-        found["low"], found["high"] = DescrStatsW(pools["effect"]).tconfint_mean(ALPHA)
+    found = {"pool": POOLED, **pools[["effect", "base", "worst", "relevance"]].mean(),
+             **pools[["n", "n_versus"]].sum()}  # fmt: skip
+    known = pools["low"].notna().all()
+    for column, start in (("effect", ""), ("relevance", "relevance_")):
+        ends = DescrStatsW(pools[column]).tconfint_mean(ALPHA) if known else (np.nan, np.nan)
+        found[f"{start}low"], found[f"{start}high"] = ends
     return found
 
 
@@ -161,13 +163,13 @@ def _against(effects: pd.DataFrame, versus: str) -> str:
 
 
 def _followed(effects: pd.DataFrame) -> str:
-    change = effects.loc[(effects["pool"] == POOLED) & (effects["versus"] == "random"), "relevance"]
-    if change.empty:
-        return ""
-    value = change.iloc[0]
-    word = "more" if value > 0.01 else "less" if value < -0.01 else "as much as after random rows"
+    whole = effects[(effects["pool"] == POOLED) & (effects["versus"] == "random")]
+    if whole.empty or whole["relevance_low"].isna().all():
+        return "- Whether the model heeds its prompt more or less was not measured often enough."
+    value, low, high = whole[["relevance", "relevance_low", "relevance_high"]].iloc[0]
+    word = "more" if low > 0 else "less" if high < 0 else "as much, as far as this run can tell"
     return (f"- The model heeds its prompt {word}: what an answer costs more under another prompt "
-            f"changes by {value:+.3f} nats.")  # fmt: skip
+            f"changes by {value:+.3f} [{low:+.3f}, {high:+.3f}] nats.")  # fmt: skip
 
 
 def _claims(verdict: pd.DataFrame) -> str:

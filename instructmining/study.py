@@ -208,7 +208,7 @@ class Study:
             standins=self.standins(*roles.values()),
             reward_form=self.profile.models.reward_form,
             template=self.profile.finetune.template,
-            keep_layers=self.profile.finetune.layers,
+            keep_layers=self.profile.finetune.layers if roles["base"] == roles["ppl"] else 0,
         )
         rows = self.data.candidates
         size = min(self.profile.models.reference_rows, len(rows))

@@ -19,6 +19,7 @@ from instructmining_core.data.duplicates import (
     word_runs,
 )
 from instructmining_core.data.fields import Messages, is_answer
+from instructmining_core.data.formats import conversations
 from instructmining_core.data.records import iter_rows, read_records, row_hash, with_row_hash
 from instructmining_core.models.heads import head_rows
 
@@ -83,12 +84,7 @@ def read_source(source: SourceConfig, data: DataConfig, root: Path) -> pd.DataFr
     `cleaned` what was cleaned.
     Raises ProfileError, with the way to get the file, when a file is missing.
     """
-    where: str | Path = source.where
-    if data.kind == "files" or Path(source.where).suffix in FILES:
-        where = root / data.folder / source.where
-        if not where.exists():
-            hint = source.how_to_get or "Set data.folder to the folder that holds it."
-            raise ProfileError(f"{source.name}: there is no file {where}. {hint}")
+    where = _place(source, data, root)
     table, problems = read_records(where, source=source.name, on_error="collect")
     if source.records:
         first, past = source.records
@@ -149,6 +145,34 @@ def _one_label(table: pd.DataFrame, where: str | Path, template: str) -> np.ndar
     by_template = answers.groupby([named[row] for row in table["row"]])
     labels, rows = (by_template.transform(what).to_numpy() for what in ("nunique", "size"))
     return (labels == 1) & (rows >= ONE_LABEL_OF)
+
+
+def read_pairs(source: SourceConfig, data: DataConfig, root: Path) -> pd.DataFrame:
+    """Pairs of answers to one prompt: columns prompt (messages), chosen, rejected, index from 0.
+
+    Records of any form that has `chosen` and `rejected`; left out are those where either has no
+    answer of its own. Raises ProfileError, with the way to get the file, when it is missing.
+    """
+    rows = []
+    for _, raw, found in iter_rows(_place(source, data, root)):
+        if not found or not raw.value.get("rejected"):
+            continue
+        other = conversations({**raw.value, "chosen": raw.value["rejected"]})[0][0]
+        (*prompt, chosen), rejected = found[0], other[-1]
+        if rejected["content"].strip() not in ("", chosen["content"].strip()):
+            rows.append((prompt, chosen["content"].strip(), rejected["content"].strip()))
+    return pd.DataFrame(rows, columns=["prompt", "chosen", "rejected"])
+
+
+def _place(source: SourceConfig, data: DataConfig, root: Path) -> str | Path:
+    """A source's file, which must be there, or its name on the hub."""
+    if data.kind != "files" and Path(source.where).suffix not in FILES:
+        return source.where
+    path = root / data.folder / source.where
+    if not path.exists():
+        hint = source.how_to_get or "Set data.folder to the folder that holds it."
+        raise ProfileError(f"{source.name}: there is no file {path}. {hint}")
+    return path
 
 
 def read_exams(data: DataConfig, root: Path) -> tuple[dict[str, pd.DataFrame], list[dict]]:

@@ -13,16 +13,14 @@ import pandas as pd
 from instructmining_core.config import InstructMiningError, ModelRef
 from instructmining_core.data.duplicates import without_copies_of
 from instructmining_core.data.fields import Messages
-from instructmining_core.data.formats import conversations
-from instructmining_core.data.records import iter_rows, row_hash, with_row_hash
+from instructmining_core.data.records import row_hash, with_row_hash
 from instructmining_core.files import root, write_json
 from instructmining_core.regression.rule_card import RuleCard
 from instructmining_core.selection import judge
 from instructmining_core.selection.served_model import ServedModel
 
-from ..profile import SourceConfig
 from ..study import PlannedRun, Study
-from ..study_data import read_source
+from ..study_data import read_pairs, read_source
 from .comparisons import draw_prompts, repeated, size_pool
 
 SIDES = ("selected", "random")
@@ -107,7 +105,7 @@ def preference_sets(study: Study) -> dict[str, pd.DataFrame]:
     Those that the profile names, and of the embedded corpus its planted defects.
     """
     config, data = study.profile.judge, study.profile.data
-    found = {source.name: _preferences(source, study) for source in config.checks}
+    found = {one.name: read_pairs(one, data, root()) for one in config.checks}
     if data.kind == "embedded":
         found[PLANTED] = _planted(study)
     for name, pairs in found.items():
@@ -118,20 +116,6 @@ def preference_sets(study: Study) -> dict[str, pd.DataFrame]:
                            random_state=data.seed).reset_index(drop=True)
         for name, pairs in found.items()
     }  # fmt: skip
-
-
-def _preferences(source: SourceConfig, study: Study) -> pd.DataFrame:
-    """Records with `chosen` and `rejected`; left out where either has no answer of its own."""
-    rows = []
-    beside = root() / study.profile.data.folder / source.where
-    for _, raw, found in iter_rows(beside if beside.exists() else source.where):
-        if not found or not raw.value.get("rejected"):
-            continue
-        other = conversations({**raw.value, "chosen": raw.value["rejected"]})[0][0]
-        (*prompt, chosen), rejected = found[0], other[-1]
-        if rejected["content"].strip() not in ("", chosen["content"].strip()):
-            rows.append((prompt, chosen["content"].strip(), rejected["content"].strip()))
-    return pd.DataFrame(rows, columns=["prompt", "chosen", "rejected"])
 
 
 def _planted(study: Study) -> pd.DataFrame:

@@ -67,15 +67,17 @@ def repeat_runs(study: Study, count: int, *, dtype: str, threads: int) -> pd.Dat
     config = specs[0].finetune
     rows = study.encoded_rows(lm, config, {h for spec in specs for h in spec.row_hashes})
     own = torch.get_num_threads()
-    torch.set_num_threads(threads or own)
     kept = Ledger(study.folder / "again" / f"{dtype}-{threads or own}")
     exams = [tuple(name for name in spec.evals if not name.startswith(CHOICES)) for spec in specs]
-    again = pd.concat([
-        run_sweep([spec for spec, its in zip(specs, exams, strict=True) if its == names], lm, rows,
-                  study.encoded_evals(lm, config, names), kept, workers=0, progress=True)
-        for names in dict.fromkeys(exams)
-    ]).set_index("run_id").loc[[spec.run_id for spec in specs]].reset_index()  # fmt: skip
-    torch.set_num_threads(own)
+    torch.set_num_threads(threads or own)
+    try:
+        again = pd.concat([
+            run_sweep([spec for spec, its in zip(specs, exams, strict=True) if its == names], lm,
+                      rows, study.encoded_evals(lm, config, names), kept, workers=0, progress=True)
+            for names in dict.fromkeys(exams)
+        ]).set_index("run_id").loc[[spec.run_id for spec in specs]].reset_index()  # fmt: skip
+    finally:
+        torch.set_num_threads(own)
     table = first.reindex(columns=NAMES)
     for name in (*MADE_WITH, *LOSSES):
         table[f"{name}_first"], table[f"{name}_again"] = first[name], again[name]

@@ -12,6 +12,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -112,10 +113,8 @@ class Models:
             raise InstructMiningError(f"unknown role {unknown}; known: {', '.join(ROLES)}")
         self.refs = dict(refs)
         self.standins = Path(standins) if standins is not None else None
-        self.device = device
-        self.reward_form = reward_form
-        self.template = template
-        self.keep_layers = keep_layers
+        self.device, self.reward_form = device, reward_form
+        self.template, self.keep_layers = template, keep_layers
         self.asked: frozenset[str | None] = frozenset()  # roles of the indicators that are wanted
         self.opened: dict[str, Any] = {}
         self._described: dict[str | None, dict[str, Any]] = {}
@@ -123,7 +122,10 @@ class Models:
     def open(self, role: str | None) -> Any:
         """The opened model of a role; None for a role without one."""
         if role not in self.opened and role in self.refs:
-            self.opened[role] = self._load(role)
+            self.opened[role] = one = self._load(role)
+            if hasattr(one, "reads"):  # a head: its pass also keeps what finetuning will need
+                layers = self.keep_layers if one.reads(self.describe("ppl")) else 0
+                one.lm.pooled.keep_below(layers)
         return self.opened.get(role)
 
     def describe(self, role: str | None) -> dict[str, Any]:
@@ -164,9 +166,10 @@ class Models:
 
     def _read_by_a_head(self) -> LM | None:
         """The base of an asked head, where it is the model of perplexity: one pass for both."""
-        for role in sorted(self.asked & {"reward", "unieval"}):
-            if self.refs[role].id.startswith(HEAD_PREFIX):
-                return self.open(role).shared_base(self.describe("ppl"), self.keep_layers)
+        for one in sorted(self.asked & {"reward", "unieval"}):
+            head = self.open(one) if self.refs[one].id.startswith(HEAD_PREFIX) else None
+            if head and head.reads(self.describe("ppl")):
+                return head.lm
         return None
 
     def _describe(self, role: str | None) -> dict[str, Any]:
@@ -198,9 +201,8 @@ class Models:
         folder = hub.fetch(resolved).folder
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         own = self.reward_form in ("", form_of(config))
-        return {"note": note_of(config, self.reward_form)} | (
-            {} if own else {"form": self.reward_form}
-        )
+        form = {} if own else {"form": self.reward_form}
+        return {"note": note_of(config, self.reward_form)} | form
 
 
 class Scorer:
@@ -250,11 +252,9 @@ class Scorer:
         Raises InstructMiningError for a pool-relative indicator without a reference.
         """
         rows = _parsed(table)
-        if isinstance(progress, bool):
-            with job_bar(len(rows.conversations), show=progress) as bar:
-                columns = self._columns(rows, bar)
-        else:
-            columns = self._columns(rows, progress)
+        with (job_bar(len(rows.conversations), show=progress) if isinstance(progress, bool)
+              else nullcontext(progress)) as bar:  # fmt: skip
+            columns = self._columns(rows, bar)
         out = self._identity_columns(rows)
         reasons = [{"row": c.problem} if c.problem else {} for c in rows.conversations]
         for name, column in columns.items():

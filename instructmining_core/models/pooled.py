@@ -51,24 +51,17 @@ class OpenHead(LoadedModel):
 
     def scores(self, rows: Sequence[Encoded]) -> tuple[np.ndarray, list[str]]:
         """Scores of answers, shape (n, columns), NaN where the reason beside it is not ""."""
-        found, reasons = Pooled(self.lm, self.file.layers).features(rows)
+        found, reasons = self.lm.pooled.features(rows)
         width = len(found.T) - len(READINGS)
         kept = [width + READINGS.index(name) for name in self.file.readings]
         return self.file(found[:, [*range(width), *kept]]), reasons
 
-    def shared_base(self, about: Mapping[str, Any], keep_layers: int) -> LM | None:
-        """The base, to be read for perplexity in the head's own pass; None if it is another model.
-
-        about : revision, dtype and template (its version) of the model of perplexity
-        keep_layers : keep what enters so many top layers as well (`trunk.Trunk`); 0: do not
-        """
+    def reads(self, about: Mapping[str, Any]) -> bool:
+        """Whether its base is this model: revision, dtype and template (its version) are alike."""
         dtype = str(self.lm.dtype).removeprefix("torch.")
         template = template_version(self.lm.tokenizer, self.lm.template)
         own = {"revision": self.lm.resolved.revision, "dtype": dtype, "template": template}
-        if any(about[name] != value for name, value in own.items()):
-            return None
-        self.lm.pooled = Pooled(self.lm, self.file.layers, open_trunk(self.lm, keep_layers))
-        return self.lm
+        return all(about.get(name) == value for name, value in own.items())
 
 
 def open_head(ref: ModelRef, columns: Sequence[str], *, device: str | None = None) -> OpenHead:
@@ -84,7 +77,7 @@ def open_head(ref: ModelRef, columns: Sequence[str], *, device: str | None = Non
         raise InstructMiningError(
             f"{ref.id} gives {', '.join(head.columns)}; asked for is {', '.join(columns)}")
     device = device or hub.pick_device()
-    lm = _base(head.base, head.base_revision, ref.dtype, device)
+    lm = _base(head.base, head.base_revision, ref.dtype, device, head.layers)
     width = len(head.layers) * lm.config.hidden_size + len(head.readings)
     if max(head.layers) > lm.config.num_hidden_layers or len(head.weights) != width:
         raise InstructMiningError(f"{ref.id} does not fit its base {head.base}")
@@ -93,11 +86,13 @@ def open_head(ref: ModelRef, columns: Sequence[str], *, device: str | None = Non
 
 
 @lru_cache(maxsize=1)
-def _base(name: str, revision: str, dtype: str, device: str) -> LM:
+def _base(name: str, revision: str, dtype: str, device: str, layers: tuple[int, ...]) -> LM:
+    """The base of the heads that read these layers, with what they share of it."""
     lm = load_lm(ModelRef(name, dtype=dtype), device, template="chat")
     if lm.resolved.revision != revision:
         raise InstructMiningError(
             f"the head was trained on {name} {revision}, and here it is {lm.resolved.revision}")
+    lm.pooled = Pooled(lm, layers)
     return lm
 
 
@@ -107,15 +102,19 @@ class Pooled:
     layers : decoder layers, counted from 1, whose outputs are averaged over an answer's tokens
     A kept row is of shape (`width`,), float32: the means, layer by layer, then `READINGS`. Its key
     is the base's identity, the dtype and the row's token ids, so template and length count too.
-    trunk : its states are kept of the same pass
+    trunk : `keep_below`'s; what it keeps of a row is of the same pass
     """
 
-    def __init__(self, lm: LM, layers: Sequence[int], trunk: Trunk | None = None) -> None:
-        self.lm, self.layers, self.trunk = lm, tuple(layers), trunk
+    def __init__(self, lm: LM, layers: Sequence[int]) -> None:
+        self.lm, self.layers, self.trunk = lm, tuple(layers), None
         self.width = len(self.layers) * int(lm.config.hidden_size) + len(READINGS)
         what = json.dumps([lm.resolved.revision, str(lm.dtype), self.layers, _LAYOUT])
         folder = files.cache() / "pooled" / hashlib.sha256(what.encode()).hexdigest()[:16]
         self.store = StateStore(folder, self.width, np.float32)
+
+    def keep_below(self, layers: int) -> None:
+        """Keep, of the rows computed from now on, what enters the top `layers`; 0: nothing."""
+        self.trunk: Trunk | None = open_trunk(self.lm, layers)
 
     def features(
         self, rows: Sequence[Encoded], *, progress: bool = False

