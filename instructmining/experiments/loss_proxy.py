@@ -19,6 +19,7 @@ from ..study import Study
 from .comparisons import LOSSES
 
 PRIMARY = ("loss_eval_1", "loss_eval_1_token")  # the co-primary losses
+WHOSE = {"all": "all", "sweep": "the sweep's"}  # models, in words
 LEAST = 5  # models, or sources, that an interval rests on
 
 
@@ -108,24 +109,33 @@ def damage_costs(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def proxy_claim(table: pd.DataFrame) -> dict[str, str]:
-    """Does a lower loss go with better answers? Over all models; `correlations`.
+    """Does a lower loss go with better answers? From `correlations`.
 
-    It holds for a task where both intervals of both losses on the first evaluation set lie below 0.
+    It holds for a task where both intervals of both losses on the first evaluation set lie below 0;
+    asked of all models and of the sweep's alone, since models of damaged or tiny sets may carry the
+    whole of a correlation.
     """
     if table.empty:
         return {"ours": "no run was asked a task (data.choices is empty)", "detectable": "-",
                 "verdict": NOT_ASKED}  # fmt: skip
-    part = table[(table["runs"] == "all") & table["loss"].isin(PRIMARY)]
-    told = []
-    for task, rows in part.groupby("task", sort=False):
-        low, high = rows[["low", "low_sources"]].min(), rows[["high", "high_sources"]].max()
-        word = HOLDS if high.max() < 0 else FAILS if low.min() > 0 else UNDECIDED
-        told.append((task.removeprefix("accuracy_").removesuffix("_norm"),
-                     rows.iloc[0], word if rows.notna().all(axis=None) else UNDECIDED))
-    return {
-        "ours": "; ".join(f"{name}: r = {one.r:+.2f} [{one.low:+.2f}, {one.high:+.2f}], over "
-                          f"sources [{one.low_sources:+.2f}, {one.high_sources:+.2f}]"
-                          for name, one, _ in told) + f", {part['models'].max()} models",
-        "detectable": f"|r| of {np.tanh(2.8 / np.sqrt(max(part['models'].max() - 3, 1))):.2f}",
-        "verdict": "; ".join(f"{name}: {word}" for name, _, word in told),
-    }  # fmt: skip
+    primary, ours, verdicts = table[table["loss"].isin(PRIMARY)], [], []
+    for task, part in primary.groupby("task", sort=False):
+        name, words = task.removeprefix("accuracy_").removesuffix("_norm"), {}
+        for which, rows in part.groupby("runs"):
+            one, words[which] = rows.iloc[0], _word(rows)
+            ours.append(f"{name}, {WHOSE[which]} {one.models} models: r = {one.r:+.2f} "
+                        f"[{one.low:+.2f}, {one.high:+.2f}], over sources "
+                        f"[{one.low_sources:+.2f}, {one.high_sources:+.2f}]")
+        alike = len(set(words.values())) == 1
+        verdicts.append(f"{name}: " + (words["all"] if alike else
+                        f"{words['all']} over all models, {words['sweep']} in the sweep alone"))
+    most = primary["models"].max()
+    return {"ours": "; ".join(ours), "verdict": "; ".join(verdicts),
+            "detectable": f"|r| of {np.tanh(2.8 / np.sqrt(max(most - 3, 1))):.2f}"}
+
+
+def _word(rows: pd.DataFrame) -> str:
+    low, high = rows[["low", "low_sources"]].min(), rows[["high", "high_sources"]].max()
+    if rows.isna().any(axis=None):
+        return UNDECIDED
+    return HOLDS if high.max() < 0 else FAILS if low.min() > 0 else UNDECIDED

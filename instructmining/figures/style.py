@@ -20,9 +20,11 @@ WIDTH = 7.2  # inches, a page of the book
 INK, MUTED, GRID, PAPER = "#24292f", "#6b7280", "#e3e5e8", "#fcfcfb"
 BLUE, ORANGE, GREEN, PURPLE = "#1f6fb2", "#cc7722", "#2a8f6b", "#8250a8"
 RED, TEAL, OLIVE, ROSE, GREY = "#c0392b", "#1b8a9c", "#8a7a1f", "#c45a92", "#7f868f"
+BROWN, SLATE = "#7a4f2b", "#53597a"
 
 METHODS = {
-    "selected": BLUE, "random": GREY, "longest": ORANGE, "lowest_ppl": GREEN, "reward": ROSE,
+    "selected": BLUE, "random": GREY, "longest": ORANGE, "shortest": TEAL, "matched": BROWN,
+    "worst": RED, "ifd": SLATE, "lowest_ppl": GREEN, "reward": ROSE,
     "compression": OLIVE, "full": PURPLE, "BlendSearch": TEAL, "random search": GREY,
     "rule": BLUE, "oracle": INK, "length": ORANGE, "len_out": ORANGE, "ppl": GREEN,
     "log_ppl": GREEN, "perplexity": GREEN,

@@ -164,7 +164,7 @@ def plot_search_trials(trials: pd.DataFrame) -> Figure:
     right.set(xlabel="trial", ylabel="rows in the training set")
     size_axis(right, "y")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.legend(loc="best")
+    figure.legend(loc="outside upper left", ncols=2)
     return figure
 
 

@@ -168,6 +168,15 @@ def test_the_claim_needs_both_losses_and_both_intervals(slope, verdict):
     assert loss_proxy.proxy_claim(table)["verdict"] == verdict
 
 
+def test_a_correlation_that_a_few_damaged_models_carry_is_told_apart():
+    broken = runs(seed=1, each=3).assign(purpose="dose", accuracy_docs_norm=0.2)
+    for loss in ("loss_eval_1", "loss_eval_1_token"):
+        broken[loss] += 3.0
+    claim = loss_proxy.proxy_claim(loss_proxy.correlations(pd.concat([runs(slope=0.0), broken])))
+    assert claim["verdict"] == "docs: holds over all models, undecided in the sweep alone"
+    assert "all 90 models" in claim["ours"] and "the sweep's 72 models" in claim["ours"]
+
+
 def test_without_tasks_the_claim_was_not_asked():
     assert loss_proxy.proxy_claim(pd.DataFrame())["verdict"] == NOT_ASKED
     plain = SimpleNamespace(find=lambda name: name, ledger_of=lambda found: SimpleNamespace(
