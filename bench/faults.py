@@ -216,8 +216,8 @@ class Campaign:
         self.seconds = {}
         for stage in STAGES:
             start = time.perf_counter()
-            if self.run(stage, self.calm) != 0:
-                raise RuntimeError(f"{stage} fails undisturbed: {self.said()}")
+            if (status := self.run(stage, self.calm)) != 0:
+                raise RuntimeError(f"{stage} fails undisturbed ({status}): {self.said()}")
             self.seconds[stage] = time.perf_counter() - start
         self.tables = {stage: result(self.calm, stage) for stage in STAGES}
         self.number = 0
@@ -618,7 +618,11 @@ def secrets(own: Campaign) -> Row:
 def campaign(
     kill_count: int, tries: int, study: int = 0, seed: int = 0, seconds: float = 36_000
 ) -> pd.DataFrame:
-    """The whole table; kill_count : kills in all, tries : of each other fault and stage."""
+    """The whole table; kill_count : kills in all, tries : of each other fault and stage.
+
+    To be called in a process that has computed nothing yet: a child of fork has none of its
+    parent's threads, and may crash where a pool of them was open.
+    """
     os.environ |= {"HF_TOKEN": SECRET, "OPENAI_API_KEY": SECRET, "HF_HUB_OFFLINE": "1"}
     import sentence_transformers  # noqa: F401  (children find it imported)
     import torch
