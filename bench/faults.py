@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm import tqdm
 
 # rows of a file, finetunes, sizes, rows selected; a test asks the stages' processes for fewer
@@ -247,6 +248,9 @@ class Campaign:
             os.dup2(log, 1), os.dup2(log, 2)
             os.chdir(folder)
             os.environ["INSTRUCTMINING_HOME"] = str(folder)
+            # A fork leaves torch's pool to be made anew at its next use: two threads at once, as
+            # the scorer's, race for it ("Invalid thread pool"), so it is made here, by one.
+            torch.set_num_threads(1)
             if before is not None:
                 before()
             code = STAGES[stage](self.world)
@@ -625,7 +629,6 @@ def campaign(
     """
     os.environ |= {"HF_TOKEN": SECRET, "OPENAI_API_KEY": SECRET, "HF_HUB_OFFLINE": "1"}
     import sentence_transformers  # noqa: F401  (children find it imported)
-    import torch
 
     import instructmining.cli.rule
     import instructmining.cli.score
