@@ -8,24 +8,25 @@ from __future__ import annotations
 
 from .data import (
     plot_correlation_map,
+    plot_design_half_widths,
+    plot_dose_shares,
     plot_indicator_distributions,
     plot_loss_by_source,
+    plot_procedure,
+    plot_regime,
+    plot_training_curve,
     plot_two_losses,
 )
-from .design import plot_design_half_widths, plot_procedure, plot_training_curve
-from .forest import plot_forest
-from .regime import plot_dose_shares, plot_regime
-from .rule import (
+from .results import (
     plot_coefficients,
     plot_design_failure,
+    plot_dose_response,
+    plot_forest,
+    plot_judge_bars,
+    plot_loss_proxy,
     plot_predicted_measured,
     plot_regression_panels,
     plot_residual_page,
-)
-from .verdict import (
-    plot_dose_response,
-    plot_judge_bars,
-    plot_loss_proxy,
     plot_search_trials,
     plot_selected_random,
     plot_size_curve,

@@ -148,12 +148,13 @@ def mean_interval(values: Iterable[float]) -> tuple[float, float, float]:
 
 
 def draw_interval(
-    ax: Axes, y: float, centre: float, low: float, high: float, colour: str
+    ax: Axes, y: float, centre: float, low: float, high: float, colour: str, **point
 ) -> None:
     """A point with a horizontal interval; a NaN bound leaves the point alone."""
     if np.isfinite([low, high]).all():
         ax.plot([low, high], [y, y], color=colour, lw=2.2, solid_capstyle="butt", zorder=3)
-    ax.plot(centre, y, "o", color=colour, ms=5.5, mec=PAPER, mew=0.9, zorder=4)
+    look = {"marker": "o", "ms": 5.5, "mec": PAPER, "mew": 0.9} | point
+    ax.plot(centre, y, color=colour, zorder=4, **look)
 
 
 def grid(

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from instructmining import figures, paper
-from instructmining.figures import rule, style
+from instructmining.figures import results, style
 from instructmining_core.config import InstructMiningError
 from instructmining_core.selection.judge import judge_pairs
 
@@ -324,7 +324,7 @@ def test_regression_panels_draw_the_slope_within_sources():
 
 
 def test_the_papers_procedure_is_orange_and_never_ours():
-    palette = rule.kind_colours(["within, these", "the paper's procedure", "new", "more"])
+    palette = results.kind_colours(["within, these", "the paper's procedure", "new", "more"])
     assert palette["the paper's procedure"] == style.ORANGE
     assert len(set(palette.values())) == 4
 
