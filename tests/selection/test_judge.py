@@ -343,6 +343,34 @@ PPO = (
     "TlWWWLlLLw" "lLtlLlwwWt" "wtTwlWWtwL" "lLWlWtlltL" "WLLwTLLWWL"
     "lWlllwWwLl" "ttwTTwlwlW" "LWlWlwLtwL" "wlWWLlTtWL" "WLllTlLlLW"
 )  # fmt: skip
+# In both orders. Scores for A and B, then for B and A with B shown first, of 80 prompts, and their
+# printed averages, by GPT-4 (A: 5 % of Alpaca's rows, B: all): tianyi-lab/Cherry_LLM at
+# 03420a9e0568214582228afe012ea12ef8fcef2b,
+# logs/cherry_alpaca_5_per-VS-alpaca/vicuna_wrap_reviews_gpt4.json.
+CHERRY = (
+    "9 8.5 8 9, 9 8 8 9, 7 8 6 7, 9 9 9 8.5, 9 8 9 9, 9 8.5 8 9, 9 9 9 8.5, 9 8.5 8 9, "
+    "9 8.5 8 9, 9 9 9 8.5, 9 8.5 9 9.5, 9 8.5 8 9, 9 9 9 8.5, 9 8.5 9 9, 9 9 9 9, 8 9 9 8.5, "
+    "9 8.5 9 9, 8 8.5 8 9, 9 8.5 8 9, 9 8 8 9, 8 9 9 8.5, 9 8.5 9 9, 7 9 9 7, 8 9 8 7.5, "
+    "8 9 8 9, 9 9 8 9, 9 5 6 9, 9 8.5 8 9, 8 7.5 8 9, 8 7.5 8 9, 9 7 7 9, 8 7 8 9, 8 7 8 9, "
+    "8 8 8 8, 9 8.5 8 9, 8 9 9 8.5, 9 8 8 9, 9 8 9 9, 8 9 9 8, 8 9 8 9, 8 9 7 8, 2 5 3 1, "
+    "4 4 3 5, 4 6 6 8, 7 9 8 7, 8 6 5 9, 8 6 6 8, 8 6 6 9, 9 2 2 9, 8 9 8 7, 8 7 8 9, 8 7 8 9, "
+    "8 7.5 8 7.5, 8 8.5 8 8, 9 7 8 9, 9 8 8 8, 8 9 8 7, 8 7.5 8 9, 8 7 8 9, 9 8.5 8 8.5, "
+    "3 9 8 4, 2 1 2 1, 6 9 8 6, 7 8 7 8, 4 6 3 5, 4 2 3 5, 5 8 8 6, 4 4 4 2, 3 10 7 10, "
+    "3 1 5 7, 9 7 8 10, 9 9 9 9, 9 8 7 9, 8 7.5 8 9, 9 8.5 8 9, 8 9 9 8.5, 8 9 8 9, 9 6 6 9, "
+    "8 9 9 8.5, 8 7.5 8 9"
+)  # fmt: skip
+CHERRY_AVERAGES = [7.725, 7.6375, 7.5, 8.10625]
+# The winners of 80 prompts, model 1 (text-davinci-003) or 2 (rinna 3.6b sft-v2), by GPT-4, with 1
+# shown first and with 2 shown first (g1_winner and g2_winner as recorded; a verdict of "C", a tie,
+# stands there as the second shown): ku-nlp/ja-vicuna-qa-benchmark at
+# 17b93bbffd18783567fa5e323ae8d3c228df72b0, data/jp_bench/model_judgment/pairwise/gpt-4/
+# openai--text-davinci-003_rinna--japanese-gpt-neox-3.6b-instruction-sft-v2.jsonl.
+JA_VICUNA = (
+    "1221211111" "1211111111" "2112111111" "1222111111"
+    "1111111112" "1211111111" "1111111121" "1112111121",
+    "1211211111" "1111111111" "2111111111" "1122111111"
+    "1111111111" "1211111111" "1111111111" "1112111111",
+)  # fmt: skip
 # AlpacaEval's leaderboard (alpaca_eval_gpt4): wins, losses, draws, win rate and standard error, %.
 ALPACA_EVAL = [
     ("gpt4", 761, 32, 12, 95.27950311, 0.71628144),
@@ -367,6 +395,40 @@ def test_published_verdicts_of_each_prompt_give_the_printed_rates():
     line = judge.win_tie_lose(table).iloc[0]
     assert line[["win", "tie", "lose"]].tolist() == [36, 17, 47]  # printed: 36.0, 17.0, 47.0 %
     assert judge.net_win(table).win_rate == pytest.approx(0.36 + 0.17 / 2)
+
+
+def test_published_scores_in_both_orders_give_the_printed_averages_and_their_counts():
+    scores = np.array([one.split() for one in CHERRY.split(",")], float)
+    assert scores.mean(0).tolist() == CHERRY_AVERAGES  # halves over 80: exact
+    leads = scores[:, 0] - scores[:, 1], scores[:, 3] - scores[:, 2]  # of A
+    table = replayed(*((0.5 + 0.5 * np.sign(lead)).tolist() for lead in leads))
+    line = judge.win_tie_lose(table).iloc[0]
+    # Their rule (evaluation/generation/review_eval_score.py): better once and not worse in the
+    # other order wins. So does ours, but in the net win a win beside a tie is half a win. Their
+    # counts are in print as a picture only.
+    both = table[["a_first", "a_second"]]
+    better, worse = (both > 0.5).sum(axis=1), (both < 0.5).sum(axis=1)
+    theirs = [int(kind.sum()) for kind in (better > worse, better == worse, better < worse)]
+    assert line[["win", "tie", "lose"]].tolist() == theirs == [44, 15, 21]
+    assert judge.net_win_of_counts(*theirs).winning_score == pytest.approx(1 + (44 - 21) / 80)
+    net = judge.net_win(table)  # by hand: 36 and 15 in both orders, 8 and 6 beside a tie
+    assert net.winning_score == pytest.approx(1 + (36 + 8 / 2 - 15 - 6 / 2) / 80)
+    assert net.inconsistent == pytest.approx((8 + 6 + 12) / 80)  # 12: the winner turned
+    assert net.low > 0
+
+
+def test_published_winners_in_both_orders_give_the_printed_rates():
+    second, first = ([float(winner == "2") for winner in order] for order in JA_VICUNA)
+    table = replayed(first, second)
+    line, net = judge.win_tie_lose(table).iloc[0], judge.net_win(table)
+    assert line[["win", "tie", "lose"]].tolist() == [7, 7, 66]
+    found = [100 * line["win"] / 80, 100 * line["lose"] / 80, 100 * net.win_rate]
+    # printed in README.md at 2188e8570e24ffe7db08ce08e3756f1c184947c1, in % with one decimal: win,
+    # loss and "adjusted" win rate, FastChat's, in which a tie or a turned winner is half
+    assert [round(rate, 1) for rate in found] == [8.8, 82.5, 13.1]
+    assert net.inconsistent == pytest.approx(7 / 80)
+    # all seven are recorded for the answer shown second: 80 − 7 of 160 for the one shown first
+    assert judge.judge_quality(table)["first"] == pytest.approx(73 / 160)
 
 
 @pytest.mark.parametrize("row", ALPACA_EVAL, ids=lambda row: row[0])
