@@ -35,8 +35,8 @@ def random_llama(size: str, texts: list[str], positions: int = 512):
 def build_lm(size: str, texts: list[str], dtype: str = "auto", device: str = "cpu"):
     """The same as an LM of this package, in the dtype that "auto" means on the device."""
     from instructmining_core.models import hub
+    from instructmining_core.models.batching import keep_freed_memory
     from instructmining_core.models.causal_lm import LM
-    from instructmining_core.models.memory import keep_freed_memory
 
     keep_freed_memory()  # as `lm.load_lm` does; it serves both sides
     model, tokenizer = random_llama(size, texts)

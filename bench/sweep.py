@@ -82,7 +82,7 @@ def fall(before: float, losses: Sequence[float]) -> float:
 def base_loss(world: World) -> float:
     """The study's loss of the untrained base on the first evaluation set, in float32."""
     from instructmining_core.finetuning.ledger import over_prompts
-    from instructmining_core.models.loss import evaluate
+    from instructmining_core.models.causal_lm import evaluate
 
     return over_prompts(evaluate(world.load("float32"), world.evals["eval_1"])[0])
 

@@ -9,7 +9,7 @@ favour too. `tuned` adds what its manual advises: batches grouped by length, and
 the processor computes in it.
 
 It runs in a process of its own, as it would on anybody's machine: what this package tells the
-allocator of its process (`memory.keep_freed_memory`) would otherwise speed up the peer too.
+allocator of its process (`batching.keep_freed_memory`) would otherwise speed up the peer too.
 """
 
 from __future__ import annotations
@@ -88,8 +88,7 @@ class Peer:
         from peft import PeftModel
 
         from instructmining_core.finetuning.ledger import over_prompts
-        from instructmining_core.models.causal_lm import LM
-        from instructmining_core.models.loss import evaluate
+        from instructmining_core.models.causal_lm import LM, evaluate
 
         base = self.world.load("float32")
         model = PeftModel.from_pretrained(base.model, folder).eval()

@@ -18,7 +18,7 @@ _ROOMS = {
     "indicators.scorer": ("Scorer", "score"),
     "indicators.score_table": ("read_scores",),
     "finetuning.finetune": ("finetune",),
-    "models.loss": ("evaluate",),
+    "models.causal_lm": ("evaluate",),
     "finetuning.sweep": ("run_sweep",),
     "finetuning.ledger": ("Ledger",),
     "regression.rule": ("fit_rule",),

@@ -18,10 +18,9 @@ import pandas as pd
 from instructmining_core.config import ProfileError
 
 from ..design import interleaved
-from ..embedded.ground_truth import CLEAN, dose_sets
 from ..study import PlannedRun, Study
 from .comparisons import body_of
-from .planted_defects import clean_rows
+from .planted_defects import CLEAN, clean_rows, dose_sets
 
 SURE = 5.0  # standard errors over prompts by which the mixture must lower the loss
 SEEN = 2.0  # standard errors over prompts by which answers to other questions must raise it
@@ -128,7 +127,7 @@ def _draw_variance(runs: pd.DataFrame) -> dict[int, float]:
 
 def _base(study: Study) -> tuple[np.ndarray, np.ndarray]:
     """The untuned base's nll of the answers' body by prompt, and its tokens."""
-    from instructmining_core.models.loss import evaluate
+    from instructmining_core.models.causal_lm import evaluate
 
     rows = study.encoded_evals(study.lm, study.profile.finetune, ("regime",))["regime"]
     _, frame = evaluate(study.lm, rows)

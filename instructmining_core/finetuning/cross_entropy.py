@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..models.causal_lm import Head
-from ..models.products import linear
+from ..models.cpu import linear
 
 CHUNK_LOGITS = 1 << 19  # logits of one chunk: 2 MiB in float32, so that they stay in the cache
 _TARGETS = 128  # of one chunk at least: with fewer, time goes into reading a large output matrix

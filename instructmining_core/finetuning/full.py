@@ -28,9 +28,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from ..config import FinetuneConfig
 from ..data.tokenization import Encoded
-from ..models.batching import pad
+from ..models.batching import is_out_of_memory, pad
 from ..models.causal_lm import LM
-from ..models.memory import is_out_of_memory
 from .lora import peft_config, set_first_values
 from .trainer import Schedule, Trained, TrainingJob, schedule
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..config import FinetuneConfig, InstructMiningError
 from ..models.causal_lm import unwrapped
-from ..models.products import linear
+from ..models.cpu import linear
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..data.tokenization import Encoded
-from ..models import attention
+from ..models import cpu
 from ..models.batching import pad
 from ..models.causal_lm import LM, decoder, unwrapped
 from .cross_entropy import plain_nll, weighted_nll
@@ -127,7 +127,7 @@ class PackedModel:
         with nullcontext() if whole else self.lm.trunk.from_states(batch.states):
             if batch.positions is None:
                 return module(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-            with attention.using(self.model, ATTENTION, attend_packed):
+            with cpu.using(self.model, ATTENTION, attend_packed):
                 return module(input_ids=batch.ids, position_ids=batch.positions, use_cache=False,
                               packed_rows=batch)
 
@@ -310,13 +310,13 @@ def attend_packed(
         parts = (x[:, start:stop].unflatten(1, (rows, longest)).transpose(0, 1)
                  for x in (query, key, value))
         mask = _window(longest, kwargs.get("sliding_window"), query.device)
-        if query.is_cuda or mask is not None or longest > attention.LONGEST:
+        if query.is_cuda or mask is not None or longest > cpu.LONGEST:
             out = F.scaled_dot_product_attention(
                 *parts, attn_mask=mask, is_causal=mask is None, scale=scaling
             )
         else:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            out = attention.ShortAttention.apply(*parts, scale)
+            out = cpu.ShortAttention.apply(*parts, scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
         start = stop
     together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -23,8 +23,7 @@ import numpy as np
 from ..config import InstructMiningError
 from ..data.choices import EncodedChoices, accuracy
 from ..data.tokenization import Encoded
-from ..models.causal_lm import COLUMNS, LM, response_nll
-from ..models.loss import evaluate
+from ..models.causal_lm import COLUMNS, LM, evaluate, response_nll
 from ..models.trunk import on_trunk
 from .finetune import Meter, can_share_a_pass, check_rows, finetune
 from .multi_lora import MultiLoRA

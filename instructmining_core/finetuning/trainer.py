@@ -18,8 +18,8 @@ import torch
 
 from ..config import FinetuneConfig
 from ..data.tokenization import Encoded
+from ..models.batching import free_gpu_cache, is_out_of_memory
 from ..models.causal_lm import LM, unwrapped
-from ..models.memory import free_gpu_cache, is_out_of_memory
 from .lora import shapes, target_layers
 from .multi_lora import MultiLoRA
 from .packing import PackedModel

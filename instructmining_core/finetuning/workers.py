@@ -25,8 +25,8 @@ import torch
 from ..config import ModelRef
 from ..data.choices import EncodedChoices
 from ..data.tokenization import Encoded
+from ..models.batching import is_out_of_memory
 from ..models.causal_lm import LM, load_lm
-from ..models.memory import is_out_of_memory
 from .ledger import Ledger, Taken
 from .run import Rows, cores, failure, run_one, run_together, without_paths
 from .run_spec import EvalSets, Record, RunSpec

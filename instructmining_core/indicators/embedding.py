@@ -20,9 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ..config import ModelRef
 from ..models import hub
-from ..models.batching import Failed, map_batches, pad
+from ..models.batching import Failed, keep_freed_memory, map_batches, pad
 from ..models.loading import UNLIMITED, LoadedModel
-from ..models.memory import keep_freed_memory
 from .turns import CheckedConversation, cut_note
 
 

@@ -1,4 +1,4 @@
-"""A causal LM: the negative log-likelihood of responses, at any batch size, and greedy answers.
+"""A causal LM: the study's losses on responses, at any batch size, and greedy answers.
 
 Logits are made at target positions only and in chunks: 8 x 2,048 tokens x 152k vocabulary would be
 5 GB in bfloat16. So the decoder and the output projection are called apart. Some families change
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -23,14 +23,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ..config import InstructMiningError
+from ..config import InstructMiningError, ModelRef
 from ..data.tokenization import Encoded, Message, encode_many, end_ids
-from .attention import quickest
 from .batching import Failed, map_batches, pad
+from .cpu import quickest
 from .loading import LoadedModel, open_model
-
-if TYPE_CHECKING:
-    from ..config import ModelRef
 
 _PROMPT_TOKENS = 1024  # of a prompt that is answered, at most
 _ANSWER_TOKENS = 8192  # padded tokens of a batch, prompts and answers; halved when memory runs out
@@ -162,6 +159,16 @@ class LM(LoadedModel):
         """Tokens that a row may have; infinite where the configuration names no limit."""
         return getattr(self.config, "max_position_embeddings", None) or float("inf")
 
+    def in_batches(
+        self, fn: Callable, lengths: Sequence[int], desc: str, *, tokens: int | None = None,
+        progress: bool = False, on_batch: Callable | None = None,
+    ) -> None:  # fmt: skip
+        """`map_batches` with the model in evaluation mode, at `tokens` or what memory holds."""
+        self.model.eval()
+        with quickest(unwrapped(self.model), self.device):
+            map_batches(fn, lengths, self.first_batch(tokens, self.config), progress, desc,
+                        on_batch=on_batch, on_halved=self.halved)  # fmt: skip
+
 
 def load_lm(
     ref: ModelRef, device: str | None = None, *, standins=None, template: str = "auto"
@@ -198,14 +205,16 @@ def response_nll(
     The log-softmax is float32 also where the weights are not. The first token of a row has no
     prediction, so it must not be a target.
     """
-    lm.model.eval()
     limit, ends = lm.max_positions(), end_ids(lm.tokenizer)
     found = [_nan(_unusable(row, limit)) for row in rows]
     chosen = np.flatnonzero([not reason for *_, reason in found])
-    lengths = [len(rows[i].ids) for i in chosen]
 
     def batch(numbers: np.ndarray) -> list[tuple]:
-        return _batch_rows(lm, [rows[i] for i in chosen[numbers]], padding_side, ends)
+        part = [rows[i] for i in chosen[numbers]]
+        nll = _padded_nll(lm, part, padding_side) if lm.packed is None else lm.packed.nll(part)
+        cuts = np.cumsum([sum(row.targets[1:]) for row in part])[:-1]
+        each = np.split(nll.double().cpu().numpy(), cuts)
+        return [_summary(row, one, ends) for row, one in zip(part, each, strict=True)]
 
     def keep(numbers: np.ndarray, results: Sequence) -> None:
         results = [_nan(r.reason) if isinstance(r, Failed) else r for r in results]
@@ -214,13 +223,9 @@ def response_nll(
         if on_batch is not None:
             on_batch(chosen[numbers], results)
 
-    if lengths:
-        budget = lm.first_batch(batch_tokens, lm.config)
-        with quickest(unwrapped(lm.model), lm.device):
-            map_batches(
-                batch, lengths, budget, progress, f"loss of {len(rows)} rows",
-                on_batch=keep, on_halved=lm.halved,
-            )  # fmt: skip
+    if len(chosen):
+        lm.in_batches(batch, [len(rows[i]) for i in chosen], f"loss of {len(rows)} rows",
+                      tokens=batch_tokens, progress=progress, on_batch=keep)  # fmt: skip
     return pd.DataFrame(found, columns=list(COLUMNS))
 
 
@@ -235,13 +240,6 @@ def _unusable(row: Encoded, limit: float) -> str:
 
 def _nan(reason: str) -> tuple:
     return (np.nan, 0) * 4 + (reason,)
-
-
-def _batch_rows(lm: LM, rows: Sequence[Encoded], side: str, ends: frozenset[int]) -> list[tuple]:
-    found = _padded_nll(lm, rows, side) if lm.packed is None else lm.packed.nll(rows)
-    nll, counts = found.double().cpu().numpy(), [sum(row.targets[1:]) for row in rows]
-    cuts = np.cumsum(counts)[:-1]
-    return [_summary(row, part, ends) for row, part in zip(rows, np.split(nll, cuts), strict=True)]
 
 
 def _padded_nll(lm: LM, rows: Sequence[Encoded], side: str) -> Tensor:
@@ -284,6 +282,11 @@ def token_nll(lm: LM, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> 
     if lm.head.way == "forward":
         return _forward_nll(lm, inputs, before, goal)
     hidden = decoder(lm.model)(**inputs).last_hidden_state[before]
+    return target_nll(lm, hidden, goal)
+
+
+def target_nll(lm: LM, hidden: Tensor, goal: Tensor) -> Tensor:
+    """The same from hidden states below the projection, shape (targets, dim), and targets' ids."""
     step = int(lm.logit_rows())
     parts = [
         nn.functional.cross_entropy(lm.head.project(h).float(), g, reduction="none")
@@ -313,6 +316,72 @@ def _forward_nll(lm: LM, inputs: dict, before: Tensor, goal: Tensor) -> Tensor:
     else:
         logits = inner(**inputs).logits
     return nn.functional.cross_entropy(logits[before].float(), goal, reduction="none")
+
+
+def losses(frame: pd.DataFrame) -> dict[str, float]:
+    """The study's losses: means of a frame of `response_nll`, in nats per token.
+
+    body_prompt_mean, body_token_mean : over the body of the responses, which is all but each
+        response's first token and the token that ends it: mean over rows of each row's mean, and
+        total over total, where long responses weigh more. The study's two losses.
+    first_token, end_of_text : mean over rows of what the body leaves out.
+    prompt_mean, token_mean : both means over all target tokens.
+    first64 : mean over rows, each on its first 64 target tokens.
+    without_eos : mean over rows, the token that ends a response left out.
+    effective_n : rows that the token mean rests on, (sum t)^2 / sum t^2 for t tokens a row.
+    rows, missing : rows in the means, and rows without any target token, which are left out.
+
+    A row whose loss is not finite or did not fit into memory makes every mean NaN: a mean over
+    the other rows would be another quantity.
+    """
+    empty = frame["reason"].str.startswith("no response token").to_numpy()
+    kept = frame[~empty]
+    tokens, nll = _columns(kept, "")
+    first64_tokens, first64 = _columns(kept, "_first64")
+    eos_tokens, eos = _columns(kept, "_eos")
+    first_tokens, first = _columns(kept, "_first")
+    failed = np.isnan(nll)
+    text, text_tokens = nll - eos, tokens - eos_tokens
+    body, body_tokens = text - first, text_tokens - first_tokens
+    return {
+        "prompt_mean": _mean(nll, tokens),
+        "token_mean": _ratio(nll.sum(), tokens.sum()),
+        "body_prompt_mean": _mean(body, body_tokens, (body_tokens > 0) | failed),
+        "body_token_mean": _ratio(body.sum(), body_tokens.sum()),
+        "first_token": _mean(first, first_tokens, (first_tokens > 0) | failed),
+        "end_of_text": _mean(eos, eos_tokens, (eos_tokens > 0) | failed),
+        "first64": _mean(first64, first64_tokens),
+        "without_eos": _mean(text, text_tokens, (text_tokens > 0) | failed),
+        "effective_n": _ratio(tokens.sum() ** 2, (tokens**2).sum()),
+        "rows": len(kept),
+        "missing": int(empty.sum()),
+    }
+
+
+def evaluate(
+    lm: LM, encoded: Sequence[Encoded], *, batch_tokens: int | None = None
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """Losses of `lm` on an evaluation set (see `losses`), and the frame for each example."""
+    frame = response_nll(lm, encoded, batch_tokens=batch_tokens)
+    return losses(frame), frame
+
+
+def _columns(frame: pd.DataFrame, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and nll of a part of the responses; 0 where a row lacks it, NaN where a row failed."""
+    tokens, nll = (frame[f"{name}{part}"].to_numpy(float) for name in ("tokens", "nll"))
+    return tokens, np.where(frame["nll"].isna(), np.nan, np.where(tokens > 0, nll, 0.0))
+
+
+def _ratio(total: float, count: float) -> float:
+    return float(total / count) if count else float("nan")
+
+
+def _mean(nll: np.ndarray, tokens: np.ndarray, rows: np.ndarray | slice = slice(None)) -> float:
+    """Mean over the chosen rows of each row's mean."""
+    if not len(nll[rows]):
+        return float("nan")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float(np.mean(nll[rows] / tokens[rows]))
 
 
 def generate(

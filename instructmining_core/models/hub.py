@@ -1,7 +1,8 @@
 """Where a model's files come from: pinned to a commit or a hash of all it is, never run as code.
 
 A branch moves and a folder may change, so every record carries the hub's commit, or a hash over
-weights, configuration and tokenizer.
+weights, configuration and tokenizer. A GGUF file (llama.cpp's: all of a model in one file, mostly
+with weights of four or five bits) is unpacked once into the cache, in float32.
 """
 
 from __future__ import annotations
@@ -12,20 +13,24 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from .. import files
 from ..config import InstructMiningError, ModelRef
 from ..files import file_sha256
-from .gguf import UNPACKED, unpacked
 from .heads import HEAD_PREFIX, head_path, read_head
 
 if TYPE_CHECKING:
     import torch
 
 MARKER = "STAND_IN.json"  # a folder with this file holds a stand-in, and every output says so
+UNPACKED = "GGUF.json"  # what a folder was unpacked from
+_LAYOUT = 1  # of the folders unpacked here; raise it to have them made anew
 ADAPTER = "adapter_config.json"  # a folder with this file holds an adapter of peft
 _MODULES = "modules.json"  # sentence-transformers: which subfolders the model is made of
 _SETTINGS = (".json", ".txt", ".model", ".jinja")  # configuration, tokenizer, chat template
@@ -80,11 +85,10 @@ def resolve(ref: ModelRef, *, standins: Path | None = None) -> Resolved:
     if ref.id.startswith(HEAD_PREFIX):
         return _head(ref.id)
     if ref.id.startswith("standin:"):
-        folder = _standin_folder(ref.id, standins)
-        return replace(_folder(folder, standins), id=ref.id, stand_in=True)
+        return _folder(ref.id, _standin_folder(ref.id, standins), standins)
     path = Path(ref.id).expanduser()
     if path.is_dir():
-        return replace(_folder(path.resolve(), standins), id=ref.id)
+        return _folder(ref.id, path.resolve(), standins)
     if path.suffix == ".gguf" and path.is_file():
         return _gguf(ref.id, path.resolve())
     if ref.id.startswith((".", "/", "~")) or ref.id.count("/") > 1 or path.suffix == ".gguf":
@@ -99,7 +103,7 @@ def fetch(resolved: Resolved) -> Resolved:
                        "an evaluator, and is no model for other roles.")
     folder = resolved.folder or _download(resolved.id, resolved.revision)
     if folder.is_file():
-        folder = unpacked(folder, resolved.revision)
+        folder = _unpacked(folder, resolved.revision)
     note = folder / UNPACKED
     if note.is_file():
         told = json.loads(note.read_text(encoding="utf-8"))
@@ -125,7 +129,11 @@ def model_sha256(folder: Path, standins: Path | None = None) -> str:
     counts with its base's revision.
     """
     digest = hashlib.sha256()
-    for file in sorted([*weight_files(folder), *_settings_files(folder)]):
+    settings = [
+        file for name in module_folders(folder) for file in (folder / name).glob("*")
+        if file.suffix in _SETTINGS and file.name not in (MARKER, UNPACKED)
+    ]  # fmt: skip
+    for file in sorted([*weight_files(folder), *settings]):
         name = file.relative_to(folder).as_posix()
         digest.update(f"{name}\0{_content_sha256(file)}\n".encode())
     base = adapter_base(folder)
@@ -140,36 +148,24 @@ def weight_files(folder: Path) -> list[Path]:
     Safetensors of a folder where there are any, else its pytorch_model*.bin, of which transformers
     reads tensors only (`torch.load(weights_only=True)`). Raises HubError where there are neither.
     """
-    files = []
+    found = []
     for name in module_folders(folder):
         safe = sorted((folder / name).glob("*.safetensors"))
-        files += safe or sorted((folder / name).glob("pytorch_model*.bin"))
-    if not files:
+        found += safe or sorted((folder / name).glob("pytorch_model*.bin"))
+    if not found:
         raise HubError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin).")
-    return files
+    return found
 
 
 def module_folders(folder: Path) -> list[str]:
     """Where the parts of a model lie in its folder: "" for itself, then what modules.json names."""
     listed = folder / _MODULES
     named = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
-    return list(dict.fromkeys(["", *(_inside(str(one.get("path", ""))) for one in named)]))
-
-
-def _inside(path: str) -> str:
-    """A module's path, if it stays inside its model's folder; HubError if not."""
-    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-        raise HubError(f"{_MODULES} names {path!r}, which is outside the model's folder.")
-    return path
-
-
-def _settings_files(folder: Path) -> list[Path]:
-    return [
-        file
-        for name in module_folders(folder) if (folder / name).is_dir()
-        for file in (folder / name).iterdir()
-        if file.suffix in _SETTINGS and file.name not in (MARKER, UNPACKED)
-    ]  # fmt: skip
+    paths = ["", *(str(one.get("path", "")) for one in named)]
+    for path in map(PurePosixPath, paths):
+        if path.is_absolute() or ".." in path.parts:
+            raise HubError(f"{_MODULES} names {str(path)!r}, outside the model's folder.")
+    return list(dict.fromkeys(paths))
 
 
 def _content_sha256(file: Path) -> str:
@@ -229,9 +225,10 @@ def _standin_folder(model_id: str, standins: Path | None) -> Path:
     return Path(standins) / part
 
 
-def _folder(folder: Path, standins: Path | None) -> Resolved:
+def _folder(model_id: str, folder: Path, standins: Path | None) -> Resolved:
     revision = f"sha256:{model_sha256(folder, standins)[:16]}"
-    return Resolved(str(folder), revision, folder, (folder / MARKER).is_file())
+    stand_in = model_id.startswith("standin:") or (folder / MARKER).is_file()
+    return Resolved(model_id, revision, folder, stand_in)
 
 
 def _gguf(model_id: str, file: Path) -> Resolved:
@@ -328,12 +325,12 @@ def _download(name: str, commit: str) -> Path:
     try:
         if _offline():
             return Path(snapshot_download(name, revision=commit, local_files_only=True))
-        files = HfApi().list_repo_files(name, revision=commit)
+        there = HfApi().list_repo_files(name, revision=commit)
         modules = [""]
-        if _MODULES in files:
+        if _MODULES in there:
             listed = hf_hub_download(name, _MODULES, revision=commit)
             modules = module_folders(Path(listed).parent)
-        weights = _weight_patterns(files, modules)
+        weights = _weight_patterns(there, modules)
         return Path(snapshot_download(name, revision=commit, allow_patterns=[*_PATTERNS, *weights]))
     except LocalEntryNotFoundError as error:
         missing = f"{name}@{commit} is not in the local cache, and there is no network."
@@ -345,11 +342,67 @@ def _download(name: str, commit: str) -> Path:
                        "come is kept") from error  # fmt: skip
 
 
-def _weight_patterns(files: Sequence[str], modules: Sequence[str]) -> list[str]:
+def _weight_patterns(there: Sequence[str], modules: Sequence[str]) -> list[str]:
     """Weight files to download, of the model and its modules: safetensors where there are any."""
     found = []
     for module in modules:
-        names = [f for f in files if str(PurePosixPath(f).parent) == str(PurePosixPath(module))]
+        names = [f for f in there if str(PurePosixPath(f).parent) == str(PurePosixPath(module))]
         safe = [f for f in names if f.endswith(".safetensors")]
         found += safe or [f for f in names if re.search(r"(^|/)pytorch_model[^/]*\.bin$", f)]
     return found
+
+
+def _unpacked(file: Path, revision: str) -> Path:
+    """The folder with the model of a GGUF file, made beside its place and renamed, under a lock.
+
+    Raises HubError for a file that is broken or cut, or of a kind that transformers does not read.
+    """
+    from filelock import FileLock
+
+    place = files.cache() / "gguf" / f"{revision.removeprefix('sha256:')}-{_LAYOUT}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{place}.lock"):
+        if not place.is_dir():
+            part = place.with_name(f".{place.name}.part")
+            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+            try:
+                _unpack(file, part)
+                part.rename(place)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    return place
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    from gguf import GGUFReader
+
+    weights: Counter[str] = Counter()  # of each type, such as "Q4_1"
+    try:
+        for tensor in GGUFReader(file).tensors:
+            weights[tensor.tensor_type.name] += int(tensor.n_elements)
+        note = {"file": file.name, "quantisation": weights.most_common(1)[0][0]}
+        model, tokenizer = _read_gguf(file)
+    except Exception as error:  # each reader has its own for bytes that are not what they should be
+        why = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise HubError(
+            f"{file} is broken, cut, or not a GGUF file that transformers can read: {why}"
+        ) from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / UNPACKED).write_text(json.dumps(note), encoding="utf-8")
+
+
+def _read_gguf(file: Path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = {"gguf_file": file.name, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **where
+    )
+    # The weights are whole now, but transformers saves nothing that it takes for quantised.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from . import hub, memory
+from . import batching, hub
 
 if TYPE_CHECKING:
     from ..config import ModelRef
@@ -54,9 +54,9 @@ class LoadedModel:
             config = config or getattr(self.model, "config", None)
             asked = self.batch_tokens[kind]
             if config is not None:  # a table of word vectors has none, and needs no memory
-                free = memory.SHARE[kind] * memory.free_bytes(self.device)
+                free = batching.SHARE[kind] * batching.free_bytes(self.device)
                 rows = self.logit_rows()
-                fits = memory.fitting_tokens(config, self.dtype.itemsize, free, rows)
+                fits = batching.fitting_tokens(config, self.dtype.itemsize, free, rows)
                 asked = min(asked, fits)
         return min(asked, self.batch_limit or asked)
 
@@ -90,7 +90,7 @@ def open_model(
     model has it. Raises HubError for weights that hold more than tensors, and for a model that
     wants to run code of its own.
     """
-    memory.keep_freed_memory()
+    batching.keep_freed_memory()
     device = device or hub.pick_device()
     dtype = hub.pick_dtype(ref.dtype, device)
     resolved = hub.fetch(hub.resolve(ref, standins=standins))

@@ -16,15 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import files
 from ..config import InstructMiningError, ModelRef
 from ..data.tokenization import Encoded, end_ids, template_version
 from . import hub
-from .attention import quickest
-from .batching import Failed, map_batches, pad
-from .causal_lm import LM, NOT_FINITE, decoder, load_lm, unwrapped
+from .batching import Failed, pad
+from .causal_lm import LM, NOT_FINITE, decoder, load_lm, target_nll
 from .heads import HeadFile, head_path, read_head
 from .loading import LoadedModel
 from .state_store import StateStore
@@ -150,20 +149,16 @@ class Pooled:
         lacking, failed = self.store.missing(rows), {}
         if not lacking:
             return failed
-        self.lm.model.eval()
 
         def keep(numbers: np.ndarray, found: Sequence[np.ndarray | Failed]) -> None:
             made = {lacking[i]: one for i, one in zip(numbers, found, strict=True)}
             failed.update((i, one.reason) for i, one in made.items() if isinstance(one, Failed))
             self.store.write({i: one[None] for i, one in made.items() if i not in failed})
 
-        with quickest(unwrapped(self.lm.model), self.lm.device):
-            map_batches(
-                lambda numbers: self._computed([rows[lacking[i]] for i in numbers], ends),
-                [len(rows[name]) for name in lacking],
-                self.lm.first_batch(None, self.lm.config), progress,
-                f"pooled states of {len(lacking)} rows", on_batch=keep, on_halved=self.lm.halved,
-            )  # fmt: skip
+        self.lm.in_batches(
+            lambda numbers: self._computed([rows[lacking[i]] for i in numbers], ends),
+            [len(rows[name]) for name in lacking], f"pooled states of {len(lacking)} rows",
+            progress=progress, on_batch=keep)  # fmt: skip
         return failed
 
     @torch.inference_mode()
@@ -184,19 +179,16 @@ class Pooled:
     ) -> list[tuple[Tensor, np.ndarray]]:
         """States, shape (layers, targets, width), and log-likelihoods of each row's targets."""
         ids = torch.from_numpy(pad([row.ids for row in rows], self.lm.pad_id)[0])
-        ids, project = ids.to(self.lm.device), self.lm.head.project
+        ids = ids.to(self.lm.device)
         out = decoder(self.lm.model)(input_ids=ids, use_cache=False, output_hidden_states=True)
         if trunk is not None:
             below = out.hidden_states[trunk.cut]
             trunk.keep(rows, [below[k, : len(row)] for k, row in enumerate(rows)])
-        step, found = int(self.lm.logit_rows()), []
+        found = []
         for k, row in enumerate(rows):
             places = [i for i, target in enumerate(row.targets) if target]
             before = out.last_hidden_state[k, [i - 1 for i in places]]
-            nll = torch.cat([
-                nn.functional.cross_entropy(project(h).float(), goal, reduction="none")
-                for h, goal in zip(before.split(step), ids[k, places].split(step), strict=True)
-            ])
+            nll = target_nll(self.lm, before, ids[k, places])
             states = torch.stack([out.hidden_states[layer][k, places] for layer in self.layers])
             found.append((states.float(), -nll.double().cpu().numpy()))
         return found

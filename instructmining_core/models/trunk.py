@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from .. import files
 from ..data.tokenization import Encoded
-from .attention import quickest
-from .batching import map_batches, pad
+from .batching import pad
 from .causal_lm import LM, decoder, unwrapped
 from .state_store import StateStore
 
@@ -49,7 +48,6 @@ class Trunk:
         lacking = [rows[one] for one in self.store.missing(rows)]
         if not lacking:
             return 0
-        self.lm.model.eval()
 
         def batch(numbers: np.ndarray) -> list[Tensor]:
             ids, _ = pad([lacking[i].ids for i in numbers], self.lm.pad_id)
@@ -58,11 +56,9 @@ class Trunk:
                                        use_cache=False)  # fmt: skip
             return [seen[0][k, : len(lacking[i])] for k, i in enumerate(numbers)]
 
-        with quickest(unwrapped(self.lm.model), self.lm.device):
-            map_batches(
-                batch, [len(row) for row in lacking], self.lm.first_batch(None, self.lm.config),
-                on_batch=lambda numbers, states: self.keep([lacking[i] for i in numbers], states),
-                on_halved=self.lm.halved)
+        self.lm.in_batches(
+            batch, [len(row) for row in lacking], "states of rows",
+            on_batch=lambda numbers, states: self.keep([lacking[i] for i in numbers], states))
         return len(lacking)
 
     def keep(self, rows: Sequence[Encoded], states: Sequence[Tensor]) -> None:

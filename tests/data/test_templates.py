@@ -279,8 +279,7 @@ ORDINARY = [
 @pytest.mark.parametrize("template", ["chat", "plain"])
 def test_no_header_makes_the_first_token_of_an_answer_dear(smollm2, template):
     """With a header that ends in a space it costs SmolLM2 11 to 13 nats on the mean."""
-    from instructmining_core.models.causal_lm import response_nll
-    from instructmining_core.models.loss import losses
+    from instructmining_core.models.causal_lm import losses, response_nll
 
     rows = encode_many(smollm2.tokenizer, [[user(q), reply(a)] for q, a in ORDINARY],
                        max_tokens=99, template=template)

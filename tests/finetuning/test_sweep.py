@@ -29,8 +29,7 @@ from instructmining_core.finetuning.run import run_one, run_together
 from instructmining_core.finetuning.run_spec import EvalSets, RunSpec
 from instructmining_core.finetuning.sweep import groups_of, run_sweep
 from instructmining_core.finetuning.workers import do_group
-from instructmining_core.models.causal_lm import load_lm
-from instructmining_core.models.loss import evaluate
+from instructmining_core.models.causal_lm import evaluate, load_lm
 
 CONFIG = FinetuneConfig(rank=2, alpha=4, learning_rate=1e-2, epochs=1, batch_size=4)
 ROWS = {f"h{i}": row for i, row in enumerate(rows_of(30))}

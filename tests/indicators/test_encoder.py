@@ -240,6 +240,6 @@ def test_the_first_batch_is_what_memory_holds(minilm, monkeypatch):
     monkeypatch.setattr(minilm, "batch_limit", 0)
     assert minilm.first_batch(None, config) == BATCH_TOKENS["cpu"]
     assert minilm.first_batch(77, config) == 77
-    monkeypatch.setattr("instructmining_core.models.memory.free_bytes", lambda device: 2e7)
+    monkeypatch.setattr("instructmining_core.models.batching.free_bytes", lambda device: 2e7)
     # 1e7 bytes; a token takes 4 * (8 * 384 + 3 * 1536) + 4 * 384 bytes in float32
     assert minilm.first_batch(None, config) == int(1e7 / 32256)

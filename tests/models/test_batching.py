@@ -3,14 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from instructmining_core.config import InstructMiningError
 from instructmining_core.models.batching import (
     Failed,
+    is_out_of_memory,
     map_batches,
     pad,
     token_budget_batches,
 )
-from instructmining_core.models.memory import is_out_of_memory
 
 
 def test_literal_batches_longest_first():
@@ -50,8 +49,6 @@ def test_pad_both_sides_literally():
     ids, mask = pad([[5, 6, 7], [8]], 0, "left")
     assert ids.tolist() == [[5, 6, 7], [0, 0, 8]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert ids.dtype == np.int64 and pad([], 0)[0].shape == (0, 0)
-    with pytest.raises(InstructMiningError, match="side"):
-        pad([[1]], 0, "middle")
 
 
 def test_results_come_back_in_the_rows_order():
@@ -97,8 +94,6 @@ def test_other_errors_are_raised():
     with pytest.raises(RuntimeError, match="shapes"):
         map_batches(fn, [1, 1], 10)
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
-    with pytest.raises(InstructMiningError, match="1 results for 2 rows"):
-        map_batches(lambda rows: [0], [1, 1], 10)
 
 
 def test_on_batch_sees_each_row_once_even_if_stopped():

@@ -6,8 +6,7 @@ import pytest
 
 from instructmining_core.config import ModelRef
 from instructmining_core.data.tokenization import encode_many
-from instructmining_core.models.causal_lm import COLUMNS, load_lm, response_nll
-from instructmining_core.models.loss import evaluate, losses
+from instructmining_core.models.causal_lm import COLUMNS, evaluate, load_lm, losses, response_nll
 
 
 def frame(*rows):

@@ -14,8 +14,7 @@ from instructmining_core import files
 from instructmining_core.config import InstructMiningError, ModelRef
 from instructmining_core.models import hub
 from instructmining_core.models.causal_lm import load_lm
-from instructmining_core.models.gguf import UNPACKED
-from instructmining_core.models.hub import fetch, resolve
+from instructmining_core.models.hub import UNPACKED, fetch, resolve
 
 Q8 = GGMLQuantizationType.Q8_0
 CHAT = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -111,10 +110,8 @@ def test_a_file_becomes_a_folder_once(tiny_gguf, tiny_lm_folder):
 def test_two_at_once_unpack_it_once(tiny_gguf, monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 
-    from instructmining_core.models import gguf
-
-    read, calls = gguf._read, []
-    monkeypatch.setattr(gguf, "_read", lambda file: calls.append(file) or read(file))
+    read, calls = hub._read_gguf, []
+    monkeypatch.setattr(hub, "_read_gguf", lambda file: calls.append(file) or read(file))
     found = resolve(ModelRef(str(tiny_gguf)))
     with ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(lambda _: fetch(found).folder, range(2)))

@@ -13,8 +13,9 @@ import transformers as tf
 
 from instructmining_core.config import InstructMiningError, ModelRef
 from instructmining_core.data.tokenization import Encoded
-from instructmining_core.models import attention, memory
+from instructmining_core.models import batching, cpu
 from instructmining_core.models import causal_lm as lm_module
+from instructmining_core.models.batching import fitting_tokens, free_bytes
 from instructmining_core.models.causal_lm import (
     LM,
     find_head,
@@ -23,7 +24,6 @@ from instructmining_core.models.causal_lm import (
     token_nll,
 )
 from instructmining_core.models.hub import HubError, Resolved
-from instructmining_core.models.memory import fitting_tokens, free_bytes
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}  # relative, of a row's summed loss
 EOS = 2
@@ -286,7 +286,7 @@ def test_the_first_batch_is_no_larger_than_free_memory(monkeypatch):
     expected = response_nll(lm, rows)["nll"]
     assert 600 < max(sizes) <= LM.batch_tokens["cpu"]
     # By hand: 4 bytes x (8 x 32 hidden + 3 x 64 MLP) + 4 x 32, and 12 bytes x 300 logits.
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * 200 * (1792 + 128 + 3600))
+    monkeypatch.setattr(batching, "free_bytes", lambda device: 2 * 200 * (1792 + 128 + 3600))
     sizes.clear()
     np.testing.assert_allclose(response_nll(lm, rows)["nll"], expected, rtol=1e-5)
     assert 100 < max(sizes) <= 200 and lm.batch_limit == 0
@@ -349,12 +349,12 @@ def test_code_in_a_model_folder_is_never_run(tiny_lm_folder, tmp_path):
 def test_short_rows_attend_by_plain_products_with_the_same_loss(monkeypatch, heads):
     config = tf.LlamaConfig(**GROUPED | {"num_key_value_heads": heads}, **IDS)
     lm, rows = wrapped(build(config)), some_rows(40, longest=120)
-    calls, plain = [], attention.ShortAttention.apply
-    monkeypatch.setattr(attention.ShortAttention, "apply", lambda *a: calls.append(1) or plain(*a))
+    calls, plain = [], cpu.ShortAttention.apply
+    monkeypatch.setattr(cpu.ShortAttention, "apply", lambda *a: calls.append(1) or plain(*a))
     found = response_nll(lm, rows)
     assert bool(calls) == (heads == config.num_attention_heads), "grouped heads go to sdpa"
     assert lm.model.config._attn_implementation == "sdpa", "as it was"
-    monkeypatch.setattr(attention, "LONGEST", 0)
+    monkeypatch.setattr(cpu, "LONGEST", 0)
     calls.clear()
     np.testing.assert_allclose(found["nll"], response_nll(lm, rows)["nll"], rtol=2e-6)
     assert not calls

@@ -1,23 +1,29 @@
-"""Causal attention of short rows on a CPU by plain products, forward and backward by hand.
+"""What torch leaves lying on a CPU: attention of short rows, and float32 products on an AMD.
 
-torch's flash kernel takes 18 ms forward and backward for 16 rows of 110 tokens in bfloat16 (4 heads
-of 32, one core of an EPYC with AVX512-BF16); matrix products and a float32 softmax over a few rows
-at a time, whose scores stay in the cache, take 4. Scoring 16 to 48 rows of 40 to 170 tokens takes
-0.4 to 0.6 of its time. All other rows go to transformers' sdpa.
+Attention: torch's flash kernel takes 18 ms forward and backward for 16 rows of 110 tokens in
+bfloat16 (4 heads of 32, one core of an EPYC with AVX512-BF16); matrix products and a float32
+softmax over a few rows at a time, whose scores stay in the cache, take 4. All other rows go to
+transformers' sdpa.
+
+Products: torch asks MKL, which keeps AVX512 for Intel's processors: on one core of an AMD EPYC
+(Zen 5) 2,048 rows by 576 x 576 take 31 ms by MKL and 10 by oneDNN, which torch carries too. The
+sums are the same in another order. Which is taken hangs on the processor alone.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-from .products import quick_layers
 
 LONGEST = 512  # beyond it the scores, kept for the backward pass, cost too much memory
 _SCORES = 1 << 20  # numbers in one product's scores
@@ -98,14 +104,38 @@ def using(model: nn.Module, name: str, function) -> Iterator[None]:
 
 @contextmanager
 def quickest(model: nn.Module, device: str) -> Iterator[None]:
-    """On a CPU linear layers multiply by `products.linear` inside the block, and short rows are
-    attended to by plain products where sdpa is used."""
-    if torch.device(device).type != "cpu":
-        yield
-        return
+    """Inside the block what is computed on a CPU without a gradient takes the ways of this file."""
     with ExitStack() as stack:
-        stack.enter_context(quick_layers(model))
-        if getattr(model.config, "_attn_implementation", None) == "sdpa":
-            AttentionMaskInterface.register(_NAME, sdpa_mask)
-            stack.enter_context(using(model, _NAME, attend_short_rows))
+        if torch.device(device).type == "cpu":
+            if _by_onednn() and next(model.parameters()).dtype == torch.float32:
+                stack.enter_context(_QuickLinear())
+            if getattr(model.config, "_attn_implementation", None) == "sdpa":
+                AttentionMaskInterface.register(_NAME, sdpa_mask)
+                stack.enter_context(using(model, _NAME, attend_short_rows))
         yield
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, without a gradient: x weight' + bias. weight : shape (out, in)"""
+    plain = x.dtype == torch.float32 == weight.dtype and x.device.type == "cpu" and x.numel()
+    if not plain or not _by_onednn():
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _QuickLinear(TorchFunctionMode):
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        quick = func is F.linear and not torch.is_grad_enabled()
+        return (linear if quick else func)(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _by_onednn() -> bool:
+    """Whether oneDNN is there, and this is a processor with AVX512 whose maker is not Intel."""
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    cpuinfo = Path("/proc/cpuinfo")
+    if not there or not torch.backends.mkl.is_available() or not cpuinfo.is_file():
+        return False
+    text = cpuinfo.read_text()
+    return "AuthenticAMD" in text and " avx512f " in text
