@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from instructmining.simulation import null_r2
+from instructmining.tables import null_r2
 
 from . import studies
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from instructmining.choice_tasks import chances, difference
+from instructmining.experiments.choice_tasks import chances, difference
 from instructmining.experiments.comparisons import size_pool
 from instructmining.study import PlannedRun, Study
 from instructmining_core.data.choices import write_task

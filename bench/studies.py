@@ -16,7 +16,7 @@ from scipy.stats import t as student
 from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from instructmining.paper import RUNS
-from instructmining.simulation import BETWEEN, NOISE_SD, SOURCE_SD, TERMS
+from instructmining.tables import BETWEEN, NOISE_SD, SOURCE_SD, TERMS
 from instructmining_core.config import COLUMNS
 from instructmining_core.finetuning.sets import TrainingSet, designed_sets, fusion_sets
 from instructmining_core.regression.inference import deletion_maps

@@ -81,10 +81,10 @@ def write_summary(folder: Path, book: Path, name: str) -> None:
     """
     import pandas as pd
 
-    from . import figures, front
+    from . import figures, reports
 
-    effects = pd.read_parquet(folder / front.EFFECTS)
-    page = front.front_page(effects, pd.read_csv(folder / "verdict.csv"))
+    effects = pd.read_parquet(folder / reports.EFFECTS)
+    page = reports.front_page(effects, pd.read_csv(folder / "verdict.csv"))
     files.write_atomic(book / "_generated" / f"{name}.md", page)
     with files.being_written(book / "_generated" / f"{name}.png") as part:
         figures.plot_forest(effects).savefig(part, format="png")

@@ -244,7 +244,7 @@ def transfer_claim(held: pd.DataFrame) -> dict[str, str]:
 
 
 def dose_claim(effects: pd.DataFrame) -> dict[str, str]:
-    """Which planted defects raise the loss (`ground_truth.dose_effects`)."""
+    """Which planted defects raise the loss (`planted_defects.dose_effects`)."""
     harmful = effects[effects["harms"].astype(bool)]
     helpful = effects[effects["high"] < 0]
     verdict = HOLDS if len(harmful) == len(effects) else f"{len(harmful)} of {len(effects)} kinds"

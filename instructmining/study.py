@@ -34,7 +34,7 @@ from instructmining_core.regression.run_table import run_table
 
 from .design import designed_arm, of_sources
 from .profile import Profile, load_profile
-from .study_data import StudyData, read_study_data, under_other_prompts
+from .study_data import StudyData, questions_of, read_study_data, under_other_prompts
 
 USUAL = ("eval_1", "eval_2", RELEVANCE)  # evaluation sets of a run
 
@@ -136,7 +136,7 @@ class Study:
     def data(self) -> StudyData:
         """Candidates, pools and the two evaluation sets."""
         if self.profile.data.kind == "embedded":
-            from .embedded.world import study_data
+            from .embedded.defects import study_data
 
             return study_data(self.profile.data)
         return read_study_data(self.profile.data, files.root())
@@ -339,8 +339,6 @@ class Study:
     @cached_property
     def choices(self) -> dict[str, list[Question]]:
         """The questions of the profile's multiple-choice tasks, by the task's name."""
-        from .choice_tasks import questions_of
-
         trained = self.data.everything["messages"].tolist()
         return {one.name: questions_of(one, self.profile.data, files.root(), trained)
                 for one in self.profile.data.choices}  # fmt: skip

@@ -1,9 +1,9 @@
-"""Named sets of records: what training rows, pools and evaluation prompts are drawn from."""
+"""Named sets of records: what training rows, pools, prompts and questions are drawn from."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from instructmining_core.config import ProfileError
+from instructmining_core.data.choices import Question
 from instructmining_core.data.duplicates import (
     fold,
     groups,
@@ -381,3 +382,82 @@ def under_other_prompts(conversations: Sequence[list[dict]]) -> list[list[dict]]
     for i, prompt in zip(order, moved, strict=True):
         found[i] = [*prompt, conversations[i][-1]]
     return found
+
+
+EMBEDDED = "embedded"  # the place of the task that is made from docstrings
+LIBRARIES = ("pyarrow", "pydantic", "accelerate", "sentence_transformers", "rich", "docutils")
+RIVALS = 3  # wrong docstrings beside the right one
+WORDS = 24  # of a docstring at most: a run answers all questions, so they are short
+ANSWER_WORDS = 80  # of one answer of a pair at most, and of its prompt
+NEAR = 1.25  # length of the longer answer of a pair over that of the shorter, at most
+
+
+def questions_of(
+    source: SourceConfig, data: DataConfig, root: Path, trained: Sequence[Sequence[Mapping]] = ()
+) -> list[Question]:
+    """The questions of one task of a profile, `take` of them (all when 0), drawn by seed.
+
+    trained : conversations that models may be trained on: what one of them begins with is not asked
+    """
+    if source.where == EMBEDDED:
+        found = docstring_questions(data.seed)
+    else:
+        found = preference_questions(read_pairs(source, data, root), data.seed)
+    known = {_as_question(messages[0]["content"]) for messages in trained}
+    found = [one for one in found if one.prompt not in known]
+    return found[: source.take or None]
+
+
+def _as_question(prompt: str) -> str:
+    return f"Question: {prompt.strip()}\nAnswer:"
+
+
+def docstring_questions(seed: int) -> list[Question]:
+    """Which docstring belongs to this function? In an order drawn by seed.
+
+    The wrong ones are of the same library's functions with the nearest lengths, so that neither
+    the library nor the length tells.
+    """
+    from .embedded.corpus import SIZES, find_library, read_library
+
+    libraries = [found for name in LIBRARIES if (found := find_library(name))]
+    parts = [read_library(one, SIZES["smoke"].read) for one in libraries]
+    table = pd.concat(parts, ignore_index=True)
+    words = table["response"].str.split().str.len()
+    function = table["symbol"].str.rpartition(".")[2].str[0].str.islower()
+    kept = table[(table["question"] == "summary") & function & (words <= WORDS)]
+    kept = kept.drop_duplicates("response").assign(words=words)
+    rng, found = np.random.default_rng(seed), []
+    for _, part in kept.sort_values(["words", "id"]).groupby("source"):
+        texts = part["response"].tolist()
+        for place, prompt in enumerate(part["prompt"]):
+            near = sorted((abs(i - place), i) for i in range(len(texts)) if i != place)
+            others = [i for _, i in near[: 2 * RIVALS]]
+            if len(others) >= RIVALS:
+                wrong = [texts[i] for i in rng.permutation(others)[:RIVALS]]
+                right = int(rng.integers(RIVALS + 1))
+                wrong.insert(right, texts[place])
+                found.append(Question(_as_question(prompt), tuple(wrong), right))
+    return [found[i] for i in rng.permutation(len(found))]
+
+
+def preference_questions(pairs: pd.DataFrame, seed: int) -> list[Question]:
+    """Which of two answers is preferred? One pair a prompt, in an order drawn by seed.
+
+    pairs : from `study_data.read_pairs`. Kept are those of one turn whose answers are short and of
+    nearly the same length, so that length hardly tells.
+    """
+    rng, found = np.random.default_rng(seed), {}
+    for i in rng.permutation(len(pairs)):
+        prompt, *answers = pairs.loc[i, ["prompt", "chosen", "rejected"]]
+        asked = prompt[0]["content"].strip()
+        better, worse = (" ".join(text.split()) for text in answers)
+        longest = max(len(text.split()) for text in (asked, better, worse))
+        sizes = sorted((len(better), len(worse)))
+        if (len(prompt) > 1 or longest > ANSWER_WORDS or better == worse
+                or sizes[1] > NEAR * sizes[0]):  # fmt: skip
+            continue
+        right = int(rng.integers(2))
+        texts = (worse, better) if right else (better, worse)
+        found.setdefault(asked, Question(_as_question(asked), texts, right))
+    return list(found.values())

@@ -1,4 +1,8 @@
-"""From a study's runs to the tables of notebooks 07, 10 and 12: inference, put side by side."""
+"""From a study's runs to the tables of notebooks 07, 10 and 12: inference, put side by side; and
+what the paper's procedure finds in simulated studies where nothing is.
+
+Our own designs and inference are simulated by `bench.acceptance`.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,11 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
+from scipy.stats import spearmanr
 from sklearn.feature_extraction.text import CountVectorizer
 from statsmodels.stats.proportion import proportion_confint
 
-from instructmining_core.config import InstructMiningError
+from instructmining_core.config import COLUMNS, InstructMiningError
 from instructmining_core.data.records import assistant_turns
 from instructmining_core.finetuning.sets import TrainingSet
 from instructmining_core.regression.checks import baseline_comparison, transfer_slope
@@ -20,9 +25,9 @@ from instructmining_core.regression.inference import (
     jackknife_sources,
 )
 from instructmining_core.regression.intervals import median_interval, r2_interval, r2_of
-from instructmining_core.regression.paper_rule import fit_paper
+from instructmining_core.regression.paper_rule import SubsetSearch, fit_paper
 from instructmining_core.regression.permutation import Permutation, permutation
-from instructmining_core.regression.rule import NEW_SOURCES, THESE_SOURCES, RuleFit, fit_rule
+from instructmining_core.regression.rule import NEW_SOURCES, THESE_SOURCES, RuleFit, fit_rule, vif
 from instructmining_core.regression.rule_card import RuleCard
 from instructmining_core.regression.run_table import (
     RunsError,
@@ -31,10 +36,64 @@ from instructmining_core.regression.run_table import (
     standardised,
 )
 
-from .embedded.ground_truth import permuted_within_source
 from .experiments.comparisons import ladder_sweep
-from .paper import R_SQUARED
+from .paper import R_SQUARED, RUNS, SET_SIZE
 from .study import Study
+
+TERMS = 4  # of the paper's rule
+BETWEEN = 1.0  # sd of the source means over the sd inside a source
+NOISE_SD = 0.01  # between seeds, in log loss
+SOURCE_SD = 0.04  # of a source's own effect on log loss
+
+
+def null_r2(n_sources: int, n_studies: int, seed: int) -> pd.DataFrame:
+    """The paper's design and procedure where no indicator has any effect, only the sources differ.
+
+    One row a study: study, n_sources, r2 (of the chosen terms), all_significant (every chosen
+    p < 0.05), repeat_rank_correlation (of the rankings that this study and its repeat, new draws
+    from the same sources, give to 50 new sources), first_three (share of the variance of the set
+    means in three components), vif (median). Losses are log losses.
+    """
+    rng = np.random.default_rng(seed)
+    one = np.ones((RUNS, 1))
+    rows = []
+    for study in range(n_studies):
+        effects = rng.normal(0, SOURCE_SD, n_sources)
+        strangers = rng.normal(0, BETWEEN, (50, len(COLUMNS)))
+        means, rankings, first = _source_means(n_sources, rng), [], None
+        for _ in range(2):
+            shares, X = _fusion_means(means, rng)
+            y = shares @ effects + rng.normal(0, NOISE_SD, RUNS)
+            search = SubsetSearch(X, one, TERMS, smaller=True)
+            choice = search.choose(y[:, None])
+            members = search.members(choice.subset[0])
+            rankings.append(strangers[:, members] @ choice.beta[0, : len(members)])
+            first = first or (choice, X)
+        choice, X = first
+        rows.append({
+            "study": study, "n_sources": n_sources, "r2": float(choice.r2[0]),
+            "all_significant": bool(np.nanmax(choice.p[0]) < 0.05),
+            "repeat_rank_correlation": float(spearmanr(*rankings)[0]),
+            "first_three": effective_dimensions(X)["first_three"],
+            "vif": float(np.median(vif(X))),
+        })
+    return pd.DataFrame(rows)
+
+
+def _source_means(n_sources: int, rng: np.random.Generator) -> np.ndarray:
+    """Means of the sources, (S, 9), correlated by three common factors."""
+    p = len(COLUMNS)
+    loadings = rng.normal(size=(3, p)) * 0.6
+    means = rng.normal(size=(n_sources, 3)) @ loadings + rng.normal(size=(n_sources, p))
+    return means * BETWEEN / np.sqrt((loadings**2).sum(axis=0) + 1)
+
+
+def _fusion_means(means: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Shares (n, S) and set means (n, 9) of the paper's design, its rows normal."""
+    r = rng.uniform(size=(RUNS, len(means)))
+    shares = r / r.sum(axis=1, keepdims=True)
+    return shares, shares @ means + rng.normal(size=(RUNS, len(COLUMNS))) / np.sqrt(SET_SIZE)
+
 
 WORDS = r"\w+|[^\w\s]"  # words and single punctuation marks
 SMOOTHING = 0.1  # count added to every word of the joint vocabulary
@@ -75,7 +134,7 @@ def unigram_losses(
 
 
 def failure_table(null: pd.DataFrame) -> pd.DataFrame:
-    """What simulated studies without any effect find (`simulation.null_r2`), in words.
+    """What simulated studies without any effect find (`null_r2`), in words.
 
     One row a number of sources: studies; medians, bounds by order statistics; shares of studies
     that reach the paper's R² or call every chosen term "significant", bounds by Wilson.
@@ -299,6 +358,23 @@ def negative_control(study: Study) -> pd.DataFrame:
     shuffled = [tests(permuted_within_source(study.scores, columns, seed), 199)
                 for seed in range(settings.shuffles)]  # fmt: skip
     return control_table(own, shuffled)
+
+
+def permuted_within_source(
+    scores: pd.DataFrame, columns: Sequence[str], seed: int
+) -> pd.DataFrame:
+    """The negative control: the rows' indicators, all together, shuffled within each source.
+
+    Correlations between indicators and everything about sources stay; what a row's indicators say
+    about that row is gone, so the whole procedure must end in "no evidence".
+    """
+    rng = np.random.default_rng(seed)
+    place = np.arange(len(scores))
+    for index in scores.groupby("source", sort=True).indices.values():
+        place[index] = rng.permutation(index)
+    shuffled = scores.copy()
+    shuffled[list(columns)] = scores[list(columns)].to_numpy()[place]
+    return shuffled
 
 
 def control_table(

@@ -59,7 +59,6 @@ from statsmodels.stats.proportion import proportion_confint
 from instructmining import claims, figures, tables
 from instructmining.experiments import planted_defects
 from instructmining.reports import card_markdown
-from instructmining.simulation import null_r2
 from instructmining.study import Study
 from instructmining_core import fit_rule
 from instructmining_core.regression import checks, inference
@@ -155,7 +154,7 @@ The paper's procedure keeps {', '.join(paper.index)} on all arms; {agree} of the
 
 # %%
 studies = study.profile.inference.simulated_studies
-null = pd.concat([null_r2(sources, studies, seed=0) for sources in (4, 8, 12)])
+null = pd.concat([tables.null_r2(sources, studies, seed=0) for sources in (4, 8, 12)])
 study.save(null, "null.parquet")
 display(figures.plot_design_failure(null))
 failure, seen = tables.failure_table(null).loc[4], tables.dimensions(runs, fit)["participation"]

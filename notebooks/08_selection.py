@@ -55,7 +55,7 @@ import pandas as pd
 from IPython.display import Markdown
 from scipy.stats import ttest_ind
 
-from instructmining import claims, figures, front, paper, reports
+from instructmining import claims, figures, paper, reports
 from instructmining.experiments import comparisons, gate
 from instructmining.study import Study
 from instructmining_core import load_rule
@@ -158,9 +158,9 @@ The fitted rule ranks the rows like v1 with a correlation of {ours['spearman'].i
 # %%
 runs = study.run("gate", plans)
 study.save(runs[[name for name in comparisons.GATE_COLUMNS if name in runs]], "comparison.parquet")
-effects = front.gate_effects(runs, study.runs("sweep"))
-effects.attrs["facts"] = front.facts_of(study)
-study.save(effects, front.EFFECTS)
+effects = reports.gate_effects(runs, study.runs("sweep"))
+effects.attrs["facts"] = reports.facts_of(study)
+study.save(effects, reports.EFFECTS)
 display(figures.plot_forest(effects))
 display(figures.plot_selected_random(beat_random.by_budget(runs)["equal rows"]))
 table = beat_random.selection_table(runs)

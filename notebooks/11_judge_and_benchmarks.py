@@ -49,8 +49,8 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from instructmining import choice_tasks, claims, figures, paper
-from instructmining.experiments import judging
+from instructmining import claims, figures, paper
+from instructmining.experiments import choice_tasks, judging
 from instructmining.study import Study
 from instructmining_core import load_rule
 from instructmining_core.data.choices import write_task

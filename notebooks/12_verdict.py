@@ -57,9 +57,8 @@ import pandas as pd
 from IPython.display import Markdown
 
 from instructmining import claims, figures, tables
-from instructmining.embedded import ground_truth
 from instructmining.embedded.defects import SEEN_KINDS
-from instructmining.experiments import loss_proxy, machines, planted_defects
+from instructmining.experiments import choice_tasks, machines, planted_defects
 from instructmining.study import Study
 from instructmining_core import load_rule
 from instructmining_core.regression.intervals import significant
@@ -75,7 +74,7 @@ if planted_defects.has_doses(study.profile):
     plain = small.assign(log=np.log(small["loss_eval_1"])).groupby(["kind", "dose"])["log"].mean()
     by_hand = plain.groupby("kind").last().drop("clean") - plain["clean"].iloc[0]
 
-    effects = ground_truth.dose_effects(small)
+    effects = planted_defects.dose_effects(small)
     harmful = effects.index[effects["harms"]]
     display(significant(effects))
     display(figures.plot_dose_response(small, harms=harmful, seen=SEEN_KINDS if planted else ()))
@@ -99,17 +98,17 @@ Markdown(words)
 # The core adds two intervals, over runs and over the sources of their rows, for each loss: all models first differ by source, so the interval over sources is the one that a general claim needs.
 
 # %%
-asked, proxies = loss_proxy.models(study), pd.DataFrame()
+asked, proxies = choice_tasks.models(study), pd.DataFrame()
 words = "Not evaluated: no run was asked a multiple-choice task, since the profile's `data.choices` is empty."
 if len(asked):
-    asked_tasks, proxies = loss_proxy.tasks_in(asked), loss_proxy.correlations(asked)
+    asked_tasks, proxies = choice_tasks.tasks_in(asked), choice_tasks.correlations(asked)
     by_hand = asked[["loss_eval_1", *asked_tasks]].corr().loc["loss_eval_1", asked_tasks]
     np.testing.assert_allclose(by_hand, proxies.query("runs == 'all' and loss == 'loss_eval_1'")["r"])
     study.save(proxies, "loss_proxy.parquet")
     display(significant(proxies))
     display(figures.plot_loss_proxy(asked, asked_tasks))
     words = "\n".join(f"Over {len(asked)} models the first loss and {task} have a correlation of {by_hand[task]:+.2f}; the untuned base gets {asked[f'base_{task}'].mean():.1%} right, the models {asked[task].min():.1%} to {asked[task].max():.1%}." for task in asked_tasks)
-study.record_claim("loss_predicts_tasks", **loss_proxy.proxy_claim(proxies))
+study.record_claim("loss_predicts_tasks", **choice_tasks.proxy_claim(proxies))
 Markdown(words)
 
 # %% [markdown]
@@ -119,7 +118,7 @@ Markdown(words)
 # %%
 words = "Not evaluated here."
 if planted_defects.has_doses(study.profile) and len(asked):
-    damage = loss_proxy.damage_costs(study, small)
+    damage = choice_tasks.damage_costs(study, small)
     study.save(damage, "damage.parquet")
     display(significant(damage))
     unseen = damage[~damage["kind"].isin(harmful)]
@@ -147,9 +146,9 @@ if planted:
 
     auc = planted_defects.auc_of_study(study, rule, effects)
     study.save(auc, "truth.parquet")
-    display(figures.plot_twin_auc(ground_truth.over_libraries(auc)))
+    display(figures.plot_twin_auc(planted_defects.over_libraries(auc)))
     display(planted_defects.auc_table(auc))
-    own = ground_truth.over_libraries(auc, by=("scorer",)).set_index("scorer")
+    own = planted_defects.over_libraries(auc, by=("scorer",)).set_index("scorer")
     one = auc.query("scorer == 'longest'")
     pooled = np.average(one["auc"], weights=one["pairs"])
     words = f"""
@@ -168,7 +167,7 @@ words = "No kinds here."
 if planted:
     kinds = planted_defects.by_kind(auc, effects)
     display(significant(kinds))
-    rule_on = ground_truth.over_libraries(auc.query("scorer == 'rule'"), by=("kind",)).set_index("kind")
+    rule_on = planted_defects.over_libraries(auc.query("scorer == 'rule'"), by=("kind",)).set_index("kind")
     controls = rule_on.loc[[kind for kind in rule_on.index if kind not in harmful]]
     caught = controls.index[controls["low"] > 0.5]
     words = f"""

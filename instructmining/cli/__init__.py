@@ -236,8 +236,7 @@ def _select(
 ) -> None:  # fmt: skip
     """Write the best rows by a rule."""
     from .models import asked_models
-    from .select import select_to
-    from .verify import gate_study
+    from .select import gate_study, select_to
 
     study = gate_study(profile) if verify else None
     select_to(
@@ -324,7 +323,7 @@ def _pin(
     ] = None,
 ) -> None:
     """Write the commits of a profile's models and sets into its YAML."""
-    from .pin import pin_profile
+    from .models import pin_profile
 
     sys.stdout.write("\n".join(pin_profile(profile, out)) + "\n")
 

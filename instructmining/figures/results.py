@@ -390,9 +390,8 @@ def plot_dose_response(
 
     runs : columns kind, dose (share in [0, 1]) and loss_eval_1 (nats/token). Points are runs, the
     line joins means, bars are 95 % intervals; runs of kind "clean" (dose 0) are shared by all
-    panels. harms : the kinds that raise the loss, by `ground_truth.dose_effects`: red; the others
-    are the negative controls: grey. seen : kinds that the stand-in models were trained on, marked
-    so.
+    panels. harms : kinds that raise the loss (`dose_effects`), red; the others, negative controls,
+    are grey. seen : kinds that the stand-in models were trained on, marked so.
     """
     kinds = [kind for kind in dict.fromkeys(runs["kind"]) if kind != "clean"]
     columns = 4 if len(kinds) > 6 else 3
@@ -488,8 +487,8 @@ TICKS = -0.36  # place of the grey ticks in the row, above all marks
 def plot_forest(effects: pd.DataFrame) -> Figure:
     """Random minus selected, in units of the spread between collections; above, in nats.
 
-    effects : from `front.gate_effects`. Filled: against random rows; hollow: against random rows of
-    the same length; a diamond over all pools. Grey ticks: the untuned base and the rule's worst
+    effects : from `gate_effects`. Filled: against random rows; hollow: against random rows of the
+    same length; a diamond over all pools. Grey ticks: the untuned base and the rule's worst
     rows, both against random rows. At the right: how much more the model heeds its prompt.
     """
     pools = list(dict.fromkeys(effects["pool"]))

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from instructmining.cli import main, pin
+from instructmining.cli import main, models
 from instructmining_core.config import InstructMiningError
 from instructmining_core.data.export import write_rows
 from instructmining_core.data.readers import read_raw
@@ -319,8 +319,8 @@ models:
 
 
 def test_pin_writes_commits_in_place(home, monkeypatch, capsys):
-    monkeypatch.setattr(pin, "_model_commit", lambda name, revision: "a" * 40)
-    monkeypatch.setattr(pin, "_set_commit", lambda where, revision: "b" * 40)
+    monkeypatch.setattr(models, "_model_commit", lambda name, revision: "a" * 40)
+    monkeypatch.setattr(models, "_set_commit", lambda where, revision: "b" * 40)
     (home / "mine.yaml").write_text(PROFILE)
     assert run("pin", "mine.yaml") == 0
     a, b = "a" * 40, "b" * 40

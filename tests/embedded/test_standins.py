@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from instructmining.embedded import corpus as corpus_module
-from instructmining.embedded import standins, tiny_models
+from instructmining.embedded import standins
 from instructmining.embedded.corpus import ROLES, Corpus, build_corpus
 from instructmining.embedded.defects import twins
-from instructmining.embedded.tiny_models import NEGATIVES, question_pairs
+from instructmining.embedded.standins import NEGATIVES, question_pairs
 from instructmining_core.config import InstructMiningError, ModelRef
 from instructmining_core.data.tokenization import encode_many
 from instructmining_core.indicators import reward, unieval
@@ -77,7 +77,7 @@ def test_tokenizer_writes_any_text_back(folder):
 def test_the_reward_of_a_clean_answer_is_larger(folder, corpus):
     """On functions that it has not learnt from, of libraries that only stand-ins read."""
     rows = corpus.split("standin")
-    held = rows[~rows["symbol"].isin(set(tiny_models.learnt_rows(corpus)["symbol"]))]
+    held = rows[~rows["symbol"].isin(set(standins.learnt_rows(corpus)["symbol"]))]
     cut = twins(held, "cut_short", seed=0)
     clean = held.set_index("id").loc[cut["twin"]]
     model = reward.load_reward_model(ModelRef(str(folder / "reward"), dtype="float32"))
@@ -115,7 +115,7 @@ def test_a_failed_build_leaves_nothing_that_looks_finished(corpus, tmp_path, mon
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tiny_models, "train_tiny", fail)
+    monkeypatch.setattr(standins, "train_tiny", fail)
     with pytest.raises(KeyboardInterrupt):
         standins.write_standin(tmp_path, "base", corpus)
     assert not (tmp_path / "base").exists()
@@ -131,7 +131,7 @@ def test_built_once_and_only_what_is_asked_for(folder, monkeypatch):
 
 
 def test_stand_ins_learn_from_their_own_libraries_only(corpus):
-    learnt = tiny_models.learnt_rows(corpus)
+    learnt = standins.learnt_rows(corpus)
     assert set(learnt["source"]) <= {"joblib", "IPython", "rich"}
     asked = question_pairs(learnt)
     assert set(asked["kind"]) <= {"scrambled", "cut_short", "other_answer"}
@@ -144,7 +144,7 @@ def test_stand_ins_learn_from_their_own_libraries_only(corpus):
 
 def test_documents_hold_each_answer_once(corpus):
     rows = corpus.split("base_text")
-    texts = tiny_models.documents(rows)
+    texts = standins.documents(rows)
     whole = "\n".join(texts)
     assert all(response in whole for response in rows["response"])
     asked = sum(text.startswith("User:\n") for text in texts)
@@ -152,21 +152,21 @@ def test_documents_hold_each_answer_once(corpus):
 
 
 def test_pack_by_hand(monkeypatch):
-    monkeypatch.setattr(tiny_models, "CONTEXT", 3)
-    packed = tiny_models.pack_documents([[5, 6], [7]], bos=1, eos=2, seed=0)
+    monkeypatch.setattr(standins, "CONTEXT", 3)
+    packed = standins.pack_documents([[5, 6], [7]], bos=1, eos=2, seed=0)
     flat = packed.ravel().tolist()
     assert packed.shape == (2, 3) and flat in ([1, 5, 6, 2, 1, 7], [1, 7, 2, 1, 5, 6])
 
 
 def test_batches_take_every_row_once_an_epoch():
     lengths = np.random.default_rng(0).integers(1, 99, 103)
-    batches = tiny_models.pair_batches(lengths, rows=8, seed=1)
+    batches = standins.pair_batches(lengths, rows=8, seed=1)
     assert sorted(np.concatenate(batches)) == list(range(103))
     spread = np.mean([np.ptp(lengths[b]) for b in batches])
     assert spread < np.ptp(lengths) / 4
 
 
 def test_learning_rate_warms_up_and_falls():
-    rates = [tiny_models.rate(s, 100) for s in range(101)]
+    rates = [standins.rate(s, 100) for s in range(101)]
     assert rates[0] == 1 / 6 and rates[5] == 1.0 and rates[100] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rates[6:], rates[7:], strict=False))

@@ -12,9 +12,9 @@ from embedded.test_defects import table
 from scipy import stats
 
 from instructmining import tables
-from instructmining.embedded import ground_truth
 from instructmining.embedded.defects import KINDS
 from instructmining.experiments import planted_defects
+from instructmining.tables import permuted_within_source
 from instructmining_core.config import InstructMiningError
 
 DOSES = (0.0, 0.25, 0.5, 1.0)
@@ -22,7 +22,7 @@ DOSES = (0.0, 0.25, 0.5, 1.0)
 
 def test_dose_sets_differ_in_the_share_of_twins_only():
     clean = table(("one", "two", "three"), rows=20)
-    sets = ground_truth.dose_sets(clean, 16, doses=DOSES, seeds=(0, 1))
+    sets = planted_defects.dose_sets(clean, 16, doses=DOSES, seeds=(0, 1))
     sizes = sets.groupby(["set_kind", "dose", "seed"]).size()
     assert (sizes == 16).all() and len(sizes) == 2 * (1 + len(KINDS) * 3)
     for (kind, dose, _), rows in sets.groupby(["set_kind", "dose", "seed"]):
@@ -41,7 +41,7 @@ def test_dose_sets_differ_in_the_share_of_twins_only():
 
 def test_too_small_a_source_is_an_error():
     with pytest.raises(InstructMiningError, match="are needed"):
-        ground_truth.dose_sets(table(("one",), rows=5), 10, doses=DOSES, seeds=(0,))
+        planted_defects.dose_sets(table(("one",), rows=5), 10, doses=DOSES, seeds=(0,))
 
 
 def runs(noise: float) -> pd.DataFrame:
@@ -56,10 +56,10 @@ def runs(noise: float) -> pd.DataFrame:
 
 
 def test_dose_effects_find_the_slope_and_agree_with_statsmodels():
-    exact = ground_truth.dose_effects(runs(noise=0.0))
+    exact = planted_defects.dose_effects(runs(noise=0.0))
     assert exact["slope"].to_dict() == pytest.approx({"cut_short": 0.2, "repetitive": 0.0})
     frame = runs(noise=0.02)
-    ours = ground_truth.dose_effects(frame)
+    ours = planted_defects.dose_effects(frame)
     design = pd.DataFrame({f"s{s}": (frame["seed"] == s).astype(float) for s in range(3)})
     for kind in ("cut_short", "repetitive"):
         for dose in sorted(frame.loc[frame["kind"] == kind, "dose"].unique()):
@@ -77,17 +77,17 @@ def test_dose_effects_find_the_slope_and_agree_with_statsmodels():
 
 def test_a_kind_that_bends_does_not_push_up_one_that_does_nothing():
     frame = runs(noise=0.0005)
-    clean = frame[frame["kind"] == ground_truth.CLEAN].set_index("seed")["loss_eval_1"]
+    clean = frame[frame["kind"] == planted_defects.CLEAN].set_index("seed")["loss_eval_1"]
     bent = (frame["kind"] == "cut_short") & (frame["dose"] < 1)  # harms at the full dose only
     frame.loc[bent, "loss_eval_1"] = frame.loc[bent, "seed"].map(clean)
-    effects = ground_truth.dose_effects(frame)
+    effects = planted_defects.dose_effects(frame)
     assert effects["harms"].to_dict() == {"cut_short": True, "repetitive": False}
     assert effects.loc["repetitive", "slope"] == pytest.approx(0, abs=2e-3)
 
 
 def test_one_run_a_kind_has_no_interval():
     frame = runs(0.01).query("seed == 0 and dose in [0, 1]")
-    effects = ground_truth.dose_effects(frame)
+    effects = planted_defects.dose_effects(frame)
     assert effects["low"].isna().all() and not effects["harms"].any()
 
 
@@ -101,7 +101,7 @@ SCORES = pd.DataFrame({
 
 
 def test_twin_auc_by_hand():
-    auc = ground_truth.twin_auc(SCORES, {"longest": -SCORES["len_out"]})
+    auc = planted_defects.twin_auc(SCORES, {"longest": -SCORES["len_out"]})
     auc = auc.set_index(["kind", "source"])
     assert auc.loc[("cut_short", "s"), "auc"] == 1.0  # the longer one is the clean one
     assert auc.loc[("repetitive", "s"), "auc"] == 0.0
@@ -113,7 +113,7 @@ def test_twin_auc_by_hand():
 
 def test_missing_scores_are_counted_not_guessed():
     broken = (-SCORES["len_out"]).where(SCORES["id"] != "a")
-    auc = ground_truth.twin_auc(SCORES, {"longest": broken}).set_index(["kind", "source"])
+    auc = planted_defects.twin_auc(SCORES, {"longest": broken}).set_index(["kind", "source"])
     assert np.isnan(auc.loc[("cut_short", "s"), "auc"])
     assert auc.loc[("cut_short", "s"), ["pairs", "missing"]].tolist() == [0, 1]
 
@@ -122,10 +122,11 @@ def test_rivals_and_their_order():
     effects = pd.DataFrame({"slope": {"cut_short": 0.3, "repetitive": 0.1},
                             "harms": {"cut_short": True, "repetitive": False}})
     scores = SCORES.assign(ppl=1.0, reward=[3, 3, 3, 1, 1, 1, 1.0], compression=1.0)
-    rules = ground_truth.rivals(scores, effects)
+    rules = planted_defects.rivals(scores, effects)
     assert list(rules) == ["random", "longest", "shortest", "lowest_ppl", "compression", "reward",
                            "oracle", "loss_oracle"]
-    auc = ground_truth.twin_auc(scores, rules).groupby(["scorer", "kind"])["auc"].mean().unstack()
+    table = planted_defects.twin_auc(scores, rules)
+    auc = table.groupby(["scorer", "kind"])["auc"].mean().unstack()
     assert auc.loc["oracle"].tolist() == [1, 1] and auc.loc["reward"].tolist() == [1, 1]
     # the loss oracle does not flee from a kind that was not seen to harm, whatever its slope
     assert auc.loc["loss_oracle"].tolist() == [1, 0.5]
@@ -136,7 +137,7 @@ def test_over_libraries_is_a_t_interval():
     values = [0.6, 0.7, 0.9]
     auc = pd.DataFrame({"scorer": "rule", "kind": "cut_short", "seen": True,
                         "source": ["a", "b", "c"], "pairs": [10, 20, 30], "auc": values})
-    row = ground_truth.over_libraries(auc).iloc[0]
+    row = planted_defects.over_libraries(auc).iloc[0]
     low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
     assert (row["auc"], row["low"], row["high"]) == pytest.approx((np.mean(values), low, high))
     assert (row["sources"], row["pairs"]) == (3, 60)
@@ -146,18 +147,18 @@ def test_against_is_paired_by_library():
     auc = pd.DataFrame({
         "scorer": ["rule"] * 3 + ["longest"] * 3, "kind": "repetitive", "seen": False,
         "source": ["a", "b", "c"] * 2, "pairs": 5, "auc": [0.9, 0.8, 0.6, 0.5, 0.5, 0.5]})
-    row = ground_truth.against(auc, "rule", "longest").iloc[0]
+    row = planted_defects.against(auc, "rule", "longest").iloc[0]
     test = stats.ttest_1samp([0.4, 0.3, 0.1], 0).confidence_interval(0.95)
     assert (row["difference"], row["low"], row["high"]) == pytest.approx(
         (0.8 / 3, test.low, test.high))
     with pytest.raises(InstructMiningError, match="No AUC of 'nobody'"):
-        ground_truth.against(auc, "rule", "nobody")
+        planted_defects.against(auc, "rule", "nobody")
 
 
 def test_permuted_within_source_moves_rows_whole():
     scores = pd.DataFrame({"source": ["a"] * 50 + ["b"] * 50, "x": np.arange(100.0)})
     scores["y"] = 2 * scores["x"]
-    shuffled = ground_truth.permuted_within_source(scores, ["x", "y"], seed=0)
+    shuffled = permuted_within_source(scores, ["x", "y"], seed=0)
     assert (shuffled["y"] == 2 * shuffled["x"]).all()
     assert sorted(shuffled["x"][:50]) == list(range(50)) != shuffled["x"][:50].tolist()
     assert abs(np.corrcoef(shuffled["x"][:50], scores["x"][:50])[0, 1]) < 0.5
@@ -165,12 +166,12 @@ def test_permuted_within_source_moves_rows_whole():
 
 def test_errors():
     with pytest.raises(InstructMiningError, match="stands twice"):
-        ground_truth.twin_auc(pd.concat([SCORES, SCORES]), {})
+        planted_defects.twin_auc(pd.concat([SCORES, SCORES]), {})
     with pytest.raises(InstructMiningError, match="clean twin"):
-        ground_truth.twin_auc(SCORES[SCORES["kind"] == ""], {})
+        planted_defects.twin_auc(SCORES[SCORES["kind"] == ""], {})
     with pytest.raises(InstructMiningError, match="dose above 0"):
-        ground_truth.dose_effects(runs(0).query("kind == 'clean'"))
-    assert set(ground_truth.CLEAN) and ground_truth.CLEAN not in KINDS
+        planted_defects.dose_effects(runs(0).query("kind == 'clean'"))
+    assert set(planted_defects.CLEAN) and planted_defects.CLEAN not in KINDS
 
 
 def test_fitted_and_unseen_rows_stand_apart():

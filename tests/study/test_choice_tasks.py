@@ -11,22 +11,21 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from instructmining.choice_tasks import (
+from instructmining.embedded.corpus import CANDIDATES, UNSEEN
+from instructmining.experiments import choice_tasks
+from instructmining.experiments.choice_tasks import answered_right, difference
+from instructmining.profile import DataConfig, SourceConfig, load_profile
+from instructmining.reports import NOT_ASKED
+from instructmining.study_data import (
     ANSWER_WORDS,
     NEAR,
     RIVALS,
     WORDS,
-    answered_right,
-    difference,
     docstring_questions,
     preference_questions,
     questions_of,
+    read_pairs,
 )
-from instructmining.embedded.corpus import CANDIDATES, UNSEEN
-from instructmining.experiments import loss_proxy
-from instructmining.profile import DataConfig, SourceConfig, load_profile
-from instructmining.reports import NOT_ASKED
-from instructmining.study_data import read_pairs
 from instructmining_core.config import ProfileError
 
 
@@ -142,7 +141,7 @@ def runs(seed=0, slope=-0.1, sources=6, each=12) -> pd.DataFrame:
 
 def test_correlations_by_scipy_and_by_hand():
     told = runs()
-    table = loss_proxy.correlations(told)
+    table = choice_tasks.correlations(told)
     row = table.query("runs == 'all' and loss == 'loss_eval_1'").iloc[0]
     known = stats.pearsonr(told["loss_eval_1"], told["accuracy_docs_norm"])
     low, high = known.confidence_interval(0.95)
@@ -155,33 +154,34 @@ def test_correlations_by_scipy_and_by_hand():
 
 
 def test_intervals_over_few_sources_and_of_no_variation_are_not_told():
-    few = loss_proxy.correlations(runs(sources=4)).iloc[-1]
+    few = choice_tasks.correlations(runs(sources=4)).iloc[-1]
     assert np.isnan(few["high_sources"]) and np.isfinite(few["high"])
-    still = loss_proxy.correlations(runs().assign(accuracy_docs_norm=0.5))
+    still = choice_tasks.correlations(runs().assign(accuracy_docs_norm=0.5))
     assert still["r"].isna().all()
 
 
 @pytest.mark.parametrize(("slope", "verdict"), [(-0.5, "docs: holds"), (0.5, "docs: does not hold"),
                                                 (0.0, "docs: undecided")])
 def test_the_claim_needs_both_losses_and_both_intervals(slope, verdict):
-    table = loss_proxy.correlations(runs(slope=slope))
-    assert loss_proxy.proxy_claim(table)["verdict"] == verdict
+    table = choice_tasks.correlations(runs(slope=slope))
+    assert choice_tasks.proxy_claim(table)["verdict"] == verdict
 
 
 def test_a_correlation_that_a_few_damaged_models_carry_is_told_apart():
     broken = runs(seed=1, each=3).assign(purpose="dose", accuracy_docs_norm=0.2)
     for loss in ("loss_eval_1", "loss_eval_1_token"):
         broken[loss] += 3.0
-    claim = loss_proxy.proxy_claim(loss_proxy.correlations(pd.concat([runs(slope=0.0), broken])))
+    table = choice_tasks.correlations(pd.concat([runs(slope=0.0), broken]))
+    claim = choice_tasks.proxy_claim(table)
     assert claim["verdict"] == "docs: holds over all models, undecided in the sweep alone"
     assert "all 90 models" in claim["ours"] and "the sweep's 72 models" in claim["ours"]
 
 
 def test_without_tasks_the_claim_was_not_asked():
-    assert loss_proxy.proxy_claim(pd.DataFrame())["verdict"] == NOT_ASKED
+    assert choice_tasks.proxy_claim(pd.DataFrame())["verdict"] == NOT_ASKED
     plain = SimpleNamespace(find=lambda name: name, ledger_of=lambda found: SimpleNamespace(
         load=lambda: runs().filter(regex="^(?!.*accuracy)")))
-    assert loss_proxy.models(plain).empty
+    assert choice_tasks.models(plain).empty
 
 
 def test_damage_is_held_against_the_clean_sets_question_by_question():
@@ -191,7 +191,7 @@ def test_damage_is_held_against_the_clean_sets_question_by_question():
         read=records.__getitem__))
     table = pd.DataFrame({"run_id": ["clean", "cut"], "kind": ["clean", "cut"], "dose": [0.0, 1.0],
                           "loss_eval_1": [2.0, 2.2]})
-    row = loss_proxy.damage_costs(study, table).iloc[0]
+    row = choice_tasks.damage_costs(study, table).iloc[0]
     assert (row["kind"], row["task"], row["loss"]) == ("cut", "docs", pytest.approx(0.1))
     assert (row["accuracy"], row["versus"], row["difference"]) == pytest.approx((0.2, 0.5, -0.3))
     assert row["high"] > 0 > row["low"]

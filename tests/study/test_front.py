@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_ind
 
-from instructmining import front, paper
+from instructmining import paper, reports
 from instructmining.figures import plot_forest
 
 POOLS = ["north", "south", "west"]
@@ -42,8 +42,9 @@ def sweep() -> pd.DataFrame:
 
 def test_effects_are_welchs_and_in_units_of_the_spread(sweep):
     runs = runs_of(0.03)
-    effects = front.gate_effects(runs, sweep)
-    assert front.spread_between(sweep, "loss_eval_2") == pytest.approx(np.std([1.95, 2.05], ddof=1))
+    effects = reports.gate_effects(runs, sweep)
+    spread = np.std([1.95, 2.05], ddof=1)
+    assert reports.spread_between(sweep, "loss_eval_2") == pytest.approx(spread)
     row = effects[(effects["pool"] == "south") & (effects["versus"] == "random")].iloc[0]
     part = runs[runs["pool"] == "south"]
     random, own = (part.loc[part["method"] == m, "loss_eval_2"] for m in ("random", "selected"))
@@ -52,7 +53,7 @@ def test_effects_are_welchs_and_in_units_of_the_spread(sweep):
     assert row["effect"] == pytest.approx(random.mean() - own.mean())
     assert row["base"] == pytest.approx(random.mean() - 2.1) and row["base"] < 0
     assert row["relevance"] == pytest.approx(0.05)
-    whole = effects[effects["pool"] == front.POOLED].set_index(["versus", "averaging"])
+    whole = effects[effects["pool"] == reports.POOLED].set_index(["versus", "averaging"])
     assert whole.loc[("random", "prompts"), "effect"] == pytest.approx(0.03, abs=0.003)
     assert whole.loc[("matched", "tokens"), "effect"] == pytest.approx(0.015, abs=0.003)
     assert len(plot_forest(effects).axes) == 1
@@ -63,13 +64,14 @@ def test_effects_are_welchs_and_in_units_of_the_spread(sweep):
     (0.03, 0.0, "unclear"),
 ])  # fmt: skip
 def test_a_word_needs_both_averagings(sweep, gain, by_tokens, word):
-    assert front.verdict_of(front.gate_effects(runs_of(gain, by_tokens), sweep), "random") == word
+    effects = reports.gate_effects(runs_of(gain, by_tokens), sweep)
+    assert reports.verdict_of(effects, "random") == word
 
 
 def test_single_repeats_have_no_interval_and_no_word(sweep):
-    effects = front.gate_effects(runs_of(0.03, repeats=1), sweep)
-    assert effects["low"].isna().all() and front.verdict_of(effects, "random") == "unclear"
-    assert "not measured often enough" in front._followed(effects)
+    effects = reports.gate_effects(runs_of(0.03, repeats=1), sweep)
+    assert effects["low"].isna().all() and reports.verdict_of(effects, "random") == "unclear"
+    assert "not measured often enough" in reports._followed(effects)
 
 
 @pytest.mark.parametrize("changes, word", [
@@ -79,17 +81,17 @@ def test_the_word_on_relevance_needs_an_interval_off_zero(sweep, changes, word):
     runs = runs_of(0.03)
     change = runs["pool"].map(dict(zip(POOLS, changes, strict=True)))
     runs["relevance"] = 0.9 + change.where(runs["method"] == "selected", 0.0)
-    told = front._followed(front.gate_effects(runs, sweep))
+    told = reports._followed(reports.gate_effects(runs, sweep))
     assert told.startswith(f"- The model heeds its prompt {word}") and "[" in told
 
 
 def test_the_page_answers_first_and_escapes_what_it_is_given(sweep):
     verdict = paper.claims().assign(ours="x | y", detectable="2 %", verdict="undecided")
-    verdict.loc[0, "verdict"] = front.NOT_ASKED
+    verdict.loc[0, "verdict"] = reports.NOT_ASKED
     facts = FACTS | {"pools": "<script>alert(1)</script>"}
-    effects = front.gate_effects(runs_of(0.03), sweep)
+    effects = reports.gate_effects(runs_of(0.03), sweep)
     effects.attrs["facts"] = facts
-    page = front.front_page(effects, verdict)
+    page = reports.front_page(effects, verdict)
     first = page.splitlines()[0]
     assert first.endswith("Yes: the rows that it picks lower the loss.")
     assert "<script>" not in page and "of the same length they lower the loss averaged" in page

@@ -15,9 +15,9 @@ from bench.studies import (
     planner_band,
     pure_noise,
 )
-from instructmining import simulation
+from instructmining import tables
 from instructmining.paper import R_SQUARED
-from instructmining.simulation import null_r2
+from instructmining.tables import null_r2
 
 
 def test_the_papers_r2_lies_in_the_null_of_its_own_design():
@@ -38,7 +38,7 @@ def test_more_sources_give_more_dimensions_but_no_cure():
 
 def test_null_r2_is_seeded_and_without_source_effects_is_small(monkeypatch):
     assert null_r2(4, 3, 5).equals(null_r2(4, 3, 5))
-    monkeypatch.setattr(simulation, "SOURCE_SD", 0.0)
+    monkeypatch.setattr(tables, "SOURCE_SD", 0.0)
     assert null_r2(4, 40, 5)["r2"].median() < 0.12
 
 

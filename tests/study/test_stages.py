@@ -80,7 +80,7 @@ def test_a_stage_depends_on_the_modules_that_it_imports_and_on_no_others(house):
             "instructmining_core/selection/select.py",  # a public name of the core
             "instructmining_core/indicators/mtld.py"} <= used()  # by name, from the registry
     assert not {"instructmining/book.py", "instructmining/claims.py",
-                "instructmining/simulation.py"} & used()
+                "instructmining/tables.py"} & used()
     assert used() - used(figures=False) >= {"instructmining/figures/style.py"}
     profile = load_profile("smoke")
     shown, handed_on = (book.stage_hash(notebook, profile, "", figures=f) for f in (True, False))

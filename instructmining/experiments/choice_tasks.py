@@ -1,22 +1,93 @@
-"""Is the loss a good proxy? Over all models that have both: each loss against each task's accuracy.
+"""What models score on the multiple-choice tasks, and whether the loss is a good proxy of it.
 
 The paper's quality hypothesis takes a lower loss for a better model (v3, section 2) and shows one
-figure of it. Here the correlations carry two intervals, and what costs no loss is asked for its
-cost in accuracy.
+figure of it. Here the correlations, over all models that have both, carry two intervals, and what
+costs no loss is asked for its cost in accuracy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pandas as pd
 from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
 
-from ..choice_tasks import answered_right, difference
+from instructmining_core.data.choices import Question
+from instructmining_core.finetuning.ledger import Ledger
+
 from ..claims import FAILS, HOLDS, UNDECIDED
-from ..embedded.ground_truth import CLEAN
 from ..reports import NOT_ASKED
 from ..study import Study
 from .comparisons import LOSSES
+from .planted_defects import CLEAN
+
+Tasks = Mapping[str, Sequence[Question]]  # by the task's name
+
+def answered_right(records: Sequence[Mapping], task: str) -> np.ndarray:
+    """Which questions each record's model got right by `acc_norm`: 0 or 1, (records, questions)."""
+    told = [record["choices"][task]["right_norm"] for record in records]
+    return np.array([[int(mark) for mark in marks] for marks in told], float)
+
+
+def difference(right: np.ndarray, versus: np.ndarray) -> dict[str, float]:
+    """Difference of two groups' accuracy, paired by question, with a 95 % interval.
+
+    right, versus : of `answered_right`, the same questions. The variance is that over questions
+    plus, of a group with several models, that over models: a little is counted twice. With one
+    model a side the interval speaks of these two models.
+    """
+    apart = right.mean(0) - versus.mean(0)
+    terms = [(apart.var(ddof=1) / len(apart), len(apart) - 1)]
+    terms += [(group.mean(1).var(ddof=1) / len(group), len(group) - 1)
+              for group in (right, versus) if len(group) > 1]
+    total = sum(one for one, _ in terms)
+    df = total**2 / sum(one**2 / d for one, d in terms) if total else 1.0  # Satterthwaite
+    half = stats.t.isf(0.025, df) * np.sqrt(total)
+    return {"accuracy": right.mean(), "versus": versus.mean(), "difference": apart.mean(),
+            "low": apart.mean() - half, "high": apart.mean() + half}  # fmt: skip
+
+
+def chances(tasks: Tasks) -> dict[str, float]:
+    """The share that guessing gets right, by task."""
+    return {name: float(np.mean([1 / len(one.choices) for one in questions]))
+            for name, questions in tasks.items()}
+
+
+def base_scores(tasks: Tasks, record: Mapping) -> pd.DataFrame:
+    """What the untuned base scores on every task, beside chance.
+
+    record : of any run of that base. One row a task: questions, chance, acc, acc_norm with low and
+    high (Wilson), above_chance (low > chance: a model at chance can show no difference).
+    """
+    rows, chance_of = [], chances(tasks)
+    for name, found in record["base_choices"].items():
+        chance = chance_of[name]
+        hits, count = found["right_norm"].count("1"), found["questions"]
+        low, high = proportion_confint(hits, count, method="wilson")
+        rows.append({"task": name, "questions": count, "chance": chance, "acc": found["acc"],
+                     "acc_norm": found["acc_norm"], "low": low, "high": high,
+                     "above_chance": low > chance})  # fmt: skip
+    return pd.DataFrame(rows).set_index("task")
+
+
+def selected_against_random(ledger: Ledger, runs: pd.DataFrame) -> pd.DataFrame:
+    """Do selected rows train a model that answers more questions rightly than random rows do?
+
+    runs : the gate's, columns run_id, pool, method, size; of the size that `selected` has. One row
+    a pool and task: n, n_versus, and `difference`'s columns.
+    """
+    rows, size = [], runs.loc[runs["method"] == "selected", "size"].iloc[0]
+    for pool, part in runs[runs["size"] == size].groupby("pool", sort=False):
+        groups = [[ledger.read(one) for one in part.loc[part["method"] == method, "run_id"]]
+                  for method in ("selected", "random")]  # fmt: skip
+        for task in groups[0][0].get("choices", {}):
+            told = difference(*(answered_right(group, task) for group in groups))
+            rows.append({"pool": pool, "task": task, "n": len(groups[0]),
+                         "n_versus": len(groups[1]), **told})  # fmt: skip
+    return pd.DataFrame(rows)
+
 
 PRIMARY = ("loss_eval_1", "loss_eval_1_token")  # the co-primary losses
 WHOSE = {"all": "all", "sweep": "the sweep's"}  # models, in words
@@ -94,7 +165,7 @@ def damage_costs(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
 
     runs : columns run_id, kind, dose, loss_eval_1; each kind at its largest dose is held against
     kind "clean". One row a kind and task: loss (relative change), accuracy, versus, difference,
-    low, high (shares of the questions, `choice_tasks.difference`).
+    low, high (shares of the questions, `difference`).
     """
     ledger, rows = study.ledger_of(study.find("ledger")), []
     clean = runs[runs["kind"] == CLEAN]
