@@ -24,7 +24,7 @@ LABELS = {  # (module of the package, name there) -> part
     ("finetuning.lora", "_BlockLinear.backward"): "adapters beside their products",
     ("finetuning.packing", "weighted_nll"): "loss",
     ("finetuning.packing", "PackedModel.batch"): "laying out batches",
-    ("finetuning.multi_lora", "MultiLoRA.step"): "optimiser",
+    ("finetuning.lora", "MultiLoRA.step"): "optimiser",
 }
 
 

@@ -52,7 +52,7 @@ def widths(
 def train_once(world: World, lm, count: int) -> tuple[float, float]:
     """Real tokens a second of `count` adapters trained in one pass, and peak MiB."""
     from instructmining_core.finetuning.finetune import Meter
-    from instructmining_core.finetuning.multi_lora import MultiLoRA
+    from instructmining_core.finetuning.lora import MultiLoRA
     from instructmining_core.finetuning.packing import PackedModel
     from instructmining_core.finetuning.trainer import TrainingJob, train
 

@@ -118,7 +118,7 @@ def sweep(world: World, count: int, dtype: str = "auto", **how) -> tuple[float, 
 
 def train_seconds(lm, config, rows) -> tuple[float, object]:
     """Seconds of one training, and its adapters."""
-    from instructmining_core.finetuning.multi_lora import MultiLoRA
+    from instructmining_core.finetuning.lora import MultiLoRA
     from instructmining_core.finetuning.packing import PackedModel
     from instructmining_core.finetuning.trainer import TrainingJob, train
 

@@ -1,12 +1,22 @@
-"""LoRA layers: a frozen linear layer with K adapters, which layers get them, peft's files."""
+"""K LoRA adapters over one frozen base, trained in one pass; which layers get them; peft's files.
+
+Every row belongs to one adapter; the rows of an adapter lie together. The base multiplies all rows
+at once, each adapter only its own. All adapters' values are one float32 matrix, shape (K, numbers
+of one adapter), so that clipping, Adam and the schedule are a handful of operations on that matrix
+with one learning rate a row, however many layers there are. Method: LoRA (Hu et al. 2021,
+arXiv 2106.09685, equation 3); many adapters over one base as in mLoRA and S-LoRA, here for any
+Hugging Face causal LM whose linear layers peft can target.
+"""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -83,9 +93,8 @@ class MultiLoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.routing.padded is not None:
             return self.layer(x) + _PaddedLoRA.apply(x, self.trigger, self)
-        if type(self.layer) is nn.Linear:
-            return _BlockLinear.apply(x, self.trigger, self)
-        return self.layer(x) + _BlockLoRA.apply(x, self.trigger, self)
+        own = None if type(self.layer) is nn.Linear else self.layer(x)
+        return _BlockLinear.apply(x, own, self.trigger, self)
 
 
 def shapes(layer: nn.Module) -> tuple[int, int]:
@@ -95,61 +104,36 @@ def shapes(layer: nn.Module) -> tuple[int, int]:
     return layer.nx, layer.nf
 
 
-class _BlockLoRA(torch.autograd.Function):
-    """The adapters' share of a layer's output; their gradients go straight to `MultiLoRA`'s."""
-
-    @staticmethod
-    def forward(ctx, x, trigger, layer):
-        flat = x.reshape(-1, x.shape[-1])
-        out = flat.new_empty((len(flat), layer.b.shape[-1]))
-        blocks = layer.routing.blocks
-        inner = []
-        for k, start, stop in blocks:
-            inner.append(flat[start:stop] @ layer.a[k])
-            torch.mm(inner[-1], layer.b[k], out=out[start:stop])
-        ctx.save_for_backward(flat, *inner)
-        ctx.layer, ctx.blocks, ctx.shape = layer, blocks, x.shape
-        return out.mul_(layer.scale).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        flat, *inner = ctx.saved_tensors
-        layer = ctx.layer
-        gradient = gradient.reshape(-1, gradient.shape[-1]) * layer.scale
-        back = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
-        for (k, start, stop), z in zip(ctx.blocks, inner, strict=True):
-            part = gradient[start:stop]
-            slope = part @ layer.b[k].t()
-            layer.grad_b[k] += z.t() @ part
-            layer.grad_a[k] += flat[start:stop].t() @ slope
-            if back is not None:
-                torch.mm(slope, layer.a[k].t(), out=back[start:stop])
-        return (None if back is None else back.view(ctx.shape)), None, None
-
-
 class _BlockLinear(torch.autograd.Function):
     """A frozen `nn.Linear` and its adapters: what they add goes into the layer's own output, and
     into the gradient of its input, in place. Each further pass over a batch costs as much as an
-    adapter's products."""
+    adapter's products. The adapters' gradients go straight to `MultiLoRA`'s.
+
+    own : output of a layer that is none, which autograd goes through; else None
+    """
 
     @staticmethod
-    def forward(ctx, x, trigger, layer):
+    def forward(ctx, x, own, trigger, layer):
         flat = x.reshape(-1, x.shape[-1])
-        out = linear(flat, layer.weight, layer.bias)
+        if own is None:
+            out = linear(flat, layer.weight, layer.bias)
+        else:
+            out = own.reshape(-1, own.shape[-1]).clone()
         blocks, inner = layer.routing.blocks, []
         for k, start, stop in blocks:
             inner.append((flat[start:stop] @ layer.a[k]).mul_(layer.scale))
             out[start:stop].addmm_(inner[-1], layer.b[k])
         ctx.save_for_backward(flat, *inner)
-        ctx.layer, ctx.blocks, ctx.shape = layer, blocks, x.shape
+        ctx.layer, ctx.blocks, ctx.plain = layer, blocks, own is None
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, upstream):
         flat, *inner = ctx.saved_tensors
-        layer = ctx.layer
-        gradient = gradient.reshape(-1, gradient.shape[-1])
-        back = linear(gradient, layer.weight.t()) if ctx.needs_input_grad[0] else None
+        layer, back = ctx.layer, None
+        gradient = upstream.reshape(-1, upstream.shape[-1])
+        if ctx.needs_input_grad[0]:
+            back = linear(gradient, layer.weight.t()) if ctx.plain else torch.zeros_like(flat)
         for (k, start, stop), z in zip(ctx.blocks, inner, strict=True):
             part = gradient[start:stop]
             slope = (part @ layer.b[k].t()).mul_(layer.scale)
@@ -157,7 +141,8 @@ class _BlockLinear(torch.autograd.Function):
             layer.grad_a[k] += flat[start:stop].t() @ slope
             if back is not None:
                 back[start:stop].addmm_(slope, layer.a[k].t())
-        return (None if back is None else back.view(ctx.shape)), None, None
+        back = None if back is None else back.view(*upstream.shape[:-1], -1)
+        return back, None if ctx.plain else upstream, None, None
 
 
 class _PaddedLoRA(torch.autograd.Function):
@@ -189,6 +174,125 @@ class _PaddedLoRA(torch.autograd.Function):
             return None, None, None
         back = torch.bmm(slope, layer.a[routing.which].transpose(1, 2))
         return back.flatten(0, 1)[routing.back].view(ctx.shape), None, None
+
+
+class MultiLoRA:
+    """K adapters on a model: values, gradients, optimiser; on it inside `attached`."""
+
+    def __init__(
+        self, model: nn.Module, config: FinetuneConfig, init_seeds: Sequence[int]
+    ) -> None:
+        """config : of all K; init_seeds : one an adapter"""
+        self.model, self.config, self.routing = unwrapped(model), config, Routing()
+        self.layers = {name: MultiLoRALinear(layer, self.routing, scaling(config))
+                       for name, layer in target_layers(self.model, config).items()}
+        self.exported = export_config(config, self.model, self.layers)
+        sample = next(iter(self.layers.values())).layer.weight
+        self.device = sample.device
+        self.padded = self.device.type == "cuda"  # a product an adapter would be many launches
+        self.dtype = sample.dtype if sample.dtype.is_floating_point else torch.float32
+        self._spans = _spans(self.layers, config.rank)
+        size = self._spans[-1][-1]
+        self.values, self.gradients, self._mean, self._square = torch.zeros(
+            4, len(init_seeds), size, device=self.device)
+        self._steps = torch.zeros(len(init_seeds), 1, device=self.device)
+        for (name, layer), (a, b, _) in zip(self.layers.items(), self._spans, strict=True):
+            for k, seed in enumerate(init_seeds):
+                first = first_values(name, config.rank, shapes(layer.layer)[0], seed)
+                self.values[k, a:b] = first.t().reshape(-1).to(self.device)
+        self.work = self.values.to(self.dtype)  # the values themselves in float32
+        trigger = torch.zeros((), device=self.device, requires_grad=True)
+        for layer, span in zip(self.layers.values(), self._spans, strict=True):
+            layer.a, layer.b = self._views(self.work, layer, span)
+            layer.grad_a, layer.grad_b = self._views(self.gradients, layer, span)
+            layer.trigger = trigger
+
+    def _views(self, matrix: torch.Tensor, layer: MultiLoRALinear, span) -> tuple:
+        (d_in, d_out), rank = shapes(layer.layer), self.config.rank
+        a, b, end = span
+        return matrix[:, a:b].view(-1, d_in, rank), matrix[:, b:end].view(-1, rank, d_out)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The adapters are on the model inside the block; their values stay here after it."""
+        for name, layer in self.layers.items():
+            self.model.set_submodule(name, layer)
+        try:
+            yield
+        finally:
+            for name, layer in self.layers.items():
+                self.model.set_submodule(name, layer.layer)
+
+    def send(self, owners: Sequence[int], slots: Sequence[int]) -> None:
+        """Send each row of a batch to its adapter.
+
+        owners : adapter of each row, those of one adapter together; slots : places a row takes
+        """
+        ends = np.cumsum(slots)
+        starts = ends - slots
+        runs = [list(run) for _, run in groupby(range(len(owners)), owners.__getitem__)]
+        blocks = [(owners[run[0]], int(starts[run[0]]), int(ends[run[-1]])) for run in runs]
+        self.routing.blocks = blocks
+        self.routing.padded = padded_routing(blocks, self.device) if self.padded else None
+
+    def use(self, adapter: int) -> None:
+        """Send every row to one adapter, for evaluation and generation."""
+        self.routing.blocks, self.routing.padded = [(adapter, 0, None)], None
+
+    def step(self, rates: np.ndarray) -> torch.Tensor:
+        """Clip each adapter's gradient, take one AdamW step, clear the gradients.
+
+        rates : shape (K,), learning rate of each adapter; NaN leaves an adapter as it is
+        returns : shape (K,), gradient norms before clipping
+
+        As `torch.optim.AdamW` (eps 1e-8) after `clip_grad_norm_`, adapter by adapter.
+        """
+        gradients = self.gradients
+        norms = gradients.norm(dim=1)
+        if self.config.clip > 0:
+            gradients.mul_((self.config.clip / (norms + 1e-6)).clamp(max=1)[:, None])
+        rate = torch.as_tensor(rates, dtype=torch.float32, device=self.device)[:, None]
+        active = ~rate.isnan()
+        rate = rate.nan_to_num()
+        first, second = self.config.betas
+        self._steps += active
+        self._mean.lerp_(gradients, 1 - first)
+        self._square.mul_(second).addcmul_(gradients, gradients, value=1 - second)
+        self.values.mul_(1 - rate * self.config.weight_decay)
+        ago = self._steps.clamp(min=1)
+        size = (self._square / (1 - second**ago)).sqrt_().add_(1e-8)
+        self.values.addcdiv_(self._mean * (-rate / (1 - first**ago)), size)
+        gradients.zero_()
+        if self.work is not self.values:
+            self.work.copy_(self.values)
+        return norms
+
+    def tensors(self, adapter: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Layer name -> (A, shape (rank, d_in); B, shape (d_out, rank)) in float32, as peft's."""
+        found = {}
+        for (name, layer), span in zip(self.layers.items(), self._spans, strict=True):
+            a, b = self._views(self.values[adapter : adapter + 1], layer, span)
+            found[name] = (a[0].t().clone(), b[0].t().clone())
+        return found
+
+    def save(self, adapter: int, folder: Path, base: str) -> None:
+        """Write one adapter as peft does; `PeftModel.from_pretrained` loads it."""
+        self.exported.base_model_name_or_path = base
+        self.exported.save_pretrained(str(folder))
+        flat = {f"base_model.model.{name}.lora_{part}.weight": tensor.cpu().contiguous()
+                for name, pair in self.tensors(adapter).items()
+                for part, tensor in zip("AB", pair, strict=True)}  # fmt: skip
+        save_file(flat, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _spans(layers: dict[str, MultiLoRALinear], rank: int) -> list[tuple[int, int, int]]:
+    """Where each layer's A and B lie in a row of the matrix: first of A, first of B, end."""
+    spans, at = [], 0
+    for layer in layers.values():
+        d_in, d_out = shapes(layer.layer)
+        spans.append((at, at + d_in * rank, at + (d_in + d_out) * rank))
+        at = spans[-1][-1]
+    return spans
 
 
 def peft_config(config: FinetuneConfig, model: nn.Module) -> LoraConfig:
@@ -280,17 +384,3 @@ def set_first_values(wrapped: nn.Module, init_seed: int) -> None:
             weight = layer.lora_A["default"].weight
             with torch.no_grad():
                 weight.copy_(first_values(name, *weight.shape, init_seed))
-
-
-def save_adapter(
-    folder: Path, tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], settings: LoraConfig
-) -> None:
-    """Write an adapter as peft does, for `PeftModel.from_pretrained`.
-
-    tensors : layer name -> A, shape (rank, d_in), and B, shape (d_out, rank)
-    settings : of `export_config`
-    """
-    settings.save_pretrained(str(folder))
-    flat = {f"base_model.model.{name}.lora_{part}.weight": tensor.cpu().contiguous()
-            for name, pair in tensors.items() for part, tensor in zip("AB", pair, strict=True)}
-    save_file(flat, folder / "adapter_model.safetensors", metadata={"format": "pt"})

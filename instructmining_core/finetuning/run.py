@@ -26,7 +26,7 @@ from ..data.tokenization import Encoded
 from ..models.causal_lm import COLUMNS, LM, evaluate, response_nll
 from ..models.trunk import on_trunk
 from .finetune import Meter, can_share_a_pass, check_rows, finetune
-from .multi_lora import MultiLoRA
+from .lora import MultiLoRA
 from .packing import packing
 from .run_spec import EvalSets, Record, RunSpec, now
 from .trainer import TrainingJob, train

@@ -20,8 +20,7 @@ from ..config import FinetuneConfig
 from ..data.tokenization import Encoded
 from ..models.batching import free_gpu_cache, is_out_of_memory
 from ..models.causal_lm import LM, unwrapped
-from .lora import shapes, target_layers
-from .multi_lora import MultiLoRA
+from .lora import MultiLoRA, shapes, target_layers
 from .packing import PackedModel
 
 ON_GPU = 64  # at most

@@ -288,7 +288,7 @@ def test_flop_of_training_by_hand(small_world):
 
     from bench.matmul import frozen, training_flop
     from instructmining_core.data.tokenization import Encoded
-    from instructmining_core.finetuning.multi_lora import MultiLoRA
+    from instructmining_core.finetuning.lora import MultiLoRA
 
     lm = small_world.load("float32")
     adapters = MultiLoRA(lm.model, small_world.config, [0])

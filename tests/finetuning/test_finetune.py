@@ -15,8 +15,12 @@ from instructmining_core.config import FinetuneConfig, InstructMiningError, Mode
 from instructmining_core.data.tokenization import Encoded
 from instructmining_core.finetuning import packing
 from instructmining_core.finetuning.cross_entropy import weighted_nll
-from instructmining_core.finetuning.finetune import finetune
-from instructmining_core.finetuning.full import in_order, release, train_by_trainer
+from instructmining_core.finetuning.finetune import (
+    finetune,
+    in_order,
+    release,
+    train_by_trainer,
+)
 from instructmining_core.finetuning.packing import pack, pad_right
 from instructmining_core.finetuning.trainer import (
     TrainingJob,

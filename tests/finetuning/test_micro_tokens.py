@@ -11,8 +11,8 @@ import torch
 from finetuning.test_finetune import CONFIG, TOLERANCE, by_peft, losses, rows_of
 
 from instructmining_core.config import ModelRef
-from instructmining_core.finetuning import full, packing, trainer
-from instructmining_core.finetuning.multi_lora import MultiLoRA
+from instructmining_core.finetuning import finetune, packing, trainer
+from instructmining_core.finetuning.lora import MultiLoRA
 from instructmining_core.finetuning.packing import PackedModel
 from instructmining_core.finetuning.trainer import (
     MicroBatcher,
@@ -57,7 +57,7 @@ def test_a_step_that_does_not_fit_is_done_in_halves_with_the_same_numbers(lm, mo
 
 def test_the_trainer_begins_anew_with_half_the_rows_at_once(lm, monkeypatch):
     job, config = TrainingJob(rows_of(13), 1, 2), replace(CONFIG, method="dora")
-    expected, sizes, real = by_peft(lm, job, config)[0], [], full._loss
+    expected, sizes, real = by_peft(lm, job, config)[0], [], finetune._loss
 
     def loss(outputs, labels, num_items_in_batch):
         sizes.append(len(labels))
@@ -65,11 +65,11 @@ def test_the_trainer_begins_anew_with_half_the_rows_at_once(lm, monkeypatch):
             raise RuntimeError("CUDA out of memory")
         return real(outputs, labels, num_items_in_batch)
 
-    monkeypatch.setattr(full, "_loss", loss)
+    monkeypatch.setattr(finetune, "_loss", loss)
     assert by_peft(lm, job, config)[0] == pytest.approx(expected, rel=TOLERANCE)
     assert sizes[:5] == [5, 2, 2, 1, 1] and set(sizes[4:]) == {1}
     sizes.clear()
-    monkeypatch.setattr(full, "_loss", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(finetune, "_loss", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
         by_peft(lm, job, config)
     assert np.isfinite(losses(lm)).all()  # the base was given back

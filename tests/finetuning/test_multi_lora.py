@@ -26,8 +26,7 @@ from instructmining_core.config import FinetuneConfig, InstructMiningError, Mode
 from instructmining_core.data.tokenization import Encoded
 from instructmining_core.finetuning import cross_entropy, packing
 from instructmining_core.finetuning.finetune import finetune
-from instructmining_core.finetuning.lora import set_first_values
-from instructmining_core.finetuning.multi_lora import MultiLoRA
+from instructmining_core.finetuning.lora import MultiLoRA, set_first_values
 from instructmining_core.finetuning.packing import PackedModel
 from instructmining_core.finetuning.trainer import TrainingJob, train
 from instructmining_core.models.causal_lm import LM, load_lm, response_nll

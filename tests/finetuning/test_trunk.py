@@ -12,7 +12,7 @@ from finetuning.test_multi_lora import FAMILIES, family
 
 from instructmining_core.config import FinetuneConfig
 from instructmining_core.finetuning import packing
-from instructmining_core.finetuning.multi_lora import MultiLoRA
+from instructmining_core.finetuning.lora import MultiLoRA
 from instructmining_core.finetuning.packing import PackedModel
 from instructmining_core.finetuning.trainer import TrainingJob, train
 from instructmining_core.models import trunk as trunk_module
