@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from instructmining.profile import PRESETS, load_profile
 from instructmining_core.config import InstructMiningError
-from instructmining_core.data import fields
+from instructmining_core.data import fields, formats
 from instructmining_core.data.formats import FORMS
 from instructmining_core.data.records import iter_records, iter_rows, row_hash
 from instructmining_core.indicators.bank import FILE, ScoreCache
@@ -51,8 +51,8 @@ CHUNK = 1000  # inputs that a worker is given at a time
 BATCH = 50  # records of odd structure in one file
 HARD_GIB = 2.0  # above which a worker gets no memory; the limit of the figures is 1 GiB
 SHARES = {"records": 0.5, "bytes": 0.44, "rule card": 0.03, "profile": 0.01, "bank": 0.02}
-NAMES = sorted({*fields.NAMES, *fields.MEDIA, *fields.NOT_TO_LEARN, *fields.ROLE_KEYS,
-                *fields.CONTENT_KEYS, *fields.CALLS, *fields.THOUGHTS, "rejected", "replies",
+NAMES = sorted({*formats.NAMES, *fields.MEDIA, *fields.NOT_TO_LEARN, *fields.ROLE_KEYS,
+                *fields.CONTENT_KEYS, *fields.CALLS, *formats.THOUGHTS, "rejected", "replies",
                 "rank", "parts", "type"})  # fmt: skip
 TEXTS = ["", "a", "Hi there", "None", "[1, 2]", '[{"role": "user", "content": "x"}]', "\ud800",
          "### Human: a### Assistant: b", "[INST] q [/INST] a", "<|im_start|>user\nq", "user",

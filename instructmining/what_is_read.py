@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from instructmining_core.data import fields
+from instructmining_core.data import fields, formats
 from instructmining_core.data.formats import FORMS, conversations
 from instructmining_core.data.readers import FOREIGN, PACKED, SUFFIXES
 from instructmining_core.files import root, write_atomic
@@ -55,12 +55,13 @@ def page() -> str:
              for role in fields.ROLES.values()}  # fmt: skip
     return PAGE.format(
         suffixes=_code(name for name in SUFFIXES if name not in PACKED), packed=_code(PACKED),
-        lists=_code(fields.LISTS),
+        lists=_code(formats.LISTS),
         foreign="; ".join(dict.fromkeys(what.partition(",")[0].partition(":")[0].partition(" (")[0]
                                         for _, what in FOREIGN)),
-        forms="\n\n".join(forms), system=_code(fields.SYSTEM), reasoning=_code(fields.REASONING),
+        forms="\n\n".join(forms), system=_code(formats.SYSTEM), reasoning=_code(fields.REASONING),
         roles="; ".join(f"{role}: {_code(names)}" for role, names in roles.items()),
-        media=_code(fields.MEDIA), off=_code(fields.NOT_TO_LEARN), thoughts=_code(fields.THOUGHTS),
+        media=_code(fields.MEDIA), off=_code(fields.NOT_TO_LEARN),
+        thoughts=_code(formats.THOUGHTS),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import pandas as pd
 
 from instructmining_core import files
 from instructmining_core.config import REFERENCE_ROWS, InstructMiningError, ModelRef
-from instructmining_core.data.fields import NAMES
+from instructmining_core.data.formats import NAMES
 from instructmining_core.data.readers import count_records
 from instructmining_core.data.records import Problem, iter_records
 from instructmining_core.indicators.score_table import ScoreWriter

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from instructmining_core.config import InstructMiningError
 from instructmining_core.data.duplicates import RUN, THRESHOLD
 from instructmining_core.data.export import SourceRows, keys_of, output_format, write_rows
 from instructmining_core.files import file_sha256, refuse_overwrite
@@ -32,8 +31,6 @@ from instructmining_core.selection.select import (
 )
 from instructmining_core.selection.select import select as select_rows
 from instructmining_core.selection.support import row_intervals, support
-
-from .models import opened_study
 
 if TYPE_CHECKING:
     from instructmining_core.config import ModelRef
@@ -73,8 +70,7 @@ def select_to(
 ) -> None:  # fmt: skip
     """Select from a score table by a rule; write the rows to `out`, the report beside them.
 
-    top : rows to keep, or "auto"
-    moved : where scored files are now
+    top : rows to keep, or "auto"; moved : where scored files are now
     encoder : measures how diverse the selection is; None leaves that out
     study : whose base model is finetuned to verify the selection; None leaves that out
     """
@@ -209,16 +205,6 @@ LARGEST_FULL = 10_000  # rows above which the "full data" rival is left out, for
 TOKEN_RIVALS = ("random", "longest", "shortest")  # chance, and both ends of length
 
 
-def gate_study(profile: str | None) -> Study:
-    """The study whose base model, evaluation sets, training and repeats the gate takes."""
-    if not profile:
-        raise InstructMiningError(
-            "--verify needs --profile: it names the base model that is finetuned "
-            "and the evaluation sets"
-        )
-    return opened_study(profile)
-
-
 def verified(
     study: Study, scores: pd.DataFrame, rule: RuleCard, selection: Selection, sources: SourceRows,
     *, show: bool,
@@ -230,12 +216,14 @@ def verified(
     """
     from instructmining_core.selection.beat_random import compare_budgets
 
-    from ..experiments.comparisons import per_example
+    from ..experiments.comparisons import one_run, per_example
     from ..reports import pool_kind, verdict_markdown
 
     pool = ", ".join(sources.files)
     chosen = _chosen(study, scores, rule, selection, sources)
-    plans = _plans(pool, len(selection.kept), chosen)
+    # sets of equal tokens are told by the size whose tokens they have
+    plans = [one_run(rows, pool, method, len(selection.kept if method.endswith(TOKENS) else rows),
+                     seed) for method, seed, rows in chosen]  # fmt: skip
     rows = pd.concat([rows for _, _, rows in chosen]).drop_duplicates("row_hash")
     # The study encodes training rows from its pools; this one is the user's.
     study.data.pools[pool] = rows.assign(messages=sources.fetch(rows))
@@ -243,7 +231,8 @@ def verified(
     table = compare_budgets(
         runs, per_example(study, runs), loss="loss_eval_2", primary_size=len(selection.kept)
     )
-    kind = pool_kind(scores, rule, _fitted_rows(study, rule))
+    ours = rule.fitted_on.profile == study.profile.name
+    kind = pool_kind(scores, rule, study.data.candidates if ours else None)
     records = json.loads(table.to_json(orient="records"))
     report = {"profile": study.profile.name, "finetunes": len(plans), "pool": kind.name,
               "pool_why": kind.why, "contrasts": records}  # fmt: skip
@@ -260,21 +249,15 @@ def _chosen(
         rivals.append("full")
     counts = {"random": repeats.draws} | dict.fromkeys(rivals, repeats.baseline_seeds)
     found = [("selected", seed, selection.kept) for seed in range(repeats.seeds)]
-    found += [
-        (method, seed, choose_rows(scores, method, size, rule=rule, seed=seed))
-        for method, seeds in counts.items()
-        for seed in range(seeds)
-    ]
     tokens_of = _counter(study, sources)
     tokens = sum(tokens_of(selection.kept))
-    found += [
-        (method + TOKENS, seed, choose_tokens(scores, method, tokens, seed=seed,
-                                              tokens_of=tokens_of))
-        for method in TOKEN_RIVALS
-        if method in counts
-        for seed in range(counts[method])
-    ]  # fmt: skip
-    return found
+    at_tokens = []
+    for method, seed in ((name, seed) for name, seeds in counts.items() for seed in range(seeds)):
+        found.append((method, seed, choose_rows(scores, method, size, rule=rule, seed=seed)))
+        if method in TOKEN_RIVALS:
+            rows = choose_tokens(scores, method, tokens, seed=seed, tokens_of=tokens_of)
+            at_tokens.append((method + TOKENS, seed, rows))
+    return found + at_tokens
 
 
 def _counter(study: Study, sources: SourceRows) -> Callable[[pd.DataFrame], Sequence[int]]:
@@ -296,22 +279,3 @@ def _counter(study: Study, sources: SourceRows) -> Callable[[pd.DataFrame], Sequ
     return count
 
 
-def _plans(pool: str, size: int, chosen: Sequence[tuple[str, int, pd.DataFrame]]) -> list:
-    from ..study import PlannedRun
-
-    plans = []
-    for method, seed, rows in chosen:
-        # sets of equal tokens are told by the size whose tokens they have
-        label = {"pool": pool, "method": method, "seed": seed,
-                 "size": size if method.endswith(TOKENS) else len(rows)}  # fmt: skip
-        plans.append(PlannedRun(tuple(rows["row_hash"]), label, init_seed=seed, order_seed=seed))
-    return plans
-
-
-def _fitted_rows(study: Study, rule: RuleCard) -> pd.DataFrame | None:
-    """Source and row hash of the rows that the rule's sets came from, where this profile has them.
-    """
-    if rule.fitted_on.profile != study.profile.name:
-        return None
-    rows = study.data.candidates
-    return rows[["source", "row_hash"]]

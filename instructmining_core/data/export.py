@@ -16,12 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
 import pandas as pd
 
 from ..config import InstructMiningError
 from ..files import file_sha256, write_atomic
-from .fields import Messages, bytes_text
+from .fields import Messages, bytes_text, json_bytes
 from .readers import is_hub_name
 from .records import iter_rows, row_hash
 
@@ -91,16 +90,8 @@ def _read_back(content: bytes, path: str | Path, hashes: Sequence[str],
         )
 
 
-def _dumps(value: object) -> bytes:
-    try:
-        return orjson.dumps(value, default=str)
-    except TypeError:
-        # Lone surrogates and integers above 64 bits; ASCII escapes carry both.
-        return json.dumps(value, ensure_ascii=True, default=str).encode()
-
-
 def _json(rows: Sequence[dict], array: bool) -> bytes:
-    lines = [_dumps(row) for row in rows]
+    lines = [json_bytes(row) for row in rows]
     if not array:
         return b"".join(line + b"\n" for line in lines)
     return b"[\n" + b",\n".join(lines) + b"\n]\n"
@@ -114,7 +105,7 @@ def _csv(rows: Sequence[dict], delimiter: str) -> bytes:
     """Every text in quotes: Python before 3.11.9 leaves a lone carriage return without."""
 
     def cell(value: object) -> object:
-        return _dumps(value).decode() if isinstance(value, list | dict | bool) else value
+        return json_bytes(value).decode() if isinstance(value, list | dict | bool) else value
 
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, _columns(rows), delimiter=delimiter, lineterminator="\n",
@@ -141,14 +132,14 @@ def _parquet(rows: Sequence[dict]) -> bytes:
         if not exact:
             # One field, several types or other keys in each row: JSON text holds them all.
             columns[name] = pa.array([
-                v if v is None or isinstance(v, str) else _dumps(v).decode() for v in values
+                v if v is None or isinstance(v, str) else json_bytes(v).decode() for v in values
             ])  # fmt: skip
     return _parquet_bytes(pa.table(columns))
 
 
 def _unfilled(values: Sequence[object]) -> bytes:
     """A column as bytes to be compared; messages without the null fields that Arrow adds."""
-    return _dumps([
+    return json_bytes([
         [{key: one for key, one in entry.items() if one is not None} if isinstance(entry, dict)
          and "content" in entry else entry for entry in value] if isinstance(value, list) else value
         for value in values
@@ -215,7 +206,8 @@ class SourceRows:
     def fetch(self, rows: pd.DataFrame) -> list[Messages]:
         """The conversations of rows of the score table, in their order.
 
-        The records themselves are kept in `records`, by (file, row, part). Each file is read once
+        The records are kept in `records` by (file, row, part), in their own fields; of several
+        conversations in one, only this one. Each file is read once
         a call, as far as its last row asked for. Raises InstructMiningError where a row says
         something else than when it was scored.
         """
@@ -233,10 +225,6 @@ class SourceRows:
                     "the file again with this version"
                 )
         return [found[key] for key in keys]
-
-    def record(self, key: Key) -> dict:
-        """A fetched record in its own fields; of several conversations in it, only this one."""
-        return self.records[key]
 
     def table(self, keys: Sequence[Key], column: str, scores: Sequence[float]) -> pa.Table | None:
         """Fetched rows as their Parquet files have them, with the scores as a last column.

@@ -1,4 +1,4 @@
-"""A record's fields by name, a message as role and content, and the markings of a chat in text.
+"""A record's fields by name, and a message as role and content.
 
 What is filled counts, not what is present; a name counts without case and blanks; a list may stand
 as JSON text. What is read of a record is noted as used, so that the rest can be told.
@@ -38,26 +38,7 @@ CONTENT_KEYS = ("content", "value", "text", "parts")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # of a message: part of its text
 CALLS = ("tool_calls", "function_call")
 
-CHATS = ("messages", "conversations", "conversation")
-MORE_CHATS = ("message", "dialog", "dialogue", "chat", "chat_rounds", "contents", "thread",
-              "items", "data", "turns")  # fmt: skip
-ASKED = ("instruction", "prompt", "question", "query", "problem")
-ASKED_ALONE = ("inputs", "input_text", "user", "human", "source")  # where none of ASKED is filled
-BESIDE = ("input", "context", "passage", "document", "article")  # after a blank line
-CHOICES = ("choices", "options")
-ANSWERS = ("response", "output", "completion", "answer", "answers", "target", "targets",
-           "target_text", "outputs", "generation", "generations", "assistant", "solution",
-           "answerkey")  # fmt: skip
-ANSWERS_FIRST = {"instruction": "output", "prompt": "completion", "question": "answer",
-                 "query": "response", "inputs": "targets", "problem": "solution"}  # fmt: skip
-LISTS = ("answer", "answers", "targets", "outputs", "generations")  # of accepted answers, in CSV
-REFERENCES = ("reference_turns", "reference", "answers")
-SYSTEM = ("system", "system_prompt", "system_message", "systeminstruction")
 IDS = ("id", "question_id", "message_tree_id", "prompt_id", "conversation_id", "uuid")
-NAMES = {*CHATS, *MORE_CHATS, *ASKED, *ASKED_ALONE, *BESIDE, *CHOICES, *ANSWERS, *SYSTEM, *IDS,
-         "text", "chosen", "history", "instances"}  # what --columns can name  # fmt: skip
-
-THOUGHTS = (*REASONING, "cot", "complex_cot", "chain_of_thought", "rationale", "scratchpad")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios", "tools", "functions")
 # What takes an answer out of training: of a message, or of a row (there also a list, an entry for
 # each message or answer). `label` and `kto_tag` tell that a row's answer is a rejected one.
@@ -67,7 +48,6 @@ SILENT = {*IDS, "id", "category", "source", "user", "dataset", "data_source", "d
           "language", "type", "kind", "meta", "metadata", "model", "model_id", "model_name", "name",
           "tool_call_id", "tags", "topic", "rejected", "score", "url", "title", "text_id",
           "message_id", "parent_id", "timestamp", "tstamp", "license", "split"}  # fmt: skip
-NO_VALUE = {"none", "nan", "null", "<na>", "nat"}  # what a missing cell became, in optional fields
 LONGEST_LITERAL = 1_000_000  # characters of a Python literal that is tried
 
 
@@ -162,95 +142,24 @@ def bytes_text(value: bytes) -> str:
 
 def as_text(value: object) -> str:
     """A value as the text that it stands for: "" for null, numbers and objects as JSON."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bytes):
-        return bytes_text(value)
+    if isinstance(value, str | bytes):
+        return value if isinstance(value, str) else bytes_text(value)
     if not filled(value):
         return ""
     return json_text(value) if isinstance(value, dict | list | int | float) else str(value)
 
 
 def json_text(value: object) -> str:
-    """A value as one line of JSON text; what JSON has no form for (a date) as its own text."""
+    """A value as one line of JSON text, without its null fields."""
+    return json_bytes(plain(value)).decode()
+
+
+def json_bytes(value: object) -> bytes:
+    """A value as one line of JSON; what JSON has no form for (a date) as its own text."""
     try:
-        return orjson.dumps(plain(value), default=str).decode()
-    except TypeError:  # lone surrogates, integers above 64 bits
-        return json.dumps(plain(value), separators=(",", ":"), default=str)
-
-
-# Markings of a conversation inside one text: what begins a turn (its group is the role), what may
-# end one, and whether text before the first mark is the system's.
-MARKINGS = {name: (re.compile(mark), re.compile(end), opening) for name, mark, end, opening in (
-    ("ChatML", r"<\|im_start\|>[ \t]*([\w-]+)[^\n]*(?:\n|\Z)", r"<\|im_end\|>", False),
-    ("Llama 3", r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>", r"<\|eot_id\|>", False),
-    ("Llama 2", r"(?:<s>\s*)?\[(/?INST)\]", r"</s>", False),
-    ("Gemma", r"<start_of_turn>(\w+)\n", r"<end_of_turn>", False),
-    ("Zephyr", r"<\|(system|user|assistant|prompter)\|>",
-     r"</s>|<\|end\|>|<\|endoftext\|>", False),
-    ("Alpaca", r"(?:^|\n)\s*### *(Instruction|Input|Response|System) *:?[ \t]*(?=\n|\Z)",
-     r"</s>|<\|endoftext\|>", True),
-    ("Guanaco", r"### *(Human|User|Assistant|System) *:", r"</s>|<\|endoftext\|>", True),
-    ("Vicuna", r"(?:(?<!\S)|(?<=</s>))(USER|ASSISTANT|SYSTEM|FUNCTION RESPONSE):",
-     r"</s>|<\|endoftext\|>", True),
-    ("hh-rlhf", r"\n*(?:^|\n\n)(Human|Assistant):", r"(?!)", True),
-    ("User and Assistant", r"(?:^|\n)(Human|User|Assistant|AI|Bot|System):", r"(?!)", True),
-)}  # fmt: skip
-BEGIN = re.compile(r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>)?\s*")
-PROMPT = re.compile(r"\s*(?:<|\[INST|###|[Hh]uman:|[Uu]ser:|USER:|SYSTEM:|Below is an)")
-SYS = re.compile(r"\s*<<SYS>>\s*(.*?)\s*<</SYS>>\s*", re.DOTALL)
-ALPACA_PREAMBLE = "Below is an instruction that describes a task"
-
-
-def marked(text: str, whole: bool = True) -> Messages | None:
-    """The turns of a text with marks, or None where it has none of the known `MARKINGS`.
-
-    whole : the text is all there is, and must hold a user's and an assistant's turn; else it is a
-        prompt, and must begin with a mark. Raises FormatError where text is left over, or a role is
-        not known.
-    """
-    if not whole and not PROMPT.match(text):
-        return None
-    found = []
-    for name, (mark, _, _) in MARKINGS.items():
-        roles = {ROLES.get(role.lower()) for role in mark.findall(text)}
-        first = mark.search(text)
-        if {"user", "assistant"} <= roles or (
-            first and not whole and "user" in roles and BEGIN.fullmatch(text, 0, first.start())
-        ):
-            found.append((first.start(), name))
-    if not found or (not whole and not BEGIN.fullmatch(text, 0, min(found)[0])
-                     and not text.startswith(ALPACA_PREAMBLE)):  # fmt: skip
-        return None
-    return _split(text, min(found)[1])
-
-
-def _split(text: str, name: str) -> Messages:
-    mark, end, opening = MARKINGS[name]
-    before, *pieces = mark.split(text)
-    turns: Messages = []
-    if not BEGIN.fullmatch(before):
-        if not opening:
-            raise FormatError(f"marks of {name} around the whole text", before)
-        if not before.startswith(ALPACA_PREAMBLE):
-            turns.append({"role": "system", "content": before.strip()})
-    for named, said in zip(pieces[::2], pieces[1::2], strict=True):
-        said, *rest = end.split(said)
-        if any(BEGIN.fullmatch(part) is None for part in rest):
-            raise FormatError(f"a mark of {name} before each turn", "".join(rest).strip())
-        role = ROLES.get(named.lower().replace(" ", "_"))
-        if role is None:
-            raise FormatError(f"a role such as 'user' or 'assistant' in marks of {name}", named)
-        inside = SYS.match(said) if name == "Llama 2" and role == "user" else None
-        if inside:
-            turns.append({"role": "system", "content": inside[1]})
-            said = said[inside.end() :]
-        # Alpaca's input belongs to its instruction.
-        if named == "Input" and turns and turns[-1]["role"] == "user":
-            turns[-1]["content"] += f"\n\n{said.strip()}" if said.strip() else ""
-        else:
-            turns.append({"role": role, "content": said.strip()})
-    return turns
+        return orjson.dumps(value, default=str)
+    except TypeError:  # lone surrogates and integers above 64 bits: ASCII escapes carry both
+        return json.dumps(value, separators=(",", ":"), default=str).encode()
 
 
 @lru_cache(4096)
@@ -267,15 +176,12 @@ def _folded(keys: tuple) -> tuple[str, ...]:
 
 def _fields(raw: dict) -> dict[str, Any]:
     """A record by folded names; of two that fold to one name, the first filled one has it."""
-    names = _folded(tuple(raw))
-    fields = dict(zip(names, raw.values(), strict=True))
-    if len(fields) < len(names):
-        fields = {}
-        for name, (key, value) in zip(names, raw.items(), strict=True):
-            if not filled(fields.get(name)):
-                fields[name] = value
-            elif filled(value):
-                fields[f"{key} (again)"] = value
+    fields: dict[str, Any] = {}
+    for name, (key, value) in zip(_folded(tuple(raw)), raw.items(), strict=True):
+        if name not in fields or not filled(fields[name]):
+            fields[name] = value
+        elif filled(value):
+            fields[f"{key} (again)"] = value
     return fields
 
 
@@ -296,9 +202,6 @@ class Record:
             self.used = set(_folded(tuple(columns.values())))
             self.fields = {ours: raw[theirs] for ours, theirs in columns.items()}
         self.there = tuple([key for key, value in self.fields.items() if filled(value)])
-
-    def has(self, key: str) -> bool:
-        return key in self.there
 
     def filled(self, keys: tuple[str, ...]) -> tuple[str, ...]:
         """Those of `keys` that are filled, in the order of `keys`."""
@@ -453,8 +356,7 @@ class Record:
 
 def fingerprint(value: object) -> str:
     """16 hex digits that tell apart what is no text."""
-    text = json_text(value).encode("utf-8", "surrogatepass")
-    return hashlib.sha256(text).hexdigest()[:16]
+    return hashlib.sha256(json_bytes(plain(value))).hexdigest()[:16]
 
 
 @lru_cache(4096)

@@ -14,24 +14,15 @@ What a record holds beside them is not read, and told as a note where it bears t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .fields import (
-    ANSWERS,
-    ANSWERS_FIRST,
-    ASKED,
-    ASKED_ALONE,
-    BESIDE,
-    CHATS,
-    CHOICES,
     IDS,
-    MARKINGS,
-    MORE_CHATS,
-    REFERENCES,
-    SYSTEM,
-    THOUGHTS,
+    REASONING,
+    ROLES,
     FormatError,
     Messages,
     Record,
@@ -41,11 +32,106 @@ from .fields import (
     fingerprint,
     in_turn,
     is_message,
-    marked,
     pick,
     structured,
     thought,
 )
+
+CHATS = ("messages", "conversations", "conversation")
+MORE_CHATS = ("message", "dialog", "dialogue", "chat", "chat_rounds", "contents", "thread",
+              "items", "data", "turns")  # fmt: skip
+ASKED = ("instruction", "prompt", "question", "query", "problem")
+ASKED_ALONE = ("inputs", "input_text", "user", "human", "source")  # where none of ASKED is filled
+BESIDE = ("input", "context", "passage", "document", "article")  # after a blank line
+CHOICES = ("choices", "options")
+ANSWERS = ("response", "output", "completion", "answer", "answers", "target", "targets",
+           "target_text", "outputs", "generation", "generations", "assistant", "solution",
+           "answerkey")  # fmt: skip
+ANSWERS_FIRST = {"instruction": "output", "prompt": "completion", "question": "answer",
+                 "query": "response", "inputs": "targets", "problem": "solution"}  # fmt: skip
+LISTS = ("answer", "answers", "targets", "outputs", "generations")  # of accepted answers, in CSV
+REFERENCES = ("reference_turns", "reference", "answers")
+SYSTEM = ("system", "system_prompt", "system_message", "systeminstruction")
+NAMES = {*CHATS, *MORE_CHATS, *ASKED, *ASKED_ALONE, *BESIDE, *CHOICES, *ANSWERS, *SYSTEM, *IDS,
+         "text", "chosen", "history", "instances"}  # what --columns can name  # fmt: skip
+THOUGHTS = (*REASONING, "cot", "complex_cot", "chain_of_thought", "rationale", "scratchpad")
+NO_VALUE = {"none", "nan", "null", "<na>", "nat"}  # what a missing cell became, in optional fields
+QUESTIONS = ASKED + ASKED_ALONE + BESIDE
+ASKED_FIRST = ASKED + ASKED_ALONE
+ANSWERS_TO = {asked: (first, *ANSWERS) for asked, first in ANSWERS_FIRST.items()}
+
+# Markings of a conversation inside one text: what begins a turn (its group is the role), what may
+# end one, and whether text before the first mark is the system's.
+MARKINGS = {name: (re.compile(mark), re.compile(end), opening) for name, mark, end, opening in (
+    ("ChatML", r"<\|im_start\|>[ \t]*([\w-]+)[^\n]*(?:\n|\Z)", r"<\|im_end\|>", False),
+    ("Llama 3", r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>", r"<\|eot_id\|>", False),
+    ("Llama 2", r"(?:<s>\s*)?\[(/?INST)\]", r"</s>", False),
+    ("Gemma", r"<start_of_turn>(\w+)\n", r"<end_of_turn>", False),
+    ("Zephyr", r"<\|(system|user|assistant|prompter)\|>",
+     r"</s>|<\|end\|>|<\|endoftext\|>", False),
+    ("Alpaca", r"(?:^|\n)\s*### *(Instruction|Input|Response|System) *:?[ \t]*(?=\n|\Z)",
+     r"</s>|<\|endoftext\|>", True),
+    ("Guanaco", r"### *(Human|User|Assistant|System) *:", r"</s>|<\|endoftext\|>", True),
+    ("Vicuna", r"(?:(?<!\S)|(?<=</s>))(USER|ASSISTANT|SYSTEM|FUNCTION RESPONSE):",
+     r"</s>|<\|endoftext\|>", True),
+    ("hh-rlhf", r"\n*(?:^|\n\n)(Human|Assistant):", r"(?!)", True),
+    ("User and Assistant", r"(?:^|\n)(Human|User|Assistant|AI|Bot|System):", r"(?!)", True),
+)}  # fmt: skip
+BEGIN = re.compile(r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>)?\s*")
+PROMPT = re.compile(r"\s*(?:<|\[INST|###|[Hh]uman:|[Uu]ser:|USER:|SYSTEM:|Below is an)")
+SYS = re.compile(r"\s*<<SYS>>\s*(.*?)\s*<</SYS>>\s*", re.DOTALL)
+ALPACA_PREAMBLE = "Below is an instruction that describes a task"
+
+
+def marked(text: str, whole: bool = True) -> Messages | None:
+    """The turns of a text with marks, or None where it has none of the known `MARKINGS`.
+
+    whole : the text is all there is, and must hold a user's and an assistant's turn; else it is a
+        prompt, and must begin with a mark. Raises FormatError where text is left over, or a role is
+        not known.
+    """
+    if not whole and not PROMPT.match(text):
+        return None
+    found = []
+    for name, (mark, _, _) in MARKINGS.items():
+        roles = {ROLES.get(role.lower()) for role in mark.findall(text)}
+        first = mark.search(text)
+        if {"user", "assistant"} <= roles or (
+            first and not whole and "user" in roles and BEGIN.fullmatch(text, 0, first.start())
+        ):
+            found.append((first.start(), name))
+    if not found or (not whole and not BEGIN.fullmatch(text, 0, min(found)[0])
+                     and not text.startswith(ALPACA_PREAMBLE)):  # fmt: skip
+        return None
+    return _split(text, min(found)[1])
+
+
+def _split(text: str, name: str) -> Messages:
+    mark, end, opening = MARKINGS[name]
+    before, *pieces = mark.split(text)
+    turns: Messages = []
+    if not BEGIN.fullmatch(before):
+        if not opening:
+            raise FormatError(f"marks of {name} around the whole text", before)
+        if not before.startswith(ALPACA_PREAMBLE):
+            turns.append({"role": "system", "content": before.strip()})
+    for named, said in zip(pieces[::2], pieces[1::2], strict=True):
+        said, *rest = end.split(said)
+        if any(BEGIN.fullmatch(part) is None for part in rest):
+            raise FormatError(f"a mark of {name} before each turn", "".join(rest).strip())
+        role = ROLES.get(named.lower().replace(" ", "_"))
+        if role is None:
+            raise FormatError(f"a role such as 'user' or 'assistant' in marks of {name}", named)
+        inside = SYS.match(said) if name == "Llama 2" and role == "user" else None
+        if inside:
+            turns.append({"role": "system", "content": inside[1]})
+            said = said[inside.end() :]
+        # Alpaca's input belongs to its instruction.
+        if named == "Input" and turns and turns[-1]["role"] == "user":
+            turns[-1]["content"] += f"\n\n{said.strip()}" if said.strip() else ""
+        else:
+            turns.append({"role": role, "content": said.strip()})
+    return turns
 
 
 class Form(NamedTuple):
@@ -59,11 +145,6 @@ class Form(NamedTuple):
     fields: str
     example: dict[str, Any]
     read: Callable[[Record, str], list[Messages] | None]
-
-
-QUESTIONS = ASKED + ASKED_ALONE + BESIDE
-ASKED_FIRST = ASKED + ASKED_ALONE
-ANSWERS_TO = {asked: (first, *ANSWERS) for asked, first in ANSWERS_FIRST.items()}
 
 
 def _chat(record: Record, _: str) -> list[Messages] | None:
@@ -96,7 +177,7 @@ def _chosen(record: Record, _: str) -> list[Messages] | None:
 
 def _turns(record: Record, _: str) -> list[Messages] | None:
     """Questions in turn, with the reference answers where they are published, each in its turn."""
-    key = "turns" if record.has("turns") else "prompt"
+    key = "turns" if "turns" in record.there else "prompt"
     questions = structured(record.fields.get(key))
     if not isinstance(questions, list) or not all(isinstance(text, str) for text in questions):
         return None
@@ -140,7 +221,7 @@ def _pair(record: Record, _: str) -> list[Messages] | None:
         return None
     if not answers:
         # A prompt of messages is a whole conversation; an answer that is nowhere is a mistake.
-        chat = record.chat("prompt") if record.has("prompt") else None
+        chat = record.chat("prompt") if "prompt" in record.there else None
         return chat and [chat]
     answer = record.first(answers) or answers[0]
     talk = _answered(record, _question(record), answer)
@@ -197,7 +278,7 @@ def _choices(record: Record) -> list[str]:
 
 
 def _history(record: Record) -> Messages:
-    if not record.has("history"):
+    if "history" not in record.there:
         return []
     earlier = record.chat("history")
     if earlier is None:
@@ -403,7 +484,7 @@ def as_record(value: object) -> object:
 
 def _refusal(record: Record) -> str:
     rename = "name the columns, as in --columns question=A,answer=B or --columns messages=C"
-    if record.has("text"):
+    if "text" in record.there:
         return f"a conversation in 'text', with marks of {', '.join(MARKINGS)}; or {rename}"
     if asked := next(iter(record.filled(QUESTIONS)), None):
         wanted = ANSWERS_FIRST.get(asked, "output")

@@ -2,28 +2,38 @@
 
 The content decides, the suffix only helps: people name JSON lines `.json` and pipe without a name.
 JSONL, CSV, Parquet and Arrow stream, also out of gzip, zstd, xz, bzip2 and zip; a JSON array is
-read whole. A hub set is named with its commit. What is in a text is read by `text_files`.
+read whole. A hub set is named with its commit.
+
+The readers of a format yield (line, value): the line is 1-based, or 0 where a value is one of a
+document; the value is a record, or a FormatError that says what is wrong with it.
 """
 
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import io
+import json
 import lzma
+import os
 import re
 import struct
 import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import orjson
+import zstandard
+
 from ..config import InstructMiningError
-from .fields import FormatError, show
-from .text_files import BOM, Found, read_csv, read_json, text_lines, whole
+from . import fields, formats
+from .fields import FormatError, show, structured
 
 PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip")
 TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
@@ -44,6 +54,14 @@ FOREIGN = (
     (b"\x80\x04", "a Python pickle, which is never opened: save it as JSONL or Parquet"),
     (b"\x80\x05", "a Python pickle, which is never opened: save it as JSONL or Parquet"),
 )
+BOM = b"\xef\xbb\xbf"
+MAX_FIELD = 2**31 - 1  # characters in one CSV field; Python's own limit of 131,072 is too small
+MAX_RECORD = 1 << 25  # bytes of a line, of a CSV record, and of a packed document read whole
+PACKING = 20  # what a packed file may unpack to, in times of its size, where it is read whole
+# orjson would make a float of an integer with more digits.
+MANY_DIGITS, DIGITS = b"0" * 19, bytes.maketrans(b"123456789", b"000000000")
+GAP = re.compile(r"[\s,\ufeff]*")  # between values of a file
+Found = Iterator[tuple[int, object]]
 
 
 class Raw(NamedTuple):
@@ -82,29 +100,22 @@ def read_raw(
     cannot be read: absent, cut short, a broken JSON array. Nothing is yielded for blank lines.
     """
     name = str(where)
-    if stdin is None and is_hub_name(name):
-        yield from _numbered(_hub_set(name))
-        return
-    with _told(name), _opened(name, stdin) as stream:
-        yield from _numbered(_records(name, stream, encoding))
-
-
-def _numbered(found: Found) -> Iterator[Raw]:
-    for row, (line, value) in enumerate(found):
-        error = value if isinstance(value, FormatError) else None
-        yield Raw(row, line or row + 1, "line" if line else "record", None if error else value,
-                  error)  # fmt: skip
+    hub = stdin is None and is_hub_name(name)
+    with nullcontext() if hub else _opened(name, stdin) as stream:
+        found = _hub_set(name) if hub else _records(name, stream, encoding)
+        for row, (line, value) in enumerate(found):
+            at = (row, line or row + 1, "line" if line else "record")
+            yield Raw(*at, None, value) if isinstance(value, FormatError) else Raw(*at, value)
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
-    """Errors of the system and of packed files, in words."""
-    from zstandard import ZstdError
-
+def _opened(name: str, stdin: BinaryIO | None = None) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked as long as they are packed; what fails is told in words."""
     try:
-        yield
+        with _unpacked(name, stdin) as stream:
+            yield stream
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
-            ZstdError) as error:  # fmt: skip
+            zstandard.ZstdError) as error:  # fmt: skip
         raise InstructMiningError(
             f"{name}: expected a whole gzip file or other packed file, got one that breaks: "
             f"{error}; fetch it again"
@@ -122,12 +133,12 @@ def count_records(where: str | Path, encoding: str | None = None) -> int | None:
     if name == "-" or is_hub_name(name):
         return None
     if _plain_name(name).endswith((".jsonl", ".ndjson")):
-        with _told(name), _opened(name, None) as stream:
+        with _opened(name) as stream:
             return sum(1 for _ in text_lines(stream))
-    if _plain_name(name) == name.lower() and name.lower().endswith(".parquet"):
+    if name.lower().endswith(".parquet"):
         import pyarrow.parquet as pq
 
-        with _told(name), _opened(name, None) as stream, suppress(ValueError):
+        with _opened(name) as stream, suppress(ValueError):
             return pq.read_metadata(stream).num_rows
     return sum(1 for _ in read_raw(name, encoding=encoding))
 
@@ -139,8 +150,7 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _opened(name: str, stdin: BinaryIO | None) -> BinaryIO:
-    """The file's bytes, unpacked as long as they are packed."""
+def _unpacked(name: str, stdin: BinaryIO | None) -> BinaryIO:
     if name == "-" or stdin is not None:
         stream = io.BufferedReader(stdin or sys.stdin.buffer)
     else:
@@ -159,12 +169,6 @@ def _opened(name: str, stdin: BinaryIO | None) -> BinaryIO:
             break
         stream = io.BufferedReader(unpack(name, stream), 1 << 20)
     return stream
-
-
-def _zstd(name: str, stream: BinaryIO) -> BinaryIO:
-    import zstandard
-
-    return zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
 
 
 def _zip(name: str, stream: BinaryIO) -> BinaryIO:
@@ -186,11 +190,12 @@ def _zip(name: str, stream: BinaryIO) -> BinaryIO:
 
 _UNPACK = {
     b"\x1f\x8b": lambda name, stream: gzip.GzipFile(fileobj=stream),
-    b"\x28\xb5\x2f\xfd": _zstd,
+    b"\x28\xb5\x2f\xfd": lambda name, stream: zstandard.ZstdDecompressor().stream_reader(
+        stream, read_across_frames=True),
     b"\xfd7zXZ\x00": lambda name, stream: lzma.LZMAFile(stream),
     b"BZh": lambda name, stream: bz2.BZ2File(stream),
     b"PK\x03\x04": _zip,
-}
+}  # fmt: skip
 
 
 def _records(name: str, stream: BinaryIO, encoding: str | None) -> Found:
@@ -313,3 +318,269 @@ def _hub_set(resolved: str) -> Found:
         raise InstructMiningError(
             f"{resolved}: the hub's data set cannot be read: {error}"
         ) from error
+
+
+def whole(name: str, stream: BinaryIO) -> bytes:
+    """All of a stream; a packed one only as far as memory is safe."""
+    if isinstance(getattr(stream, "raw", None), io.FileIO | io.BytesIO):
+        return stream.read()
+    size = os.path.getsize(name) if os.path.isfile(name) else 0
+    limit = max(MAX_RECORD, PACKING * size)
+    content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise InstructMiningError(
+            f"{name}: unpacks to one document of more than {limit >> 20:,} MiB, which is read "
+            "whole; save it as JSON lines"
+        )
+    return content
+
+
+def _not_utf8(data: bytes, at: int) -> FormatError:
+    """The error of bytes that are no UTF-8 from `at` on, with what they may be in."""
+    near = data[max(at - 20, 0) :][:200]
+    # In Chinese encodings the high bytes come in pairs, in Western ones mostly alone.
+    pairs = len(re.findall(rb"[\x81-\xfe][\xa1-\xfe]", near))
+    likely = "gb18030" if 4 * pairs > sum(byte > 127 for byte in near) else "cp1252"
+    return FormatError(
+        f"UTF-8 text (this may be {likely}: name the encoding, as in --encoding {likely})",
+        near[:40],
+    )
+
+
+def loads(text: bytes) -> object:
+    """JSON from UTF-8 bytes. orjson first; the slower reader takes what orjson refuses or rounds
+    (lone surrogates, NaN, huge integers). Raises FormatError."""
+    text = text.removeprefix(BOM)
+    try:
+        if MANY_DIGITS not in text.translate(DIGITS):
+            return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return json.loads(text.decode("utf-8", "surrogatepass"))
+    except UnicodeDecodeError as error:
+        raise _not_utf8(text, error.start) from None
+    except (ValueError, RecursionError) as error:  # broken, too deep, an integer beyond all use
+        why, _, _ = str(error).partition(";")
+        raise FormatError(f"JSON ({why})", text[:200].decode("utf-8", "replace")) from None
+
+
+def text_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers, blank ones left out; one that is too long is cut there."""
+    number = 0
+    while line := stream.readline(MAX_RECORD):
+        number += 1
+        if not line.isspace():
+            yield number, line
+        while len(line) == MAX_RECORD and line[-1:] != b"\n":  # the rest of a cut one
+            line = stream.readline(MAX_RECORD)
+
+
+def read_json(name: str, stream: BinaryIO) -> Found:
+    """JSON lines; or, where the first line is not one of several values, a document."""
+    lines = text_lines(stream)
+    number, first = next(lines, (1, b"[]"))
+    first = first.removeprefix(BOM)
+    document = None
+    try:
+        values = _values(first)
+        second = next(lines, None)
+        if second is None:
+            document = _rows(name, values[0]) if len(values) == 1 else values
+        else:
+            lines = chain([(number, first), second], lines)
+    except FormatError:
+        lines = chain([(number, first)], lines)
+        if first.lstrip()[:1] == b"[" or first.rstrip()[-1:] in b"{[,:" or len(first) == MAX_RECORD:
+            text = first + whole(name, stream)
+            document, lines = _document(name, text), text_lines(io.BytesIO(text))
+    if document is not None:
+        yield from ((0, value) for value in document)
+        return
+    for number, line in lines:
+        try:
+            yield from ((number, value) for value in _values(line))
+        except FormatError as error:
+            yield number, error
+
+
+def _document(name: str, text: bytes) -> list | None:
+    """The records of one JSON value over many lines, or of several one after the other."""
+    try:
+        return _rows(name, loads(text))
+    except FormatError as error:
+        if text.lstrip()[:1] == b"[":
+            raise InstructMiningError(
+                f"{name}: expected one whole JSON array, got {error.got}: {error.expected}. "
+                "An array that breaks cannot be read in part; mend it, or save it as JSON lines"
+            ) from None
+        return _in_sequence(text)
+
+
+def _values(line: bytes) -> list:
+    """The values of one line: JSON, also with a comma behind it, in quotes, several of them, or
+    as Python writes it. Raises FormatError."""
+    try:
+        value = loads(line)
+        value = structured(value) if isinstance(value, str) else value
+        if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+            return _rows("", value)
+        return [value]
+    except FormatError as error:
+        if len(line) == MAX_RECORD:
+            raise FormatError(f"a line of at most {MAX_RECORD >> 20} MiB", line[:60]) from None
+        if several := _in_sequence(line):
+            return several
+        value = structured(line.decode("utf-8", "replace").rstrip().rstrip(","))
+        if isinstance(value, dict) and "\ufffd" not in str(value):
+            return [value]
+        raise error from None
+
+
+def _in_sequence(text: bytes) -> list | None:
+    """Objects and lists one after the other, with commas or not; None where it is anything else."""
+    decoder, values, at = json.JSONDecoder(), [], 0
+    try:
+        whole = text.decode("utf-8", "surrogatepass")
+        while (at := GAP.match(whole, at).end()) < len(whole):
+            value, at = decoder.raw_decode(whole, at)
+            if not isinstance(value, dict | list):
+                return None
+            values.append(value)
+    except (ValueError, RecursionError):
+        return None
+    return values or None
+
+
+def _is_turn(value: object) -> bool:
+    """Whether this is a message of a bare list; Open-Assistant's single messages are no list."""
+    return isinstance(value, dict) and "message_id" not in value and bool(
+        value.keys() & {"role", "from"} and value.keys() & {*fields.CONTENT_KEYS, *fields.CALLS}
+    )
+
+
+def _rows(name: str, value: object) -> list:
+    """The records of a whole document: a list's, a wrapper's, a table's, else the value itself."""
+    if isinstance(value, list):
+        return [value] if value and all(map(_is_turn, value)) else value
+    if not isinstance(value, dict):
+        return [value]
+    names, data = value.get("columns"), value.get("data")  # of pandas, "split"
+    if isinstance(names, list) and isinstance(data, list) and all(
+        isinstance(row, list) for row in data
+    ):
+        return [dict(zip(map(str, names), row, strict=False)) for row in data]
+    parts = list(value.values())
+    same = len(parts) > 1 and parts[0] and isinstance(parts[0], dict) and all(
+        isinstance(part, dict) and part.keys() == parts[0].keys() for part in parts)  # fmt: skip
+    if same and all(map(str.isdecimal, parts[0])):  # column -> row -> value
+        return [{key: part[row] for key, part in value.items()} for row in parts[0]]
+    try:
+        formats.conversations(value)
+        return [value]
+    except FormatError:
+        pass
+    if same:  # id -> record
+        return parts
+    inside = {key: part for key, part in value.items()
+              if isinstance(part, list) and part and all(isinstance(o, dict) for o in part)}
+    if len(inside) == 1:
+        return next(iter(inside.values()))
+    if inside:
+        raise InstructMiningError(
+            f"{name}: one object around several lists of rows ({', '.join(map(repr, inside))}): "
+            "save the list that is meant in a file of its own"
+        )
+    if len(parts) > 1 and all(isinstance(p, list) and len(p) == len(parts[0]) for p in parts):
+        return [dict(zip(value, row, strict=True)) for row in zip(*parts, strict=True)]
+    return [value]
+
+
+def read_csv(name: str, stream: BinaryIO, delimiter: str) -> Found:
+    """Records by strict quoting; after a broken one it goes on at the line behind its first."""
+    csv.field_size_limit(MAX_FIELD)
+    first = stream.readline(MAX_RECORD).removeprefix(BOM)
+    lines = _CsvLines(stream, first)
+    if told := re.fullmatch(rb'sep=([^"\r\n\x80-\xff])\s*', first):
+        delimiter = told[1].decode()
+        lines.record(delimiter)
+    elif delimiter.encode() not in first:
+        delimiter = max(delimiter, *",;\t|", key=lambda one: first.count(one.encode()))
+    header = lines.record(delimiter) or []
+    if isinstance(header, FormatError):
+        raise InstructMiningError(f"{name}, line 1: {header}")
+    if twice := [one for one in header if header.count(one) > 1]:
+        raise InstructMiningError(f"{name}: the column {twice[0]!r} stands twice in the header; "
+                                  "rename one of them")  # fmt: skip
+    optional = _optional(header)
+    lists = [one for one in header if one.strip().lower() in formats.LISTS]
+    while cells := lines.record(delimiter):
+        line = lines.number - len(lines.taken) + 1
+        if not isinstance(cells, FormatError) and len(cells) != len(header):
+            cells = FormatError(f"{len(header)} columns, as in the header", cells)
+        if isinstance(cells, FormatError):
+            lines.back()
+            yield line, cells
+        else:
+            value = dict(zip(header, cells, strict=True))
+            for one in optional:
+                value[one] = None if value[one].lower() in formats.NO_VALUE else value[one]
+            for one in lists:
+                value[one] = structured(value[one])
+            yield line, value
+
+
+def _optional(header: list[str]) -> list[str]:
+    """Columns where "None" or "nan" is no text: what may be missing, or has another beside it."""
+    names = {one: one.strip().lower() for one in header}
+    missing = (*formats.BESIDE, *formats.SYSTEM, "history")
+    found = [one for one, name in names.items() if name in missing]
+    for group in (formats.ASKED, formats.ANSWERS):
+        same = [one for one, name in names.items() if name in group]
+        found += same if len(same) > 1 else []
+    return found
+
+
+class _CsvLines:
+    """Lines of a CSV file as text, of which those of the last record can be read again.
+
+    number : of the last line read; taken : the lines of the last record
+    """
+
+    def __init__(self, stream: BinaryIO, first: bytes) -> None:
+        self._stream, self._again, self._reader = stream, [first], None
+        self.taken, self.number, self._size = [], 0, 0
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._again.pop() if self._again else self._stream.readline(MAX_RECORD):
+            self.taken.append(line)
+            self.number += 1
+            self._size += len(line)
+            if self._size > MAX_RECORD:
+                raise csv.Error(f"a record of more than {MAX_RECORD >> 20} MiB")
+            yield line.decode("utf-8", "surrogatepass")
+
+    def record(self, delimiter: str) -> list[str] | FormatError | None:
+        """The next record's cells, or what is wrong with it; None at the end."""
+        self._reader = self._reader or csv.reader(self, delimiter=delimiter, strict=True)
+        while True:
+            self.taken, self._size = [], 0
+            try:
+                cells = next(self._reader, None)
+            except UnicodeDecodeError as error:
+                return _not_utf8(self.taken[-1], error.start)
+            except csv.Error as error:
+                why = str(error).partition(" - ")[0]
+                if why == "unexpected end of data":
+                    why = "a quote that is opened on this line is never closed"
+                return FormatError(f"CSV ({why})", self.taken[0].decode("utf-8", "replace")[:200])
+            if cells is None or cells:
+                return cells
+
+    def back(self) -> None:
+        """Go back to the line behind the first of the last record."""
+        self._again += reversed(self.taken[1:])
+        self.number -= len(self.taken) - 1
+        self._reader = None
+
+

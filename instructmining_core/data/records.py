@@ -93,9 +93,10 @@ def iter_rows(
 ) -> Iterator[tuple[str, Raw, list[Messages]]]:
     """(file, raw record, its conversations) for every record in order, malformed ones included.
 
+    where : a file (JSON, JSONL, CSV, TSV, Parquet, Arrow, each also packed), "-" for standard
+        input, or a hub name "owner/name[/config][@revision][:split]".
     only : positions that are wanted; the others are passed over.
-    columns : our names of fields -> the records' own, as in `formats.conversations`
-    encoding : of the file's text, as in `read_raw`
+    paths, columns : as in `formats.conversations`; stdin, encoding : as in `read_raw`
 
     A malformed record has no conversations and `raw.error` set. `file` is `where`, or for a hub
     name the name with the commit that was read. Errors are those of `read_raw`.
@@ -126,23 +127,17 @@ def iter_records(
     *,
     chunk_rows: int = 10_000,
     source: str | None = None,
-    revision: str = "main",
     on_error: str = "raise",
-    paths: str = "best",
-    stdin: BinaryIO | None = None,
     columns: Mapping[str, str] | None = None,
-    encoding: str | None = None,
+    **options,
 ) -> Iterator[tuple[pd.DataFrame, list[Problem]]]:
     """The record table in chunks of at most `chunk_rows` rows (fewer where texts are long).
 
-    where : a file (JSON, JSONL, CSV, TSV, Parquet, Arrow, each also packed), "-" for standard
-        input, or a hub name "owner/name[/config][@revision][:split]".
+    where, columns, options : as for `iter_rows`
     source : name for the `source` column; the file's stem or the set's name unless given.
     on_error : "raise" stops at a malformed record; "collect" leaves it out of the table and lists
         it; "keep" lists it and keeps an empty row in its place, with the text of the problem in
         an extra column `problem` ("" elsewhere).
-    paths : "best" or "all", for OASST trees.
-    columns, encoding : as for `iter_rows`
 
     Yields (table, problems of this chunk); the table's `.attrs["notes"]` counts the records that
     hold what was not read, by what it is. Raises InstructMiningError.
@@ -151,9 +146,7 @@ def iter_records(
         raise InstructMiningError(f"on_error is {on_error!r}; it is 'raise', 'collect' or 'keep'")
     rows, problems, characters, notes = [], [], 0, Counter()
     stem = source if source is not None else source_name(where)
-    for file, raw, found in iter_rows(
-        where, revision=revision, paths=paths, stdin=stdin, columns=columns, encoding=encoding
-    ):
+    for file, raw, found in iter_rows(where, columns=columns, **options):
         note = ""
         if raw.error is not None:
             problem = Problem(file, raw.line, raw.error.expected, raw.error.got, raw.unit, raw.row)

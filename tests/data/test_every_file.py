@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from instructmining.what_is_read import page
 from instructmining_core.config import InstructMiningError
-from instructmining_core.data import fields, text_files
+from instructmining_core.data import fields, readers
 from instructmining_core.data.duplicates import Kept
 from instructmining_core.data.export import write_rows
-from instructmining_core.data.fields import MARKINGS, FormatError, marked
-from instructmining_core.data.formats import FORMS, conversations
+from instructmining_core.data.fields import FormatError
+from instructmining_core.data.formats import FORMS, MARKINGS, NAMES, conversations, marked
 from instructmining_core.data.readers import count_records
 from instructmining_core.data.records import (
     assistant_turns,
@@ -415,7 +415,7 @@ def test_a_date_that_python_lacks_costs_one_row(tmp_path):
 
 
 def test_a_packed_bomb_is_refused_before_memory_is_full(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "MAX_RECORD", 1 << 20)
+    monkeypatch.setattr(readers, "MAX_RECORD", 1 << 20)
     path = tmp_path / "bomb.json.gz"
     path.write_bytes(gzip.compress(b"[\n" + b" " * (1 << 24) + b"]"))
     with pytest.raises(InstructMiningError, match="unpacks to one document"):
@@ -462,12 +462,12 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text()
     | st.sampled_from(["user", "assistant", "[1]", *TEXTS.values()]),
     lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(sorted(fields.NAMES) + ["role", "content", "value"]), inner,
+    | st.dictionaries(st.sampled_from(sorted(NAMES) + ["role", "content", "value"]), inner,
                       max_size=4),
     max_leaves=12,
 )  # fmt: skip
 RECORDS = st.dictionaries(
-    st.sampled_from(sorted({*fields.NAMES, *fields.MEDIA, *fields.NOT_TO_LEARN, "rejected"})), JSON,
+    st.sampled_from(sorted({*NAMES, *fields.MEDIA, *fields.NOT_TO_LEARN, "rejected"})), JSON,
     max_size=5,
 )  # fmt: skip
 
