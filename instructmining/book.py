@@ -53,8 +53,8 @@ def build_book(folder: Path, profile: Profile) -> Path:
     """Build the book from a staged copy, so that the committed pages stay as they are."""
     stage = folder / "stage"
     shutil.rmtree(stage, ignore_errors=True)
-    others = shutil.ignore_patterns("notebooks")
-    shutil.copytree(files.root() / "book", stage / "book", ignore=others)
+    shutil.copytree(files.root() / "book", stage / "book",
+                    ignore=shutil.ignore_patterns("notebooks"))  # fmt: skip
     for executed in (folder / "notebooks").glob("*.ipynb"):
         write_page(executed, stage / "book" / "notebooks" / executed.name)
     shutil.copy2(files.root() / "_config.yml", stage / "_config.yml")
@@ -95,11 +95,10 @@ def write_page(executed: Path, target: Path) -> None:
     import nbformat
 
     book = nbformat.read(executed, as_version=4)
-    for key in ("papermill", "widgets"):
-        book.metadata.pop(key, None)
+    for part in (book, *book.cells):
+        for key in ("papermill", "widgets", "execution"):
+            part.metadata.pop(key, None)
     for cell in book.cells:
-        for key in ("papermill", "execution"):
-            cell.metadata.pop(key, None)
         if cell.cell_type == "code":
             cell.outputs = [
                 output for output in cell.outputs if output.get("name") != "stderr"
@@ -110,7 +109,7 @@ def write_page(executed: Path, target: Path) -> None:
 
 
 def notebooks() -> list[Path]:
-    """The source notebooks `notebooks/NN_*.ipynb`, in order."""
+    """The source notebooks, in order."""
     return sorted((files.root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
@@ -220,44 +219,42 @@ def keep(name_or_yaml: str) -> None:
     Nothing that is there is touched, no notebook is needed, and a second call adds nothing. Runs of
     `select --verify` stay here: they are of somebody's own file, and bear its name.
     """
-    profile = load_profile(name_or_yaml)
-    own = Ledger(files.results(profile.name) / "ledger").records().values()
-    part = RunArchive(files.evidence(profile.name) / "ledger").append(
+    name = load_profile(name_or_yaml).name
+    own = Ledger(files.results(name) / "ledger").records().values()
+    part = RunArchive(files.evidence(name) / "ledger").append(
         record for record in own if record["spec"]["purpose"] != VERIFY)
-    _say(f"kept {part}" if part else f"{profile.name}: no finished run that is not kept already")
+    _say(f"kept {part}" if part else f"{name}: no finished run that is not kept already")
 
 
 def publish(name_or_yaml: str, beside: bool = False) -> None:
     """Copy a finished run's notebooks to `book/notebooks/` and its numbers to `evidence/`.
 
     beside : leave the book's own pages; write this run's summary to `book/_generated/` instead
-    No text of others' data travels: scores are numbers and hashes, runs have hashes; and no path
-    of this machine. Runs that are kept already stay as they are, and so do comparisons.
+    No text of others' data travels and no path of this machine: scores are numbers and hashes, runs
+    have hashes. Runs that are kept already stay as they are, and so do comparisons.
     """
     profile = load_profile(name_or_yaml)
     folder, evidence = files.results(profile.name), files.evidence(profile.name)
-    missing = [n.name for n in notebooks() if not (folder / "notebooks" / n.name).is_file()]
-    if missing:
+    pages = {folder / "notebooks" / one.name: files.root() / "book" / "notebooks" / one.name
+             for one in notebooks()}  # fmt: skip
+    if missing := [page.name for page in pages if not page.is_file()]:
         raise InstructMiningError(
             f"{folder} lacks {missing[0]}; run `make study PROFILE={name_or_yaml}`."
         )
-    book = files.root() / "book"
-    if beside:
-        write_summary(folder, book, profile.name)
-    else:
-        for notebook in notebooks():
-            write_page(folder / "notebooks" / notebook.name, book / "notebooks" / notebook.name)
-        write_summary(folder, book, "front")
+    write_summary(folder, files.root() / "book", profile.name if beside else "front")
+    for executed, page in () if beside else pages.items():
+        write_page(executed, page)
     keep(name_or_yaml)
     _copy_numbers(folder, evidence)
-    _say(f"published {'a summary' if beside else f'{len(notebooks())} notebooks'} and {evidence}")
+    _say(f"published {'a summary' if beside else f'{len(pages)} notebooks'} and {evidence}")
 
 
 def _copy_numbers(folder: Path, evidence: Path) -> None:
     """What a run found, in place of what an earlier one did; of files it names the last part."""
     for part in ("claims", "runs"):
         shutil.rmtree(evidence / part, ignore_errors=True)
-        shutil.copytree(folder / part, evidence / part, ignore=_not_json)
+        for one in (folder / part).glob("*.json"):
+            files.write_atomic(evidence / part / one.name, one.read_text(encoding="utf-8"))
     (evidence / "runs" / f"{VERIFY}.json").unlink(missing_ok=True)
     for name in NUMBERS:
         (evidence / name).unlink(missing_ok=True)
@@ -303,16 +300,14 @@ def _breaches(notebook: Path) -> list[str]:
 
     config = yaml.safe_load((files.root() / "_config.yml").read_text(encoding="utf-8"))
     url = config["repository"]["url"]
-    slug = url.removeprefix("https://github.com/")
-    badge = f"https://colab.research.google.com/github/{slug}/blob/main/notebooks/{notebook.name}"
+    place = f"{url.removeprefix('https://github.com/')}/blob/main/notebooks/{notebook.name}"
+    badge = f"https://colab.research.google.com/github/{place}"
     cells = jupytext.read(notebook).cells
     code = [cell for cell in cells if cell.cell_type == "code"]
     text = "".join(cell.source for cell in cells)
     script = notebook.with_suffix(".py")
-
-    def sources(path: Path) -> list[tuple[str, str]]:
-        return [(cell.cell_type, cell.source.strip()) for cell in jupytext.read(path).cells]
-
+    twin = jupytext.read(script).cells if script.is_file() else []
+    both = [[(cell.cell_type, cell.source.strip()) for cell in one] for one in (cells, twin)]
     found = {
         "no paired percent script": not script.is_file(),
         "outputs in a source notebook": any(cell.outputs for cell in code),
@@ -322,8 +317,7 @@ def _breaches(notebook: Path) -> list[str]:
         ),
         f"no badge {badge}": badge not in text,
         f"no Colab cell cloning {url}": f" {url} " not in text,
-        "percent script and .ipynb differ; run `make sync`":
-            script.is_file() and sources(notebook) != sources(script),
+        "percent script and .ipynb differ; run `make sync`": bool(twin) and both[0] != both[1],
     }
     return [f"{notebook.name}: {what}" for what, broken in found.items() if broken]
 
@@ -355,10 +349,6 @@ def _data_files(profile: Profile) -> list[Path]:
     named = [one.where for one in (*data.sources, *data.unseen, *exams, *judged) if one]
     paths = [files.root() / data.folder / name for name in named]
     return [path for path in paths if path.is_file()]
-
-
-def _not_json(folder: str, names: list[str]) -> list[str]:
-    return [n for n in names if not n.endswith(".json") and not (Path(folder) / n).is_dir()]
 
 
 def _say(line: str) -> None:

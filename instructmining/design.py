@@ -21,17 +21,6 @@ Plan = TypeVar("Plan")
 GOLDEN = (5**0.5 - 1) / 2  # its multiples lie most evenly between 0 and 1
 
 
-def designed_arm(scores: pd.DataFrame, config: DesignConfig,
-                 columns: Sequence[str]) -> list[TrainingSet]:
-    """The designed sets that a study runs: a plain draw, or chosen where `candidates` is set.
-
-    scores : the candidate rows with `row_hash`, `source` and the columns
-    """
-    if not config.candidates:
-        return drawn(scores, config, columns)
-    return chosen(scores, config, columns, config.candidates)
-
-
 def of_sources(rows: pd.DataFrame, sources: Sequence[str]) -> pd.DataFrame:
     """The rows of the named sources, all where none is named. Raises for a name that has no row."""
     missing = set(sources) - set(rows["source"])
@@ -74,11 +63,14 @@ def chosen(scores: pd.DataFrame, config: DesignConfig, columns: Sequence[str],
            candidates: int) -> list[TrainingSet]:
     """As many sets as a plain draw has of every source and of mixtures, but D-optimal ones.
 
+    scores : the candidate rows with `row_hash`, `source` and the columns
     candidates : sets drawn to choose from (rounded up to a multiple of the design); a fifth of
     the places is filled at random (`planner.d_optimal`). Each source keeps its number of sets, so
-    that each can still be tested alone.
+    that each can still be tested alone. 0: the plain draw.
     """
     plain = drawn(scores, config, columns)
+    if not candidates:
+        return plain
     quota, n = Counter(one.source for one in plain), len(plain)
     terms = len({source for one in plain for source in one.shares}) + len(columns)
     if n < terms:  # before the costly draw

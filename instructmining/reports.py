@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
+from statsmodels.stats.weightstats import DescrStatsW
 
 from instructmining_core.regression.rule_card import RuleCard
-from instructmining_core.selection.contrasts import ALPHA
 
+from .experiments.comparisons import welch_interval
 from .experiments.gate import MATCHED
 from .study import Study
 
@@ -317,7 +318,6 @@ def _percent(value: float) -> str:
 EFFECTS = "front.parquet"  # of a run: `gate_effects`, with `facts` beside
 AVERAGINGS = {"prompts": "loss_eval_2", "tokens": "loss_eval_2_token"}
 POOLED = "all pools"
-RIVALS = ("random", MATCHED)
 
 
 def spread_between(sweep: pd.DataFrame, loss: str) -> float:
@@ -337,15 +337,13 @@ def gate_effects(runs: pd.DataFrame, sweep: pd.DataFrame) -> pd.DataFrame:
     minus these, and `relevance`, selected minus `versus`, in nats, over all pools with its ends.
     """
     rows = []
-    for averaging, loss in AVERAGINGS.items():
-        spread = spread_between(sweep, loss)
-        for versus in RIVALS:
-            pools = [_pool(pool, part, loss, versus) for pool, part in runs.groupby("pool")
-                     if {"selected", versus} <= set(part["method"])]  # fmt: skip
-            if len(pools) > 1:
-                pools.append(_together(pd.DataFrame(pools)))
-            rows += [{**row, "versus": versus, "averaging": averaging, "spread": spread}
-                     for row in pools]  # fmt: skip
+    for (averaging, loss), versus in product(AVERAGINGS.items(), ("random", MATCHED)):
+        pools = [_pool(pool, part, loss, versus) for pool, part in runs.groupby("pool")
+                 if {"selected", versus} <= set(part["method"])]  # fmt: skip
+        if len(pools) > 1:
+            pools.append(_together(pd.DataFrame(pools)))
+        more = {"versus": versus, "averaging": averaging, "spread": spread_between(sweep, loss)}
+        rows += [row | more for row in pools]
     return pd.DataFrame(rows)
 
 
@@ -354,11 +352,7 @@ def _pool(pool: str, part: pd.DataFrame, loss: str, versus: str) -> dict:
         return part.loc[part["method"] == method, column].dropna().to_numpy(float)
 
     own, other, chance = arm("selected"), arm(versus), arm("random").mean()
-    low = high = np.nan
-    if min(len(own), len(other)) > 1:
-        both = CompareMeans(DescrStatsW(other), DescrStatsW(own))
-        low, high = both.tconfint_diff(alpha=ALPHA, usevar="unequal")
-    worst = arm("worst")
+    (low, high), worst = welch_interval(other, own), arm("worst")
     base = part[loss.replace("loss_", "base_")].mean()
     return {
         "pool": pool, "effect": other.mean() - own.mean(), "low": low, "high": high,
@@ -374,9 +368,13 @@ def _together(pools: pd.DataFrame) -> dict:
              **pools[["n", "n_versus"]].sum()}  # fmt: skip
     known = pools["low"].notna().all()
     for column, start in (("effect", ""), ("relevance", "relevance_")):
-        ends = DescrStatsW(pools[column]).tconfint_mean(ALPHA) if known else (np.nan, np.nan)
+        ends = DescrStatsW(pools[column]).tconfint_mean() if known else (np.nan, np.nan)
         found[f"{start}low"], found[f"{start}high"] = ends
     return found
+
+
+def _pooled(effects: pd.DataFrame, versus: str) -> pd.DataFrame:
+    return effects[(effects["pool"] == POOLED) & (effects["versus"] == versus)]
 
 
 def verdict_of(effects: pd.DataFrame, versus: str) -> str:
@@ -384,7 +382,7 @@ def verdict_of(effects: pd.DataFrame, versus: str) -> str:
 
     A word about the loss needs both averagings, each with an interval off zero (section 7).
     """
-    whole = effects[(effects["pool"] == POOLED) & (effects["versus"] == versus)]
+    whole = _pooled(effects, versus)
     signs = {np.sign(r.low) for r in whole.itertuples() if r.low * r.high > 0}
     if len(signs) == 2:
         return "depends"
@@ -444,12 +442,9 @@ def front_page(effects: pd.DataFrame, verdict: pd.DataFrame) -> str:
 
 def _against(effects: pd.DataFrame, versus: str) -> str:
     told = []
-    whole = effects[(effects["pool"] == POOLED) & (effects["versus"] == versus)]
-    for row in whole.itertuples():
-        word = "lower" if row.effect > 0 else "raise"
-        size, ends = abs(row.effect), sorted((row.low, row.high), key=abs)
-        sign = 1 if row.effect > 0 else -1
-        ends = sorted(sign * end / row.spread for end in ends)
+    for row in _pooled(effects, versus).itertuples():
+        word, sign = ("lower", 1) if row.effect > 0 else ("raise", -1)
+        size, ends = abs(row.effect), sorted(sign * end / row.spread for end in (row.low, row.high))
         told.append(f"{word} the loss averaged over {row.averaging} by {size / row.spread:.2f} "
                     f"[{ends[0]:.2f}, {ends[1]:.2f}] of the spread between collections "
                     f"({size:.3f} nats)")  # fmt: skip
@@ -457,7 +452,7 @@ def _against(effects: pd.DataFrame, versus: str) -> str:
 
 
 def _followed(effects: pd.DataFrame) -> str:
-    whole = effects[(effects["pool"] == POOLED) & (effects["versus"] == "random")]
+    whole = _pooled(effects, "random")
     if whole.empty or whole["relevance_low"].isna().all():
         return "- Whether the model heeds its prompt more or less was not measured often enough."
     value, low, high = whole[["relevance", "relevance_low", "relevance_high"]].iloc[0]
@@ -473,6 +468,6 @@ def _claims(verdict: pd.DataFrame) -> str:
               f"**{row.verdict}**"] for row in rows.itertuples()]  # fmt: skip
     cells = [[escape(cell, quote=False).replace("&lt;br&gt;", "<br>").replace("|", "/")
               for cell in row] for row in cells]  # fmt: skip
-    head: Sequence[str] = ("claim, and *the paper's number*", "this run", "verdict")
+    head = ["claim, and *the paper's number*", "this run", "verdict"]
     table = "\n".join(markdown_table(head, cells))
     return f"````{{dropdown}} Claim by claim\n{table}\n````\n"

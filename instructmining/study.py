@@ -1,7 +1,7 @@
 """One study, wired: a profile with its data, models, scores, sets and runs, where the rooms meet.
 
 Results lie in `results/<profile>/`; a notebook opened without them reads the committed evidence of
-the same profile, or of any published one; a warning says so, and so does `notes`.
+the same profile, or of any published one, and a warning says so.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from instructmining_core.finetuning.sets import (
 )
 from instructmining_core.regression.run_table import run_table
 
-from .design import designed_arm, of_sources
+from .design import chosen, of_sources
 from .profile import Profile, load_profile
 from .study_data import StudyData, questions_of, read_study_data, under_other_prompts
 
@@ -63,8 +63,8 @@ class Study:
         self.profile = profile
         self.name = profile.name
         self.folder = files.results(profile.name)
-        self.notes: list[str] = []
-        self._asked: dict[str, list[str]] = {}
+        self._noted: set[str] = set()
+        self._asked: dict[str, dict[str, None]] = {}
         self._evals: dict[tuple, EvalSets] = {}
 
     @classmethod
@@ -94,8 +94,8 @@ class Study:
         )
 
     def _note(self, note: str) -> None:
-        if note not in self.notes:
-            self.notes.append(note)
+        if note not in self._noted:
+            self._noted.add(note)
             warnings.warn(note, stacklevel=4)
 
     def has_own(self, name: str) -> bool:
@@ -121,14 +121,10 @@ class Study:
         files.write_atomic(self.folder / "claims" / f"{claim}.json", json.dumps(record, indent=2))
 
     def list_runs(self, purpose: str, run_ids: list[str]) -> None:
-        """Which runs a purpose asked for last: the ledger keeps those of earlier designs too.
-
-        A purpose may ask in several calls (one a base, one a trial): the list is of all that this
-        object has asked for.
-        """
-        asked = self._asked.setdefault(purpose, [])
-        asked += [run_id for run_id in run_ids if run_id not in asked]
-        files.write_atomic(self.folder / "runs" / f"{purpose}.json", json.dumps(asked))
+        """Which runs a purpose asked for, in all calls of this object."""
+        asked = self._asked.setdefault(purpose, {})
+        asked |= dict.fromkeys(run_ids)
+        files.write_atomic(self.folder / "runs" / f"{purpose}.json", json.dumps(list(asked)))
 
     # Data, models, scores
 
@@ -142,10 +138,7 @@ class Study:
         return read_study_data(self.profile.data, files.root())
 
     def standins(self, *refs: ModelRef) -> Path | None:
-        """The folder that holds the stand-ins among `refs`, built if they are not there.
-
-        None where `refs` names real models only.
-        """
+        """The folder that holds the stand-ins among `refs`, None where there are none."""
         from .embedded.standins import build_standins
 
         return build_standins(refs)
@@ -181,7 +174,7 @@ class Study:
         return self.pool_scores("candidates")
 
     def pool_scores(self, pool: str) -> pd.DataFrame:
-        """The scores of one pool's rows."""
+        """The scores of one pool's rows, or of the "candidates"."""
         roles = self.frame("roles.parquet")
         wanted = roles.loc[roles["role"] == pool, "id"]
         by_id = self.scores.drop_duplicates("id").set_index("id", drop=False)
@@ -197,22 +190,17 @@ class Study:
 
         from .ray_engine import RayScorer, engine
 
-        roles = self.profile.models.roles()
-        baselines = ["compression"]  # of the gate
-        if "ifd" in self.profile.selection.rivals:
-            baselines.append("ifd")
+        profile, roles = self.profile, self.profile.models.roles()
+        baselines = ["compression", *({"ifd"} & set(profile.selection.rivals))]  # of the gate
         scorer = Scorer(
-            roles,
-            indicators=(*self.profile.indicators, *baselines),
-            bank=self.bank,
-            standins=self.standins(*roles.values()),
-            reward_form=self.profile.models.reward_form,
-            template=self.profile.finetune.template,
-            keep_layers=self.profile.finetune.layers if roles["base"] == roles["ppl"] else 0,
-        )
+            roles, indicators=(*profile.indicators, *baselines), bank=self.bank,
+            standins=self.standins(*roles.values()), reward_form=profile.models.reward_form,
+            template=profile.finetune.template,
+            keep_layers=profile.finetune.layers if roles["base"] == roles["ppl"] else 0,
+        )  # fmt: skip
         rows = self.data.candidates
-        size = min(self.profile.models.reference_rows, len(rows))
-        scorer.make_reference(rows, size=size, seed=self.profile.data.seed)
+        size = min(profile.models.reference_rows, len(rows))
+        scorer.make_reference(rows, size=size, seed=profile.data.seed)
         return RayScorer(scorer) if engine() == "ray" else scorer
 
     # Sets and runs
@@ -224,7 +212,7 @@ class Study:
         """
         plan, scores = self.profile.design, self.candidate_scores
         columns = self.profile.rule_columns()
-        designed = designed_arm(scores, plan, columns)
+        designed = chosen(scores, plan, columns, plan.candidates)
         fused = of_sources(scores, plan.fusion_sources)
         sets = fusion_sets(fused, plan.fusion, plan.size, plan.seed) + designed
         if plan.tokens:
@@ -299,11 +287,9 @@ class Study:
         A plan's own settings may differ from `config` in what no encoding hangs on.
         """
         return [
-            RunSpec.of(
-                purpose, lm, plan.config or config, plan.row_hashes,
-                self.encoded_evals(lm, config, plan.exams),
-                init_seed=plan.init_seed, order_seed=plan.order_seed, label=plan.label,
-            )
+            RunSpec.of(purpose, lm, plan.config or config, plan.row_hashes,
+                       self.encoded_evals(lm, config, plan.exams), init_seed=plan.init_seed,
+                       order_seed=plan.order_seed, label=plan.label)
             for plan in plans
         ]  # fmt: skip
 
@@ -314,10 +300,8 @@ class Study:
 
         config = self.profile.finetune
         rows = self.encoded_rows(self.lm, config, set(plan.row_hashes))
-        tuned = finetune(
-            self.lm, [rows[h] for h in plan.row_hashes], config,
-            init_seed=plan.init_seed, order_seed=plan.order_seed,
-        )  # fmt: skip
+        tuned = finetune(self.lm, [rows[h] for h in plan.row_hashes], config,
+                         init_seed=plan.init_seed, order_seed=plan.order_seed)  # fmt: skip
         try:
             yield tuned
         finally:
@@ -379,7 +363,7 @@ class Study:
         return self.ledger_of(listed).read(first)["spec"]["base"]
 
     def sweep(self) -> pd.DataFrame:
-        """The regression's view: one row a run with `log_loss`, shares and set means."""
+        """The sweep's runs, `joined`."""
         return self.joined(self.runs("sweep"))
 
     def joined(self, runs: pd.DataFrame, scores: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -393,11 +377,7 @@ class Study:
 
     def set_frame(self) -> pd.DataFrame:
         """One row a set, before any run: `set_id`, `arm`, `share_<source>` and indicator means."""
-        planned = [
-            {"set_id": s.set_id, "arm": s.arm, "source": s.source, "shares": dict(s.shares),
-             "loss": 1.0}
-            for s in self.sets
-            if not s.anchor
-        ]
+        planned = [{"set_id": s.set_id, "arm": s.arm, "source": s.source, "shares": dict(s.shares),
+                    "loss": 1.0} for s in self.sets if not s.anchor]  # fmt: skip
         means = set_means(self.sets, self.scores, list(self.profile.indicators))
         return run_table(pd.DataFrame(planned), means, "loss").drop(columns=["loss", "log_loss"])

@@ -78,12 +78,10 @@ def read_source(source: SourceConfig, data: DataConfig, root: Path) -> pd.DataFr
     """Read one set and draw `take` of its usable rows by seed (all when 0).
 
     Usable: at least one assistant turn with text in it, and neither a row that the shipped heads
-    were trained on nor one of this set that shares a run of eight words with such a row, whatever
-    models the profile names: so all profiles draw the same rows. Then the source's `clean` is done;
-    rows that it leaves empty and templates with one label go. What is not usable is counted in
-    `.attrs`: `malformed`, with the first places in `problems`, `no_answer`, `trained_heads`, and in
-    `cleaned` what was cleaned.
-    Raises ProfileError, with the way to get the file, when a file is missing.
+    were trained on nor one that shares a run of eight words with such a row, whatever models the
+    profile names: so all profiles draw the same rows; then `cleaned`. What is not usable is counted
+    in `.attrs`: `malformed`, with the first places in `problems`, `no_answer`, `trained_heads`,
+    `cleaned`. Raises ProfileError, with the way to get the file, when it is missing.
     """
     where = _place(source, data, root)
     table, problems = read_records(where, source=source.name, on_error="collect")
@@ -113,14 +111,12 @@ def cleaned(
     """
     texts, told = table, {}
     for name in source.clean:
-        mark, place = MARKS[name]
-        clean = [
-            [{**m, "content": mark.sub(place, m["content"])} for m in messages]
-            for messages in texts["messages"]
-        ]
-        words = name.replace("_", " ")
-        told[f"{words} before"] = _holding(mark, texts["messages"])
-        told[f"{words} after"] = _holding(mark, clean)
+        (mark, place), words = MARKS[name], name.replace("_", " ")
+        clean = [[{**m, "content": mark.sub(place, m["content"])} for m in messages]
+                 for messages in texts["messages"]]  # fmt: skip
+        for when, talks in (("before", texts["messages"]), ("after", clean)):
+            told[f"{words} {when}"] = sum(any(mark.search(m["content"]) for m in messages)
+                                          for messages in talks)  # fmt: skip
         texts = texts.assign(messages=clean)
     if source.clean:
         texts = with_row_hash(texts)
@@ -132,10 +128,6 @@ def cleaned(
         told["templates with one label"] = len(texts) - len(several)
         texts = several
     return texts, told
-
-
-def _holding(mark: re.Pattern, conversations: Sequence[Messages]) -> int:
-    return sum(any(mark.search(m["content"]) for m in messages) for messages in conversations)
 
 
 def _one_label(table: pd.DataFrame, where: str | Path, template: str) -> np.ndarray:
@@ -185,8 +177,9 @@ def read_exams(data: DataConfig, root: Path) -> tuple[dict[str, pd.DataFrame], l
     facts, known = [], []
 
     def read(source: SourceConfig, role: str) -> pd.DataFrame:
-        table = read_source(source, data, root)
-        drawn = table if role == "prompts" else _prompts(table, data)
+        drawn = table = read_source(source, data, root)
+        if role != "prompts" and 0 < data.eval_prompts < len(table):
+            drawn = table.sample(data.eval_prompts, random_state=data.seed).sort_index()
         apart = drawn[~asks_the_same(drawn, pd.concat(known))] if known else drawn
         known.append(apart)
         facts.append({"source": source.name, "role": role, "read": len(table), "rows": len(apart),
@@ -304,11 +297,8 @@ def _own_ids(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
     rows = pd.concat(tables)[["id", *keys]].drop_duplicates(keys)
     shared = set(rows.loc[rows["id"].duplicated(keep=False), "id"])
     return [
-        table.assign(id=[
-            f"{source}/{row}#{part}" if own in shared else own
-            for own, source, row, part in zip(
-                table["id"], table["source"], table["row"], table["part"], strict=True)
-        ])
+        table.assign(id=[f"{one.source}/{one.row}#{one.part}" if one.id in shared else one.id
+                         for one in table.itertuples()])
         for table in tables
     ]  # fmt: skip
 
@@ -318,8 +308,7 @@ def _usable(
 ) -> tuple[pd.DataFrame, dict]:
     """Rows that may be trained on, and how many were left out for which reason."""
     read = read_source(source, data, root)
-    limit = data.max_prompt_words or float("inf")
-    short = read[[_prompt_words(m) <= limit for m in read["messages"]]]
+    short = short_prompts(read, data.max_prompt_words) if data.max_prompt_words else read
     apart = without_copies_of(short, exam)
     clean = apart[~_is_prompt_of(apart, exam)].reset_index(drop=True)
     return clean, {
@@ -355,15 +344,10 @@ def _split(rows: pd.DataFrame, wanted: int, seed: int) -> tuple[pd.DataFrame, pd
     return shuffled.iloc[:wanted].reset_index(drop=True), shuffled.iloc[wanted:]
 
 
-def _prompts(table: pd.DataFrame, data: DataConfig) -> pd.DataFrame:
-    if data.eval_prompts and data.eval_prompts < len(table):
-        table = table.sample(data.eval_prompts, random_state=data.seed).sort_index()
-    return table.reset_index(drop=True)
-
-
-def _prompt_words(messages: list[dict]) -> int:
-    """Words before the last answer: they must leave room for it within `max_tokens`."""
-    return sum(len(m["content"].split()) for m in messages[:-1])
+def short_prompts(table: pd.DataFrame, words: int) -> pd.DataFrame:
+    """The records with at most so many words before the last answer, to leave room for it."""
+    asked = [sum(len(m["content"].split()) for m in talk[:-1]) for talk in table["messages"]]
+    return table[np.array(asked, int) <= words]
 
 
 def _answered(messages: list[dict]) -> bool:

@@ -235,10 +235,13 @@ def _select(
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Write the best rows by a rule."""
-    from .models import asked_models
-    from .select import gate_study, select_to
+    from .models import asked_models, opened_study
+    from .select import select_to
 
-    study = gate_study(profile) if verify else None
+    if verify and not profile:
+        raise ValueError("--verify needs --profile: it names the base model that is finetuned "
+                         "and the evaluation sets")  # fmt: skip
+    study = opened_study(profile) if verify else None
     select_to(
         out, scores, rule, top, moved=data, allow_mismatch=allow_mismatch, strict=strict,
         encoder=asked_models(profile, models).get("encoder"), study=study, show=not quiet,

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from instructmining_core.config import ModelRef
-from instructmining_core.regression.intervals import r2_of
+from instructmining_core.regression.inference import r2_of
 from instructmining_core.regression.rule import RuleFit, fit_rule
 from instructmining_core.regression.rule_card import RuleCard, make_card
 from instructmining_core.regression.run_table import DESIGNED, Standardizer
@@ -20,7 +21,7 @@ from instructmining_core.selection.beat_random import compare_with_random
 from instructmining_core.selection.select import choose_rows
 
 from ..design import interleaved
-from ..study import PlannedRun, Study
+from ..study import USUAL, PlannedRun, Study
 
 LOSSES = ["loss_eval_1", "loss_eval_2", "loss_eval_1_token", "loss_eval_2_token"]
 GATE_COLUMNS = ["run_id", "pool", "method", "size", "seed", *LOSSES, "rows", "steps",
@@ -35,23 +36,21 @@ def sweep_plans(study: Study) -> list[PlannedRun]:
     Any first part of the list holds every arm, and every source of a tilted set, in proportion.
     """
     wanted = study.profile.design.by_epoch
-    plans = [
-        PlannedRun(
-            one.row_hashes,
-            {"set_id": one.set_id, "arm": one.arm, "source": one.source, "anchor": one.anchor,
-             "shares": dict(one.shares), "tilt": list(one.tilt)},
-            one.init_seed,
-            one.order_seed,
-            by_epoch=wanted == "all" or (wanted == "anchors" and one.anchor),
-        )
-        for one in study.sets
-    ]  # fmt: skip
+    plans = []
+    for one in study.sets:
+        label = {"set_id": one.set_id, "arm": one.arm, "source": one.source, "anchor": one.anchor,
+                 "shares": dict(one.shares), "tilt": list(one.tilt)}  # fmt: skip
+        often = wanted == "all" or (wanted == "anchors" and one.anchor)
+        plans.append(PlannedRun(one.row_hashes, label, one.init_seed, one.order_seed, often))
     return interleaved(plans, lambda p: (p.label["arm"], p.label["source"], p.label["anchor"]))
 
 
-def _plan(rows: pd.DataFrame, pool: str, method: str, size: int, seed: int) -> PlannedRun:
+def one_run(
+    rows: pd.DataFrame, pool: str, method: str, size: int, seed: int, exams: Sequence[str] = ()
+) -> PlannedRun:
+    """A finetune on `rows`; exams : evaluation sets beside the usual ones."""
     label = {"pool": pool, "method": method, "size": size, "seed": seed}
-    return PlannedRun(tuple(rows["row_hash"]), label, init_seed=seed, order_seed=seed)
+    return PlannedRun(tuple(rows["row_hash"]), label, seed, seed, exams=(*USUAL, *exams))
 
 
 def per_example(
@@ -82,6 +81,14 @@ def body_of(example: Mapping[str, Sequence[float]], name: str) -> np.ndarray:
     )
 
 
+def welch_interval(first: pd.Series, second: pd.Series) -> tuple[float, float]:
+    """95 % interval of the difference of two means; NaN for a single value on a side."""
+    if min(len(first), len(second)) < 2:
+        return np.nan, np.nan
+    both = CompareMeans(DescrStatsW(first), DescrStatsW(second))
+    return tuple(float(x) for x in both.tconfint_diff(usevar="unequal"))
+
+
 def repeated(
     study: Study, rule: RuleCard, pool: str, method: str, size: int, repeats: int, first: int = 0
 ) -> list[PlannedRun]:
@@ -89,11 +96,10 @@ def repeated(
 
     A random draw changes with its seed; every other method keeps its rows.
     """
-    scores = study.pool_scores(pool)
-    plans = []
+    scores, plans = study.pool_scores(pool), []
     for seed in range(first, first + repeats):
         rows = choose_rows(scores, method, size, rule=rule, seed=seed)
-        plans.append(_plan(rows, pool, method, len(rows), seed))
+        plans.append(one_run(rows, pool, method, len(rows), seed))
     return plans
 
 
@@ -234,7 +240,7 @@ def ablation(study: Study, rule: RuleCard) -> tuple[pd.DataFrame, pd.DataFrame]:
     plans = _with_random(study, rule, pool, size, seeds)
     for dropped in others:
         rows = choose_rows(scores, "selected", size, rule=smaller[dropped][1])
-        plans += [_plan(rows, pool, f"without {dropped}", len(rows), seed)
+        plans += [one_run(rows, pool, f"without {dropped}", len(rows), seed)
                   for seed in range(seeds)]  # fmt: skip
     return table, compare_with_random(study.run("ablation", plans))
 

@@ -26,7 +26,8 @@ from instructmining_core.regression.run_table import (
 from instructmining_core.selection.select import TOKENS, choose_rows, choose_tokens
 
 from ..design import interleaved
-from ..study import USUAL, PlannedRun, Study
+from ..study import PlannedRun, Study
+from .comparisons import one_run
 
 MATCHED = "matched"  # method: random rows, alike in length to those that the rule selects
 MAIN = ("selected", "random", MATCHED)  # judged on every prompt that there is
@@ -59,10 +60,8 @@ def gate_run(
     study: Study, rows: pd.DataFrame, pool: str, method: str, size: int, seed: int
 ) -> PlannedRun:
     """A finetune on `rows`; main arms are judged on the gate's own prompts too."""
-    label = {"pool": pool, "method": method, "size": size, "seed": seed}
     more = [name for name in ("gate", "human") if name in study.data.exams and method in MAIN]
-    return PlannedRun(tuple(rows["row_hash"]), label, init_seed=seed, order_seed=seed,
-                      exams=(*USUAL, *more))  # fmt: skip
+    return one_run(rows, pool, method, size, seed, more)
 
 
 def pool_parts(study: Study, pool: str) -> tuple[str, list[pd.DataFrame]]:
@@ -226,14 +225,13 @@ def refit_cards(study: Study, n: int, pool: str) -> list[RuleCard]:
             f"{len(columns)} slopes beside the source shares: more sets a source are needed"
         )
 
-    fits = [fitted() for _ in range(n)]
     return [
         make_card(
             fit, scores, profile=study.profile.name, set_size=study.profile.design.size,
             note=f"bootstrap {i}: sets drawn again, {fit.runs['drawn'].nunique()} of them distinct",
             not_for="selecting: it shows how far the study's own rule is uncertain",
         )
-        for i, fit in enumerate(fits)
+        for i, fit in enumerate(fitted() for _ in range(n))
     ]  # fmt: skip
 
 

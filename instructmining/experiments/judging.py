@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 
 from instructmining_core.config import InstructMiningError, ModelRef
@@ -20,7 +19,7 @@ from instructmining_core.selection import judge
 from instructmining_core.selection.served_model import ServedModel
 
 from ..study import PlannedRun, Study
-from ..study_data import read_pairs, read_source
+from ..study_data import read_pairs, read_source, short_prompts
 from .comparisons import draw_prompts, repeated, size_pool
 
 SIDES = ("selected", "random")
@@ -153,9 +152,7 @@ def _asked(study: Study) -> pd.DataFrame:
     if source is None:
         return study.data.eval_2
     data = study.profile.data
-    rows = read_source(source, data, root())
-    words = [sum(len(m["content"].split()) for m in talk[:-1]) for talk in rows["messages"]]
-    short = rows[np.array(words) <= (data.max_prompt_words or _PROMPT_WORDS)]
+    short = short_prompts(read_source(source, data, root()), data.max_prompt_words or _PROMPT_WORDS)
     # as of the evaluation sets: none that shares a run of words with what a rule is fitted on
     return without_copies_of(short, pd.concat([study.data.everything, study.data.eval_1]))
 

@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import statsmodels.api as sm
 from scipy.stats import t as student
-from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from instructmining_core.config import InstructMiningError
 from instructmining_core.regression.rule_card import RuleCard
@@ -26,7 +25,7 @@ from ..design import interleaved, of_sources
 from ..embedded.defects import KINDS, SEEN_KINDS, twins
 from ..profile import Profile
 from ..study import PlannedRun, Study
-from .comparisons import LOSSES
+from .comparisons import LOSSES, welch_interval
 from .gate import pool_parts
 
 CLEAN = "clean"  # the kind of a dose of 0, which all kinds share
@@ -41,10 +40,9 @@ def dose_sets(
     table : clean record rows (id, source, symbol, question, prompt, response, messages)
     size : rows of one set, drawn equally from all sources
     kinds : of defects; partial : those with doses between 0 and 1, None for all
-    returns : record rows with columns `dose` (0 to 1), `seed` and `place` (0 to size - 1, the order
-        in training); one set is one (kind, dose, seed). At one seed every set asks the same prompts
-        in the same places; a larger dose keeps the twins of a smaller one. Dose 0 stands once per
-        seed, with kind "clean" in column `set_kind`; the others have their kind there.
+    returns : record rows with columns set_kind (CLEAN at dose 0), dose (0 to 1), seed and place (0
+        to size - 1, the order in training). At one seed every set asks the same prompts in the same
+        places; a larger dose keeps the twins of a smaller one.
     Raises InstructMiningError where the sources cannot give `size` rows with a twin of every kind.
     """
     made = {kind: twins(table, kind, seed=0).set_index("twin", drop=False) for kind in kinds}
@@ -74,30 +72,25 @@ def dose_effects(runs: pd.DataFrame) -> pd.DataFrame:
         kind), harms (low > 0) and seen (the stand-ins learnt from that kind). With no degree of
         freedom left the interval is NaN and `harms` False.
 
-    Every dose of a kind has a level of its own: responses bend (a kind may harm only where no row
-    is clean), and a common straight line through the shared dose 0 would let the kinds that bend
-    push up those that do nothing.
+    Every dose of a kind has a level of its own: with a common line through the shared dose 0, kinds
+    whose response bends would push up those that do nothing.
     """
-    kinds = [kind for kind in dict.fromkeys(runs["kind"]) if kind != CLEAN]
-    if not kinds:
+    worse = runs[runs["kind"] != CLEAN]
+    if worse.empty:
         raise InstructMiningError("No run has a dose above 0; run the dose sets first.")
-    seeds = sorted(runs["seed"].unique())
-    levels = [(k, d) for k in kinds for d in sorted(runs.loc[runs["kind"] == k, "dose"].unique())]
-    design = np.column_stack(
-        [(runs["seed"] == s).to_numpy(float) for s in seeds]
-        + [((runs["kind"] == k) & (runs["dose"] == d)).to_numpy(float) for k, d in levels]
-    )
-    largest = [len(seeds) + max(i for i, (name, _) in enumerate(levels) if name == k)
-               for k in kinds]
-    fit = sm.OLS(np.log(runs["loss_eval_1"].to_numpy(float)), design).fit()
+    kinds = list(dict.fromkeys(worse["kind"]))
+    names = runs["kind"] + " " + runs["dose"].astype(str)
+    levels = pd.get_dummies(names[worse.index], dtype=float).reindex(runs.index, fill_value=0.0)
+    design = pd.get_dummies(runs["seed"], dtype=float).join(levels)
+    largest = names[worse.groupby("kind", sort=False)["dose"].idxmax()].to_list()
+    fit = sm.OLS(np.log(runs["loss_eval_1"].astype(float)), design).fit()
     known = fit.df_resid > 0
-    low, high = fit.conf_int()[largest].T if known else np.full((2, len(kinds)), np.nan)
-    frame = pd.DataFrame(
-        {"slope": fit.params[largest], "low": low, "high": high,
-         "p": fit.pvalues[largest] if known else np.nan, "df": int(fit.df_resid),
-         "runs": [int((runs["kind"] == k).sum()) for k in kinds]},
-        index=pd.Index(kinds, name="kind"),
-    )  # fmt: skip
+    low, high = fit.conf_int().loc[largest].T.to_numpy() if known else (np.nan, np.nan)
+    frame = pd.DataFrame({
+        "slope": fit.params[largest].to_numpy(), "low": low, "high": high,
+        "p": fit.pvalues[largest].to_numpy() if known else np.nan, "df": int(fit.df_resid),
+        "runs": worse.groupby("kind", sort=False).size()[kinds].to_numpy(),
+    }, index=pd.Index(kinds, name="kind"))  # fmt: skip
     return frame.assign(harms=frame["low"] > 0, seen=frame.index.isin(SEEN_KINDS))
 
 
@@ -312,19 +305,10 @@ def dose_shares(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def welch_interval(first: pd.Series, second: pd.Series) -> tuple[float, float]:
-    """95 % interval of the difference of two means; NaN for a single value on a side."""
-    if min(len(first), len(second)) < 2:
-        return np.nan, np.nan
-    both = CompareMeans(DescrStatsW(first), DescrStatsW(second))
-    return tuple(float(x) for x in both.tconfint_diff(usevar="unequal"))
-
-
 def unseen_kinds(shares: pd.DataFrame) -> list[str]:
     """Kinds whose full dose the loss was not seen to punish: under both averagings, at any size.
 
-    shares : from `dose_shares`. A rule that is fitted to this loss can't find them: they belong on
-    its card, under `not_for`.
+    shares : from `dose_shares`. A rule fitted to this loss can't find them: for its card's not_for.
     """
     by_size = shares[shares["dose"] == 1].groupby(["kind", "rows"], sort=False)["sees"].all()
     seen = by_size.groupby("kind", sort=False).any()
@@ -360,13 +344,14 @@ def auc_table(auc: pd.DataFrame) -> pd.DataFrame:
     """Mean AUC over libraries with its interval: fitted and unseen rows, kinds seen and unseen."""
     table = over_libraries(auc, by=("scorer", "rows", "seen"))
     table["kinds"] = table["seen"].map({True: "kinds the stand-ins saw", False: "unseen kinds"})
-    table["text"] = [_text(row) for row in table.itertuples()]
-    wide = table.pivot(index="scorer", columns=["rows", "kinds"], values="text")
-    return wide.reindex(ORDER).dropna(how="all").sort_index(axis=1)
+    return _wide(table, "scorer", ["rows", "kinds"]).reindex(ORDER).dropna(how="all").sort_index(
+        axis=1)
 
 
-def _text(row) -> str:
-    return f"{row.auc:.2f} [{row.low:.2f}, {row.high:.2f}]"
+def _wide(table: pd.DataFrame, index: str, columns: str | list[str]) -> pd.DataFrame:
+    """`over_libraries` with the AUC and its interval in a cell."""
+    cells = [f"{row.auc:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in table.itertuples()]
+    return table.assign(cell=cells).pivot(index=index, columns=columns, values="cell")
 
 
 def rule_against(auc: pd.DataFrame) -> pd.DataFrame:
@@ -388,9 +373,7 @@ def by_kind(auc: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
     control": a kind that was not seen to harm is one the rule should not find), seen, and the AUC
     within twins of the rule, both ends of length and the reward, with intervals over libraries.
     """
-    found = over_libraries(auc, by=("scorer", "kind"))
-    found["text"] = [_text(row) for row in found.itertuples()]
-    wide = found.pivot(index="kind", columns="scorer", values="text")
+    wide = _wide(over_libraries(auc, by=("scorer", "kind")), "kind", "scorer")
     table = effects[["slope", "low", "high", "seen"]].copy()
     table.insert(3, "role", effects["harms"].map({True: "harms", False: "negative control"}))
     shown = [name for name in ("rule", "longest", "shortest", "reward") if name in wide]

@@ -14,6 +14,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from .style import (
+    AVERAGINGS,
     BLUE,
     GREEN,
     GREY,
@@ -246,9 +247,6 @@ def plot_training_curve(curve: pd.DataFrame) -> Figure:
     return figure
 
 
-AVERAGINGS = {"prompts": BLUE, "tokens": ORANGE}  # of the loss
-
-
 @styled("kind", "layers", "rows", "learning_rate", "loss_regime", "base_regime")
 def plot_regime(runs: pd.DataFrame) -> Figure:
     """Gain over the base (nats/token) of every set under every setting, a panel a depth and size.
@@ -302,7 +300,7 @@ def plot_dose_shares(table: pd.DataFrame) -> Figure:
         ax.set_title(wrap(name_of(kind), 26))
         if i % 3 == 0:
             ax.set_ylabel("gain that remains (%)" if told else "gain over the base (nats)")
-    handles = {text: line for ax in axes for line, text in zip(*ax.get_legend_handles_labels(),
-                                                              strict=True)}  # fmt: skip
-    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=2)
+    named = {text: line for ax in axes
+             for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}  # fmt: skip
+    figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=2)
     return figure

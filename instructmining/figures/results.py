@@ -14,11 +14,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from scipy import stats
 
 from instructmining_core.selection.judge import net_win_of_counts, win_tie_lose
-from instructmining_core.selection.size_curve import size_means
+from instructmining_core.selection.size import size_means
 
 from ..paper import R_SQUARED
 from .data import scatter_arms
 from .style import (
+    AVERAGINGS,
     BLUE,
     GREY,
     INK,
@@ -53,9 +54,8 @@ def plot_regression_panels(
 
     runs : one row a run, `log_loss` (log nats/token), the indicator columns (set means), `arm`,
     and `share_<source>`. Both axes are freed of the source shares (added-variable plot), so the
-    slope is that within sources.
-    fit : by column, estimate, low, high (per sd of a row): printed in the panel's title. For the
-    line to be that of a table, give the runs that the table was fitted to.
+    slope is that within sources. fit : by column, estimate, low, high (per sd of a row), of these
+    runs, for the panel's title.
     """
     shares = runs.filter(regex="^share_")
     palette = arm_colours(runs)
@@ -190,9 +190,8 @@ def plot_design_failure(null: pd.DataFrame) -> Figure:
     "significant" (p < 0.05), and how well two repeats agree on new sources.
     """
     counts = sorted(null["n_sources"].unique())
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(WIDTH, 1.35 + 0.75 * len(counts)), width_ratios=(1.9, 1), sharey=True
-    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 1.35 + 0.75 * len(counts)),
+                                         width_ratios=(1.9, 1), sharey=True)  # fmt: skip
     sns.violinplot(
         data=null, x="r2", y="n_sources", orient="h", order=counts, ax=left, color=ORANGE,
         alpha=0.45, inner="quart", cut=0, linewidth=1, density_norm="width", width=0.8,
@@ -230,32 +229,27 @@ def plot_selected_random(runs: pd.DataFrame) -> Figure:
     pools = list(dict.fromkeys(runs["pool"]))
     lines = {pool: _lines(runs[runs["pool"] == pool]) for pool in pools}
     heights = [0.55 + 0.26 * len(lines[p]) for p in pools]
-    figure, axes = plt.subplots(
-        len(pools), len(losses), figsize=(WIDTH, sum(heights) + 0.55), squeeze=False,
-        height_ratios=heights, sharex="col", sharey="row",
-    )
+    figure, axes = plt.subplots(len(pools), len(losses), figsize=(WIDTH, sum(heights) + 0.55),
+                                squeeze=False, height_ratios=heights, sharex="col",
+                                sharey="row")  # fmt: skip
     rng = np.random.default_rng(0)
     for row, pool in zip(axes, pools, strict=True):
         for ax, loss in zip(row, losses, strict=True):
             _method_rows(ax, lines[pool], loss, rng)
+            ax.set_xlabel(label_of(loss) if pool == pools[-1] else "")
         row[0].set_title(wrap(pool, 60))
-    for ax, loss in zip(axes[-1], losses, strict=True):
-        ax.set_xlabel(label_of(loss))
     return figure
 
 
 def _lines(part: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The rows of one pool's panel: selected, random, then the others as they come."""
-    order = sorted(
-        part.groupby(["method", "size"], sort=False).groups,
-        key=lambda key: ({"selected": 0, "random": 1}.get(key[0], 2), key[1]),
-    )
+    groups = dict(list(part.groupby(["method", "size"], sort=False)))
+    order = sorted(groups, key=lambda key: ({"selected": 0, "random": 1}.get(key[0], 2), key[1]))
     # a size is told where a method has several, or is alone in having it, as "full" is
-    usual = part["size"].mode().iloc[0]
-    several = part.groupby("method")["size"].nunique()
+    usual, several = part["size"].mode().iloc[0], part.groupby("method")["size"].nunique()
     return {
-        (f"{name_of(method)}, {size:,} rows" if several[method] > 1 or size != usual
-         else name_of(method)): part[(part["method"] == method) & (part["size"] == size)]
+        name_of(method) + (f", {size:,} rows" if several[method] > 1 or size != usual else ""):
+            groups[method, size]
         for method, size in order
     }
 
@@ -284,18 +278,15 @@ def plot_size_curve(runs: pd.DataFrame) -> Figure:
     """
     losses = losses_in(runs)
     pools = list(dict.fromkeys(runs["pool"]))
-    figure, axes = plt.subplots(
-        len(pools), len(losses), figsize=(WIDTH, 2.7 * len(pools) + 0.3), squeeze=False,
-        sharex=True,
-    )
+    figure, axes = plt.subplots(len(pools), len(losses), squeeze=False, sharex=True,
+                                figsize=(WIDTH, 2.7 * len(pools) + 0.3))  # fmt: skip
     palette = colours(list(dict.fromkeys(runs["method"])))
     for row, pool in zip(axes, pools, strict=True):
         for ax, loss in zip(row, losses, strict=True):
             _curves(ax, runs[runs["pool"] == pool], loss, palette)
             ax.set_ylabel(label_of(loss, 26))
+            ax.set_xlabel("rows in the training set" if pool == pools[-1] else "")
         row[0].set_title(wrap(pool, 60))
-    for ax in axes[-1]:
-        ax.set_xlabel("rows in the training set")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right",
                   ncols=len(palette))  # fmt: skip
     return figure
@@ -372,10 +363,9 @@ def plot_loss_proxy(runs: pd.DataFrame, tasks: Sequence[str]) -> Figure:
             ax.axhline(100 * runs[f"base_{task}"].mean(), color=MUTED, ls=":", lw=1)
             both = runs[[loss, task]].dropna()
             ax.set_title(f"r = {both.corr().iloc[0, 1]:+.2f}, {len(both)} models", fontsize=8)
+            ax.set_xlabel(label_of(loss) if task == tasks[-1] else "")
         row[0].set_ylabel(wrap(task.removeprefix("accuracy_").removesuffix("_norm")
                                + ": right (%)", 26))  # fmt: skip
-    for ax, loss in zip(axes[-1], losses, strict=True):
-        ax.set_xlabel(label_of(loss))
     if len(groups) <= 12:  # more names would leave no room for the panels
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center",
                       ncols=3, markerscale=1.6, fontsize=7)  # fmt: skip
@@ -448,25 +438,20 @@ def plot_judge_bars(judged: pd.DataFrame, published: Mapping[str, int]) -> Figur
     table.index = [f"pair {pair}" for pair in table.index]
     paper = {**published, "none": 0, **vars(net_win_of_counts(**published))}
     table.loc["the paper (inferred)"] = [paper[name] for name in table]
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(WIDTH, 1.25 + 0.38 * len(table)), width_ratios=(2, 1), sharey=True
-    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 1.25 + 0.38 * len(table)),
+                                         width_ratios=(2, 1), sharey=True)  # fmt: skip
     words = {"win": "selected wins", "tie": "tie or inconsistent", "lose": "random wins",
              "none": "no verdict"}
-    start = np.zeros(len(table))
-    whole = table[list(OUTCOMES)].sum(axis=1).to_numpy(float)
-    for outcome, colour in OUTCOMES.items():
-        counts = table[outcome].to_numpy(float)
-        if not counts.any():
-            continue
-        shares = 100 * counts / whole
-        left.barh(range(len(table)), shares, left=start, height=0.62, color=colour,
-                  label=words[outcome])
-        for y, (count, share, at) in enumerate(zip(counts, shares, start, strict=True)):
-            if share >= 4:
-                left.text(at + share / 2, y, f"{count:.0f}", ha="center", va="center", fontsize=8,
-                          color=INK if outcome in ("tie", "none") else "white")
-        start += shares
+    counts = table[list(OUTCOMES)].astype(float)
+    shares, start = 100 * counts.div(counts.sum(axis=1), axis=0), 0.0
+    for outcome in counts.columns[counts.any()]:
+        bars = left.barh(range(len(table)), shares[outcome], left=start, height=0.62,
+                         color=OUTCOMES[outcome], label=words[outcome])  # fmt: skip
+        told = [f"{count:.0f}" if share >= 4 else ""
+                for count, share in zip(counts[outcome], shares[outcome], strict=True)]
+        left.bar_label(bars, told, label_type="center", fontsize=8,
+                       color=INK if outcome in ("tie", "none") else "white")  # fmt: skip
+        start = start + shares[outcome].to_numpy()
     left.set_xlabel("prompts (%)")
     right.axvline(0, color=MUTED, lw=1)
     for y, row in enumerate(table.itertuples()):
@@ -478,7 +463,7 @@ def plot_judge_bars(judged: pd.DataFrame, published: Mapping[str, int]) -> Figur
     return figure
 
 
-AVERAGING = {"prompts": (BLUE, -0.16), "tokens": (ORANGE, 0.0)}  # colour, place in the row
+SHIFTS = {"prompts": -0.16, "tokens": 0.0}  # place in the row
 MATCHED_SHIFT = 0.34  # the hollow marks stand this much lower than their filled ones
 TICKS = -0.36  # place of the grey ticks in the row, above all marks
 
@@ -497,7 +482,7 @@ def plot_forest(effects: pd.DataFrame) -> Figure:
     for row, pool in enumerate(pools):
         part = effects[effects["pool"] == pool]
         for one in part.itertuples():
-            colour, shift = AVERAGING[one.averaging]
+            colour, shift = AVERAGINGS[one.averaging], SHIFTS[one.averaging]
             matched, whole = one.versus != "random", pool == pools[-1] and len(pools) > 1
             ends = (value / one.spread for value in (one.effect, one.low, one.high))
             draw_interval(ax, row + shift + MATCHED_SHIFT * matched, *ends, colour,
@@ -522,7 +507,7 @@ def plot_forest(effects: pd.DataFrame) -> Figure:
     above.set_xlabel("nats a token (mean over prompts)")
     ax.annotate("heeds the\nprompt more\nby (nats)", (1.01, 1.0), (0, 18), va="bottom", fontsize=7,
                 xycoords="axes fraction", textcoords="offset points", color=MUTED)  # fmt: skip
-    for name, (colour, _) in AVERAGING.items():
+    for name, colour in AVERAGINGS.items():
         ax.plot([], [], "o", color=colour, label=f"loss averaged over {name}")
     if (effects["versus"] != "random").any():
         ax.plot([], [], "o", mfc=PAPER, mec=MUTED, label="against random rows of the same length")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -30,6 +31,7 @@ METHODS = {
     "log_ppl": GREEN, "perplexity": GREEN,
 }
 ARMS = {"fusion": ORANGE, "within": BLUE, "mixed": GREEN}
+AVERAGINGS = {"prompts": BLUE, "tokens": ORANGE}  # of the loss
 OUTCOMES = {"win": BLUE, "tie": "#c9cdd2", "lose": ORANGE, "none": "#eef0f2"}
 # estimates: ours in blue and teal, whatever the paper's procedure gives in orange
 KINDS = (BLUE, TEAL, ORANGE, PURPLE, GREY)
@@ -72,9 +74,8 @@ _RC = {
 def styled(*columns: str) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
     """Make a figure function run under the house style, whatever the caller's settings are.
 
-    columns : that its frame must have, else InstructMiningError. The figure has its own light
-    background, so it reads in a light and in a dark page. It is closed in pyplot: a notebook shows
-    it once, as the value of its cell or by `display`.
+    columns : that its frame must have, else InstructMiningError. The figure is closed in pyplot: a
+    notebook shows it once, as the value of its cell or by `display`.
     """
     def decorate(draw: Callable[..., Figure]) -> Callable[..., Figure]:
         @functools.wraps(draw)
@@ -127,11 +128,9 @@ def wrap(text: object, width: int = 22) -> str:
 
 def colours(names: Sequence[str], known: dict[str, str] = METHODS) -> dict[str, str]:
     """A colour for each name: its own where it has one, else the next spare one."""
-    spare = [c for c in OTHERS if c not in {known[n] for n in names if n in known}]
-    unknown = [n for n in names if n not in known]
-    return {n: known[n] for n in names if n in known} | {
-        n: spare[i % len(spare)] for i, n in enumerate(unknown)
-    }
+    own = {n: known[n] for n in names if n in known}
+    spare = cycle(c for c in OTHERS if c not in own.values())
+    return own | {n: next(spare) for n in names if n not in known}
 
 
 def arm_colours(frame: pd.DataFrame, known: dict[str, str] = ARMS) -> dict[str, str]:
@@ -163,9 +162,8 @@ def grid(
     """A figure of page width with `n` panels in `columns` columns; `height` inches a row."""
     columns = min(columns, n)
     rows = -(-n // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(WIDTH, height * rows), squeeze=False, **kwargs
-    )
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height * rows), squeeze=False,
+                                **kwargs)  # fmt: skip
     flat = list(axes.ravel())
     for ax in flat[n:]:
         ax.remove()

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from instructmining import figures
-from instructmining.experiments import planted_defects, regime
+from instructmining.experiments import comparisons, planted_defects, regime
 from instructmining.profile import DesignConfig, RegimeConfig, SelectionConfig
 from instructmining_core.config import FinetuneConfig, ProfileError
 from instructmining_core.data.records import with_row_hash
@@ -121,7 +121,7 @@ def test_shares_of_the_gain_that_remain():
     assert planted_defects.unseen_kinds(table.reset_index()) == ["blind"]
     one, other = pd.Series([1.0, 2.0, 3.0]), pd.Series([0.0, 1.0, 5.0])
     theirs = stats.ttest_ind(one, other, equal_var=False).confidence_interval()
-    ours = planted_defects.welch_interval(one, other)
+    ours = comparisons.welch_interval(one, other)
     assert ours == pytest.approx((theirs.low, theirs.high))
     small = planted_defects.dose_shares(dose_runs(0.002))
     assert small["share"].isna().all(), "a gain within eight standard errors has no shares"

@@ -11,7 +11,7 @@ from scipy.stats import chi2, t
 
 from bench.studies import COLUMNS, synthetic_world
 from instructmining.cli import main
-from instructmining.design import chosen, design_matrix, designed_arm, drawn, gain
+from instructmining.design import chosen, design_matrix, drawn, gain
 from instructmining.experiments import pilot
 from instructmining.profile import DesignConfig, load_profile
 from instructmining.study import Study
@@ -34,7 +34,7 @@ class Invented(Study):
         world = synthetic_world(9, rows=300, seed=4)
         self.profile = SimpleNamespace(design=design, rule_columns=lambda: list(COLUMNS),
                                        indicators=COLUMNS, finetune=FinetuneConfig())
-        self.name, self.folder, self.notes, self._asked = "invented", folder, [], {}
+        self.name, self.folder, self._noted, self._asked = "invented", folder, set(), {}
         self.world, self.missed, self.has_sweep, self.calls = world, missed, has_sweep, []
         self.drawn = fusion_sets(world, design.fusion, design.size, 1)
         made = designed_sets(world, design.within, design.mixed, design.size, seed=1,
@@ -170,7 +170,7 @@ def test_no_candidates_is_the_plain_draw_of_before():
     world = synthetic_world(9, rows=300, seed=4)
     before = designed_sets(world, 60, 30, 100, 1.5, 1, columns=COLUMNS, min_sources=8,
                            sets_per_source=6)
-    assert designed_arm(world, DESIGN, COLUMNS) == before
+    assert chosen(world, DESIGN, COLUMNS, 0) == before
     assert load_profile("colab").design.candidates >= 1000
 
 
@@ -190,7 +190,7 @@ def test_chosen_sets_keep_every_sources_number_and_gain():
     assert table["gain"].median() > 1.05
     few = DesignConfig(size=100, fusion=0, within=8, mixed=2, candidates=50)
     with pytest.raises(RankError, match="10 designed sets can't fit"):
-        designed_arm(world, few, COLUMNS)
+        chosen(world, few, COLUMNS, few.candidates)
 
 
 @pytest.mark.parametrize("options, says, never", [
