@@ -163,7 +163,7 @@ def search(world: World) -> int:
     from instructmining_core.finetuning.ledger import Ledger
     from instructmining_core.finetuning.run_spec import RunSpec
     from instructmining_core.finetuning.sweep import run_sweep
-    from instructmining_core.selection.size_search import blendsearch
+    from instructmining_core.selection.size import blendsearch
 
     lm, rows, evals, config = world.sweep_world()
 

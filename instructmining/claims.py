@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from instructmining_core.regression.intervals import r2_detectable, r2_of
+from instructmining_core.regression.inference import r2_detectable, r2_of
 from instructmining_core.selection.beat_random import LengthAnswer
 from instructmining_core.selection.contrasts import detectable_difference, detectable_shift
 from instructmining_core.selection.judge import ABOVE

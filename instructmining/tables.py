@@ -23,12 +23,14 @@ from instructmining_core.regression.inference import (
     Jackknife,
     effective_dimensions,
     jackknife_sources,
+    median_interval,
+    r2_interval,
+    r2_of,
 )
-from instructmining_core.regression.intervals import median_interval, r2_interval, r2_of
 from instructmining_core.regression.paper_rule import SubsetSearch, fit_paper
 from instructmining_core.regression.permutation import Permutation, permutation
 from instructmining_core.regression.rule import NEW_SOURCES, THESE_SOURCES, RuleFit, fit_rule, vif
-from instructmining_core.regression.rule_card import RuleCard
+from instructmining_core.regression.rule_card import RuleCard, make_card
 from instructmining_core.regression.run_table import (
     RunsError,
     Standardizer,
@@ -139,18 +141,21 @@ def failure_table(null: pd.DataFrame) -> pd.DataFrame:
     One row a number of sources: studies; medians, bounds by order statistics; shares of studies
     that reach the paper's R² or call every chosen term "significant", bounds by Wilson.
     """
-    rows = {}
-    for sources, part in null.groupby("n_sources"):
-        medians = {"median R²": part["r2"],
-                   "median rank correlation": part["repeat_rank_correlation"]}  # fmt: skip
-        shares = {"R² as large as the paper's": part["r2"] >= R_SQUARED,
-                  "every term “significant”": part["all_significant"]}  # fmt: skip
-        found = {n: (v.median(), *median_interval(v)) for n, v in medians.items()}
-        found |= {n: (v.mean(), *_wilson(v.sum(), len(v))) for n, v in shares.items()}
-        rows[sources] = {"studies": str(len(part))} | {
-            name: f"{value:.2f} [{low:.2f}, {high:.2f}]"
-            for name, (value, low, high) in found.items()
+    def median(values: pd.Series) -> str:
+        return "{:.2f} [{:.2f}, {:.2f}]".format(values.median(), *median_interval(values))
+
+    def share(hits: pd.Series) -> str:
+        return "{:.2f} [{:.2f}, {:.2f}]".format(hits.mean(), *_wilson(hits.sum(), len(hits)))
+
+    rows = {
+        sources: {
+            "studies": str(len(part)), "median R²": median(part["r2"]),
+            "median rank correlation": median(part["repeat_rank_correlation"]),
+            "R² as large as the paper's": share(part["r2"] >= R_SQUARED),
+            "every term “significant”": share(part["all_significant"]),
         }
+        for sources, part in null.groupby("n_sources")
+    }  # fmt: skip
     return pd.DataFrame(rows).T.rename_axis("sources")
 
 
@@ -189,10 +194,9 @@ def dimensions(runs: pd.DataFrame, fit: RuleFit) -> pd.DataFrame:
 def tests_table(tests: Sequence[Permutation], fit: RuleFit, size: int) -> pd.DataFrame:
     """The permutation tests with what belongs to them.
 
-    One row a test: R² of the best `size` terms (where shared rows are counted, of the whitened
-    runs), its bounds (these sources; the choice is taken as given, so the lower one is too high),
-    the R² that 95 % of the permutations stay below, p and what the number of permutations leaves
-    open of it (Wilson), and the share of the errors that belongs to rows.
+    One row a test: R² of the best `size` terms (of the whitened runs where shared rows are counted)
+    and its bounds (these sources; the choice is taken as given, so the lower one is too high), the
+    95 % quantile of the permutations, p with its bounds (Wilson), the errors' share of rows.
     """
     rows = []
     for test in tests:
@@ -259,8 +263,7 @@ def coefficient_map(
     One row a setting ("base, evaluation set") and indicator: setting, name, estimate, low, high
     (these sources), same_sign (as in the first), holds: "claims nothing" where the first interval
     holds zero, else "holds" or "reversed" (the interval here leaves out zero too, on the same or
-    the other side), or "not seen".
-    The first setting's own rows are "claimed" or "claims nothing".
+    the other side), or "not seen"; in the first setting itself "claimed".
     """
     parts = []
     for (base, name), runs in found.items():
@@ -268,11 +271,10 @@ def coefficient_map(
         clear = table["low"] * table["high"] > 0
         if not parts:
             first, claimed = table["estimate"], clear
-            holds = np.where(claimed, "claimed", "claims nothing")
         same = np.sign(table["estimate"]) == np.sign(first)
-        if parts:
-            holds = np.select([~claimed, clear & same, clear],
-                              ["claims nothing", "holds", "reversed"], "not seen")
+        holds = np.select([~claimed, clear & same, clear],
+                          ["claims nothing", "holds" if parts else "claimed", "reversed"],
+                          "not seen")  # fmt: skip
         part = table[["estimate", "low", "high"]].assign(same_sign=same, holds=holds)
         parts.append(part.rename_axis("name").assign(setting=f"{base}, {name}").reset_index())
     frame = pd.concat(parts, ignore_index=True)
@@ -320,17 +322,14 @@ def vocabulary_baselines(
 ) -> pd.DataFrame:
     """How much of the loss a unigram model and the number of training tokens explain."""
     rows = study.data.candidates
-    responses = {
-        own: "\n".join(answer for _, answer in assistant_turns(messages))
-        for own, messages in zip(rows["row_hash"], rows["messages"], strict=True)
-    }
+    responses = {own: "\n".join(answer for _, answer in assistant_turns(messages))
+                 for own, messages in zip(rows["row_hash"], rows["messages"], strict=True)}
     asked = [assistant_turns(messages)[-1][1] for messages in study.data.eval_1["messages"]]
     # with other package versions than the run's, the corpus lacks some of its rows
     try:
         losses = unigram_losses(study.sets, responses, asked)
-        frame = runs.assign(
-            unigram=runs["set_id"].map(losses), log_tokens=np.log(runs["tokens_trained"])
-        )
+        frame = runs.assign(unigram=runs["set_id"].map(losses),
+                            log_tokens=np.log(runs["tokens_trained"]))  # fmt: skip
         return baseline_comparison(frame, columns, ["unigram", "log_tokens"], constants)
     except InstructMiningError as error:
         return pd.DataFrame({"not to be had here": [str(error)]})
@@ -344,15 +343,12 @@ def negative_control(study: Study) -> pd.DataFrame:
     """
     columns, settings = study.profile.rule_columns(), study.profile.inference
     runs, size = study.runs("sweep"), min(4, len(columns))
-    rows = {one.set_id: one.row_hashes for one in study.sets}
+    known = {COUNTED: {one.set_id: one.row_hashes for one in study.sets}, PLAIN: None}
 
     def tests(table: pd.DataFrame, draws: int) -> dict[str, Permutation]:
         constants, joined = Standardizer.fit(table, columns), study.joined(runs, scores=table)
-        return {
-            name: permutation(joined, columns, constants, size=size, n_permutations=draws,
-                              rows=known)
-            for name, known in ((COUNTED, rows), (PLAIN, None))
-        }  # fmt: skip
+        return {name: permutation(joined, columns, constants, size=size, n_permutations=draws,
+                                  rows=rows) for name, rows in known.items()}  # fmt: skip
 
     own = tests(study.scores, settings.permutations)
     shuffled = [tests(permuted_within_source(study.scores, columns, seed), 199)
@@ -382,10 +378,8 @@ def control_table(
 ) -> pd.DataFrame:
     """The tests by name, COUNTED and PLAIN, of the study and of its shuffles, as two rows.
 
-    Shuffles, how many are "significant" at 5 %, their share with Wilson bounds, p of the study by
-    the same test; for PLAIN also the shuffles' median and largest R², the study's, and its p
-    against the shuffles, which share rows in just the same way (whitened R² can't be compared over
-    shuffles).
+    For PLAIN also p of the study's R² against the shuffles, which share rows in just the same way;
+    whitened R² can't be compared over shuffles.
     """
     table, n = {}, len(shuffled)
     for name, test in own.items():
@@ -408,10 +402,7 @@ def rule_card(
 
     blind : ways of making an answer worse that the study's loss was not seen to punish
     """
-    from instructmining_core.regression.rule_card import make_card
-
-    profile = study.profile
-    base = study.base_of_sweep()
+    profile, base = study.profile, study.base_of_sweep()
     stand_in = base["id"].startswith("standin:")
     return make_card(
         fit, study.candidate_scores, profile=profile.name, set_size=profile.design.size,

@@ -62,7 +62,7 @@ from instructmining.reports import card_markdown
 from instructmining.study import Study
 from instructmining_core import fit_rule
 from instructmining_core.regression import checks, inference
-from instructmining_core.regression.intervals import r2_of, significant
+from instructmining_core.regression.inference import r2_of, significant
 from instructmining_core.regression.paper_rule import fit_paper
 from instructmining_core.regression.permutation import permutation
 from instructmining_core.regression.rule import mundlak_test

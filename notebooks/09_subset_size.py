@@ -54,12 +54,14 @@ from instructmining import claims, figures, reports
 from instructmining.experiments import comparisons
 from instructmining.study import Study
 from instructmining_core import load_rule
-from instructmining_core.selection.size_curve import size_curve_power, size_curve_test, size_means
-from instructmining_core.selection.size_search import (
+from instructmining_core.selection.size import (
     blendsearch,
     random_search,
     search_report,
     simulated_searches,
+    size_curve_power,
+    size_curve_test,
+    size_means,
 )
 
 study = Study.open(profile)

@@ -55,7 +55,7 @@ from instructmining import claims, figures, paper, tables
 from instructmining.experiments import comparisons
 from instructmining.study import Study
 from instructmining_core import load_rule
-from instructmining_core.regression.intervals import significant
+from instructmining_core.regression.inference import significant
 from instructmining_core.regression.run_table import Standardizer
 from instructmining_core.selection.beat_random import compare_with_random
 

@@ -61,7 +61,7 @@ from instructmining.embedded.defects import SEEN_KINDS
 from instructmining.experiments import choice_tasks, machines, planted_defects
 from instructmining.study import Study
 from instructmining_core import load_rule
-from instructmining_core.regression.intervals import significant
+from instructmining_core.regression.inference import significant
 
 study = Study.open(profile)
 rule = load_rule(study.find("rule.json"))

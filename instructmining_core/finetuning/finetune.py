@@ -54,8 +54,7 @@ FILLING = Encoded((0, 0), (False, False))  # fills a step up to as many micro-ba
 class Finetuned:
     """A finetuned model.
 
-    lm : for `response_nll`, generation and the like, until `close`
-    curve : step, epoch (both from 1), lr, loss (nats per target token), tokens (targets)
+    lm : for `response_nll`, generation and the like, until `close`; curve : of `Trained.curve`
     seconds : of training, wall clock; peak_memory_bytes : of the process, or of the GPU
     diverged : a step's loss was not a number, and training ended there
     save : writes the adapter into a folder as peft does, a fully trained model as transformers
@@ -78,7 +77,7 @@ def finetune(
 ) -> Finetuned:  # fmt: skip
     """Finetune on rows.
 
-    lm : the base; frozen, and given back untouched by `Finetuned.close`
+    lm : the base, given back untouched by `Finetuned.close`
     rows : encoded training examples; those without a target count nothing
     init_seed : of the adapter's first values; order_seed : of the order of rows
     on_epoch : called with the model and the epoch (from 1) after each; a true answer ends training
@@ -163,9 +162,8 @@ def _peak() -> int:
 def train_by_trainer(
     lm: LM, job: TrainingJob, config: FinetuneConfig, *, on_epoch: OnEpoch | None = None
 ) -> tuple[LM, Trained, Callable[[Path], None]]:
-    """Train all weights or a peft adapter.
+    """Train all weights or a peft adapter; on_epoch : as in `finetune`.
 
-    on_epoch : as in `finetune`
     returns : the trained model (`release` gives the base back), its losses, and what saves it
 
     Where memory runs out in the first epoch it begins anew with half as many rows at once.

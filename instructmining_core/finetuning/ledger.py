@@ -71,7 +71,10 @@ class Ledger:
             if settled(record, tried) or lease.is_locked or not self._take(lease):
                 return False
             if dead is not None:
-                self._put(_died(run, dead.pid), record)
+                self._put(run.head() | {
+                    "status": "failed", "killed": True, "started": None, "ended": now(),
+                    "error": f"process {dead.pid} died",
+                }, record)  # fmt: skip
             return True
 
     def owner(self, run_id: str) -> str | None:
@@ -196,12 +199,6 @@ def settled(record: Record | None, tried: int | None = None) -> bool:
     return record["status"] in FINISHED or failed
 
 
-def _died(run: RunSpec, pid: int) -> Record:
-    """The record of an attempt whose process left none."""
-    return run.head() | {"status": "failed", "killed": True, "started": None, "ended": now(),
-                         "error": f"process {pid} died"}
-
-
 def tidy(records: Sequence[Record]) -> pd.DataFrame:
     """One row a record.
 
@@ -234,21 +231,24 @@ _PLAIN_COLUMNS = ("tokens_trained", "rows", "steps", "final_train_loss", "second
 
 
 def _row(record: Record) -> Record:
-    spec = record["spec"]
+    spec, machine = record["spec"], record.get("hardware") or {}
     row = {"run_id": record["run_id"], "purpose": spec["purpose"], "status": record["status"]}
     row |= record["label"]
     row |= {"finetune_method": spec["finetune"]["method"], "base": spec["base"]["id"]}
     row |= {"init_seed": spec["init_seed"], "order_seed": spec["order_seed"]}
     row |= {"dtype": spec["base"]["dtype"], "commit": record.get("commit")}
-    row |= {"machine": _machine(record), "threads": record.get("hardware", {}).get("threads")}
+    processor = machine and f"{machine['processor']}, {machine['cores']} cores"
+    row |= {"machine": machine.get("gpu") or processor or None, "threads": machine.get("threads")}
     for name in spec["evals"]:
         if name.startswith(CHOICES):
             row |= _accuracies(record, name.removeprefix(CHOICES))
             continue
         losses = record.get("losses", {}).get(name, {})
         before = record.get("base_losses", {}).get(name, {})
-        row |= {f"loss_{name}": over_prompts(losses), f"loss_{name}_token": _over_tokens(losses),
-                f"base_{name}": over_prompts(before), f"base_{name}_token": _over_tokens(before)}
+        row |= {f"loss_{name}": over_prompts(losses),
+                f"loss_{name}_token": _number(losses.get("body_token_mean")),
+                f"base_{name}": over_prompts(before),
+                f"base_{name}_token": _number(before.get("body_token_mean"))}
         row |= {column.format(name): _number(losses.get(key))
                 for key, column in _LOSS_COLUMNS.items()}
         for epoch, part in enumerate(record.get("epochs") or [], start=1):
@@ -269,16 +269,6 @@ def _accuracies(record: Record, task: str) -> dict[str, float]:
 def over_prompts(losses: Mapping[str, float | None]) -> float:
     """The study's first loss of a record: mean over prompts, over the answers' body."""
     return _number(losses.get("body_prompt_mean"))
-
-
-def _machine(record: Record) -> str | None:
-    """What a run was computed on; None where the process left no word."""
-    found = record.get("hardware")
-    return found and (found.get("gpu") or f"{found['processor']}, {found['cores']} cores")
-
-
-def _over_tokens(losses: Mapping[str, float | None]) -> float:
-    return _number(losses.get("body_token_mean"))
 
 
 def _number(value: float | None) -> float:

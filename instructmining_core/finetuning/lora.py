@@ -335,10 +335,7 @@ def target_layers(model: nn.Module, config: FinetuneConfig) -> dict[str, nn.Modu
 
 
 def _adapted(model: nn.Module, settings: LoraConfig) -> list[str]:
-    """Names of the layers that peft chooses; its adapter is removed again at once.
-
-    It knows that "all-linear" leaves out the output layer, and GPT-2's Conv1D.
-    """
+    """Names of the layers that peft chooses; its adapter is removed again at once."""
     wrapped = get_peft_model(model, copy.deepcopy(settings))
     names = [n for n, m in wrapped.base_model.model.named_modules() if isinstance(m, LoraLayer)]
     wrapped.unload()
@@ -368,8 +365,7 @@ def first_values(name: str, rank: int, fan_in: int, init_seed: int) -> torch.Ten
     """The first value of a layer's A, float32, shape (rank, fan_in); B starts at zero.
 
     The distribution is peft's: uniform in +-1/sqrt(fan_in) (Kaiming with a = sqrt 5). The seed is
-    mixed with the layer's name, so the values depend neither on the order of layers nor on how
-    many adapters are trained together: the same seed is the same adapter for every set.
+    mixed with the layer's name: the same seed is the same adapter for every set, in any company.
     """
     digest = hashlib.sha256(f"{init_seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,11 +1,10 @@
 """Rows end to end in one long row: the layers see real tokens only, attention sees one row each.
 
-A batch of 16 answers padded to the longest costs a third more than its real tokens. Here rows lie
-one after the other, positions start again at each, and a registered attention function cuts them
-apart. A model is asked once whether it takes this; one that does not gets right-padded rows. Both
-give the same loss. Lengths are rounded up a little, as oneDNN builds its code anew for each shape
-it has not seen: where every batch had a size of its own, that took a quarter of the time of a small
-model.
+A batch of 16 answers padded to the longest costs a third more than its real tokens. Here positions
+start again at each row, and a registered attention function cuts them apart. A model is asked once
+whether it takes this; one that does not gets right-padded rows. Both give the same loss. Lengths
+are rounded up a little, as oneDNN builds its code anew for each shape: where every batch had a size
+of its own, that took a quarter of the time of a small model.
 
 Rows of one adapter that begin alike (a chat template's system prompt) have the same states there,
 as no token sees what follows it. So what they begin with is laid out once, with the first of them.
@@ -95,10 +94,7 @@ class PackedModel:
         return replace(made, states=F.pad(own, (0, 0, 0, filling))[None])
 
     def loss(self, batch: Batch, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weighted sum of the targets' nll (scalar, with gradient), and each nll; `weighted_nll`.
-
-        weights : float32, shape (targets,)
-        """
+        """As `weighted_nll`; weights : float32, shape (targets,)."""
         head = self.lm.head
         if head.way == "forward":
             logits = self._run(self.model, batch).logits.flatten(0, 1)[batch.predict]
@@ -110,10 +106,7 @@ class PackedModel:
     def nll(
         self, rows: Sequence[Encoded], owners: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Negative log-likelihood of each target, row by row; float32, shape (targets,), nats.
-
-        owners : as for `batch`: rows of one that begin alike have that computed once
-        """
+        """Nll of each target, row by row, float32, shape (targets,), nats; owners : see `batch`."""
         batch = self.batch(rows, owners)
         return self.loss(batch, torch.zeros(len(batch.labels), device=self.device))[1]
 
@@ -147,10 +140,7 @@ def pack(
     rows: Sequence[Encoded], device: torch.device | str = "cpu",
     owners: Sequence[int] | None = None,
 ) -> Batch:  # fmt: skip
-    """Rows end to end, what those of one owner begin with laid out once, and where attention finds
-    them again.
-
-    owners : as for `PackedModel.batch`
+    """Rows end to end, what those of one owner begin with laid out once; owners : see `batch`.
 
     What fills the batch up counts as one more row, which no target is in; its places go to the
     adapter of the last row.
@@ -164,7 +154,6 @@ def pack(
     heads = starts[firsts]
 
     def place(row: np.ndarray | int, token: np.ndarray) -> np.ndarray:
-        """Where tokens of rows lie in the batch."""
         own = starts[row] + token - shared[row]
         return np.where(token < shared[row], heads[row] + token, own)
 
@@ -226,10 +215,7 @@ def _begun_alike(rows: Sequence[Encoded], owners: Sequence[int] | None) -> np.nd
 def _targets(
     rows: Sequence[Encoded], place: Callable[[int, np.ndarray], np.ndarray]
 ) -> tuple[np.ndarray, ...]:
-    """Flat places before each target, the targets' ids, their rows. A first token is no target.
-
-    place : where tokens of a row lie
-    """
+    """Flat places before each target, the targets' ids, their rows. A first token is no target."""
     predict, labels, row_of = [], [], []
     for number, row in enumerate(rows):
         at = np.flatnonzero(row.targets)
@@ -254,8 +240,7 @@ def _attention_groups(lengths: np.ndarray) -> list[np.ndarray]:
 
 
 class _Spread(torch.autograd.Function):
-    """Tokens to padded slots along dim 2: an index_select whose gradient is one too, and a sum
-    over the rows that begin alike."""
+    """Tokens to padded slots along dim 2; its gradient sums over the rows that begin alike."""
 
     @staticmethod
     def forward(ctx, states, batch):
@@ -333,10 +318,7 @@ def _window(longest: int, window: int | None, device: torch.device) -> torch.Ten
 
 
 def _takes_packed_rows(model: PackedModel) -> bool:
-    """Ask the model: short rows packed and padded must give the same hidden states.
-
-    The first two begin alike, a third does not.
-    """
+    """Ask the model: three short rows, two of which begin alike, packed and padded must agree."""
     if model.lm.head.way == "forward":
         return False
     vocabulary = model.model.get_input_embeddings().weight.shape[0]

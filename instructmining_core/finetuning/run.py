@@ -45,25 +45,21 @@ def check_run(spec: RunSpec, lm: LM, rows: Rows, evals: EvalSets) -> None:
     if missing:
         raise InstructMiningError(f"Run {spec.run_id} names {len(missing)} rows that were not "
                                   f"given, the first {missing[0]}.")
-    if evals.hashes != spec.evals:
-        raise InstructMiningError(f"Run {spec.run_id} is for evaluation sets {spec.evals}, "
-                                  f"given were {evals.hashes}.")
-    if spec.base.revision != lm.resolved.revision:
-        raise InstructMiningError(f"Run {spec.run_id} is for base revision {spec.base.revision}, "
-                                  f"given was {lm.resolved.revision}.")
+    for what, own, given in (("evaluation sets", spec.evals, evals.hashes),
+                             ("base revision", spec.base.revision, lm.resolved.revision)):
+        if own != given:
+            raise InstructMiningError(f"Run {spec.run_id} is for {what} {own}, given: {given}.")
     check_rows([rows[h] for h in spec.row_hashes])
 
 
 def run_one(
     spec: RunSpec, lm: LM, rows: Rows, evals: EvalSets, *, by_epoch: Collection[str] = ()
 ) -> Record:
-    """Finetune and evaluate one specification.
+    """Finetune and evaluate one specification; its record, with `status` "done" or "diverged".
 
-    rows : row hash -> encoded training row; must hold every row of the specification
-    evals : encoded evaluation rows; names and hashes must be the specification's
+    rows : row hash -> encoded training row; evals : encoded evaluation rows
     by_epoch : run_ids that are also evaluated after each epoch; changes no other number
-
-    returns : the run's record, with `status` "done" or "diverged"; see `Ledger`
+    Raises as `check_run`.
     """
     if can_share_a_pass(spec.finetune):
         return run_together([spec], lm, rows, evals, by_epoch=by_epoch)[0]
@@ -268,11 +264,9 @@ def cores() -> int:
 
 @functools.cache
 def _processor() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    named = re.search(r"^model name\s*: *(.*)", info, re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def _git(folder: Path, *words: str) -> str | None:

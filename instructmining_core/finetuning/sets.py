@@ -21,14 +21,14 @@ REDRAWS = 1000  # of shares, before they are said to be undeliverable
 class TrainingSet:
     """One set of rows to finetune on, with how it was drawn.
 
-    set_id : str, first 16 hex of the hash of arm and row hashes; the same rows, the same id
+    set_id : first 16 hex of the hash of arm and row hashes; the same rows, the same id
     arm : "fusion", "within", "mixed" or "tokens" (equal number of training tokens)
-    row_hashes : tuple of str, each row once, in drawing order
-    shares : dict source -> share of the set's rows, sums to one, sources present only
-    tilt : tuple of float, unit direction in the standardised indicator space; () if untilted
-    source : str, the one source of a within-source set, else ""
-    init_seed, order_seed : int, seeds of the adapter and of the row order in training
-    anchor : bool, True for a repeat of another set on further seeds
+    row_hashes : each row once, in drawing order
+    shares : source -> share of the set's rows, sources present only
+    tilt : unit direction in the standardised indicator space; () if untilted
+    source : the one source of a within-source set, else ""
+    init_seed, order_seed : of the adapter and of the row order in training
+    anchor : True for a repeat of another set on further seeds
     """
 
     set_id: str
@@ -64,7 +64,7 @@ def largest_remainder(shares: np.ndarray, size: int) -> np.ndarray:
 def rows_by_source(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Distinct rows of each source, sources sorted; a row met twice keeps its first source.
 
-    scores : one row an example, with the columns `source`, `row_hash` and the indicators
+    scores : one row an example, with `source`, `row_hash` and the indicators
     """
     rows = scores.drop_duplicates("row_hash")
     return dict(iter(rows.groupby(rows["source"].astype(str), sort=True)))
@@ -126,8 +126,8 @@ def normal_scores(values: np.ndarray) -> np.ndarray:
 def tilted_order(values: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Positions in the order of a draw without replacement with weight exp(strength·q).
 
-    q is the normal score of `values`, shape (n,). Adding Gumbel noise to the log weight and
-    sorting equals drawing one by one (Efraimidis & Spirakis 2006).
+    q is the normal score of `values`, shape (n,). Sorting by log weight plus Gumbel noise equals
+    drawing one by one (Efraimidis & Spirakis 2006).
     """
     keys = strength * normal_scores(values) + rng.gumbel(size=len(values))
     return np.argsort(-keys, kind="stable")
@@ -241,9 +241,7 @@ def _mixture(names, caps, size, rng) -> tuple[list[str], np.ndarray]:
 
 
 def anchors(sets: Sequence[TrainingSet], k: int, seeds: Sequence[int]) -> list[TrainingSet]:
-    """Repeats of `k` designed sets, spread evenly over the list, on each of `seeds`.
-
-    A repeat keeps its set_id, so that the seed variance is the variance within a set_id.
+    """Repeats of `k` designed sets, spread evenly over the list, on each of `seeds`; same set_id.
     """
     designed = [s for s in sets if s.arm != "fusion" and not s.anchor] or list(sets)
     if k > len(designed):

@@ -66,11 +66,8 @@ class Schedule:
 
 @dataclass
 class Trained:
-    """What training K adapters gives.
-
-    schedules : K, each with how it ended
-    losses : shape (K, steps), each step's loss before its update, nats per target token
-    """
+    """losses : shape (K, steps), each step's loss before its update, nats per target token;
+    schedules : K, each with how it ended"""
 
     schedules: list[Schedule]
     losses: np.ndarray = field(repr=False)
@@ -97,12 +94,10 @@ def schedule(job: TrainingJob, config: FinetuneConfig) -> Schedule:
 
 
 def row_order(rows: int, epochs: int, batch_size: int, order_seed: int) -> list[list[np.ndarray]]:
-    """Row positions of each step of each epoch.
+    """Row positions of each step of each epoch: epochs x steps arrays of at most `batch_size`.
 
-    Every epoch is a new permutation; its last step holds what is left (no row is dropped or
-    repeated). The same seed gives the same order for every set of the same size.
-
-    returns : epochs x steps arrays of at most `batch_size` row positions
+    Every epoch is a new permutation; its last step holds what is left. The same seed gives the same
+    order for every set of the same size.
     """
     plan = []
     for epoch in range(epochs):
@@ -130,11 +125,9 @@ def learning_rates(config: FinetuneConfig, steps: int) -> np.ndarray:
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int, *, padded: bool) -> list[np.ndarray]:
-    """Split rows, in their order, into runs of at most `max_tokens` tokens; a longer row is alone.
+    """Positions of rows, in their order, in runs of at most `max_tokens`; a longer row is alone.
 
-    lengths : tokens of each row
-    padded : count every row as long as the longest of its run
-    returns : arrays of positions in `lengths`, none empty
+    lengths : tokens of each row; padded : count every row as long as the longest of its run
     """
     batches, current, size = [], [], 0
     for position, length in enumerate(lengths):
@@ -159,9 +152,8 @@ class MicroBatcher:
     ) -> None:
         """Do the backward passes of a step; when memory runs out, all of them again with half.
 
-        lengths : tokens of each row in the step; one row cannot be cut
-        backward : adds the step's gradients, given the tokens of a micro-batch
-        clear : takes back what an attempt that broke off has added
+        lengths : tokens of each row; backward : adds the step's gradients, given a micro-batch's
+        tokens; clear : takes back what an attempt that broke off has added
         """
         longest = max(lengths)
         while True:
@@ -180,9 +172,8 @@ class MicroBatcher:
 def adapters_per_pass(lm: LM, config: FinetuneConfig) -> int:
     """How many runs of this configuration to train in one pass over the base.
 
-    On a CPU one. On a GPU as many as fit into a quarter of the free memory, at most 64: the tokens
-    of a micro-batch are bounded by `config.micro_tokens`, so more adapters only cost their own
-    numbers.
+    On a CPU one. On a GPU as many as fit into a quarter of the free memory, at most 64: as
+    `config.micro_tokens` bounds a micro-batch, an adapter costs its own numbers alone.
     """
     if not str(lm.device).startswith("cuda"):
         return 1  # measured: 4 do 1.03 to 1.08 times its tokens a second, in thrice its memory
@@ -200,8 +191,7 @@ def train(
 
     on_epoch : called with adapter and epoch (from 1) after each; a true answer ends the adapter
 
-    Adapters with fewer steps, and those whose loss is no number, drop out; the others go on
-    untouched, as no row of one adapter meets the values of another.
+    Adapters with fewer steps, and those whose loss is no number, drop out; the others go on.
     """
     schedules = [schedule(job, adapters.config) for job in jobs]
     total = max(len(s.steps) for s in schedules)
@@ -262,9 +252,8 @@ def _gradients(adapters, model, schedules, active, step, losses, micro) -> None:
 def loss_scale(tokens: int, dtype: torch.dtype) -> float:
     """What a step's loss is multiplied by before its gradients, which are divided by it after.
 
-    tokens : target tokens of the step, whose weight is 1 / tokens
-    dtype : of the base. float16 ends at 6e-8, under which most gradients of a mean over thousands
-        of tokens lie; a power of two that brings the weight into (0.5, 1] loses nothing and keeps
-        four decimal places free above. Other types have the range, and their scale is 1.
+    tokens : target tokens of the step, whose weight is 1 / tokens. float16 ends at 6e-8, under
+    which most gradients of a mean over thousands of tokens lie; a power of two that brings the
+    weight into (0.5, 1] loses nothing.
     """
     return 2.0 ** math.floor(math.log2(tokens)) if dtype == torch.float16 and tokens else 1.0

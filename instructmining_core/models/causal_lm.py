@@ -2,10 +2,9 @@
 
 Logits are made at target positions only and in chunks: 8 x 2,048 tokens x 152k vocabulary would be
 5 GB in bfloat16. So the decoder and the output projection are called apart. Some families change
-the logits after the projection: Gemma caps them (`final_logit_softcapping`), Cohere multiplies
-(`logit_scale`), Granite divides by `logits_scaling` where another family multiplies by the same
-name. So names are hints only: each candidate is held against the model's own logits on a few
-tokens, and a model that fits none uses its own forward.
+the logits after it: Gemma caps them (`final_logit_softcapping`), Cohere multiplies (`logit_scale`),
+Granite divides by `logits_scaling`, another multiplies by that name. So names are hints only: each
+candidate is held against the model's own logits, and a model that fits none uses its own forward.
 """
 
 from __future__ import annotations
@@ -119,7 +118,7 @@ def _candidates(inner, linear) -> Iterator[tuple[str, Callable[[Tensor], Tensor]
 class LM(LoadedModel):
     """A causal LM with all that a loss needs.
 
-    model : Hugging Face causal LM, or a PeftModel around one. dtype : of its weights.
+    model : Hugging Face causal LM, or a PeftModel around one.
     template : in which rows are scored and prompts answered, as in `tokenization.encode_many`.
     trunk : `trunk.Trunk` in use: rows whose states it keeps are computed above its cut alone.
     packed : `packing.PackedModel` in use: losses are computed on packed rows.
@@ -188,7 +187,6 @@ def response_nll(
     rows : token ids with target marks; `tokenization.encode` makes them.
     batch_tokens : padded tokens of a batch, halved when memory runs out; None takes
         `LM.batch_tokens`, or fewer where the free memory holds fewer.
-    progress : a bar of tokens.
     padding_side : "right"; "left" is there to show that it does not matter.
     on_batch : called with row numbers and their tuples (in the order of `COLUMNS`) of each batch.
 
@@ -336,26 +334,23 @@ def losses(frame: pd.DataFrame) -> dict[str, float]:
     """
     empty = frame["reason"].str.startswith("no response token").to_numpy()
     kept = frame[~empty]
-    tokens, nll = _columns(kept, "")
-    first64_tokens, first64 = _columns(kept, "_first64")
-    eos_tokens, eos = _columns(kept, "_eos")
-    first_tokens, first = _columns(kept, "_first")
-    failed = np.isnan(nll)
+    nll, tokens = _columns(kept, "")
+    eos, eos_tokens = _columns(kept, "_eos")
+    first, first_tokens = _columns(kept, "_first")
     text, text_tokens = nll - eos, tokens - eos_tokens
     body, body_tokens = text - first, text_tokens - first_tokens
     return {
         "prompt_mean": _mean(nll, tokens),
         "token_mean": _ratio(nll.sum(), tokens.sum()),
-        "body_prompt_mean": _mean(body, body_tokens, (body_tokens > 0) | failed),
+        "body_prompt_mean": _mean(body, body_tokens),
         "body_token_mean": _ratio(body.sum(), body_tokens.sum()),
-        "first_token": _mean(first, first_tokens, (first_tokens > 0) | failed),
-        "end_of_text": _mean(eos, eos_tokens, (eos_tokens > 0) | failed),
-        "first64": _mean(first64, first64_tokens),
-        "without_eos": _mean(text, text_tokens, (text_tokens > 0) | failed),
+        "first_token": _mean(first, first_tokens),
+        "end_of_text": _mean(eos, eos_tokens),
+        "first64": _mean(*_columns(kept, "_first64")),
+        "without_eos": _mean(text, text_tokens),
         "effective_n": _ratio(tokens.sum() ** 2, (tokens**2).sum()),
-        "rows": len(kept),
-        "missing": int(empty.sum()),
-    }
+        "rows": len(kept), "missing": int(empty.sum()),
+    }  # fmt: skip
 
 
 def evaluate(
@@ -367,18 +362,19 @@ def evaluate(
 
 
 def _columns(frame: pd.DataFrame, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and nll of a part of the responses; 0 where a row lacks it, NaN where a row failed."""
+    """Nll and tokens of a part of the responses; 0 where a row lacks it, NaN where a row failed."""
     tokens, nll = (frame[f"{name}{part}"].to_numpy(float) for name in ("tokens", "nll"))
-    return tokens, np.where(frame["nll"].isna(), np.nan, np.where(tokens > 0, nll, 0.0))
+    return np.where(frame["nll"].isna(), np.nan, np.where(tokens > 0, nll, 0.0)), tokens
 
 
 def _ratio(total: float, count: float) -> float:
     return float(total / count) if count else float("nan")
 
 
-def _mean(nll: np.ndarray, tokens: np.ndarray, rows: np.ndarray | slice = slice(None)) -> float:
-    """Mean over the chosen rows of each row's mean."""
-    if not len(nll[rows]):
+def _mean(nll: np.ndarray, tokens: np.ndarray) -> float:
+    """Mean over the rows that have the part, or that failed, of each row's mean."""
+    rows = (tokens > 0) | np.isnan(nll)
+    if not rows.any():
         return float("nan")
     with np.errstate(invalid="ignore", divide="ignore"):
         return float(np.mean(nll[rows] / tokens[rows]))

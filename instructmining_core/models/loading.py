@@ -5,12 +5,10 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from ..config import ModelRef
 from . import batching, hub
-
-if TYPE_CHECKING:
-    from ..config import ModelRef
 
 UNLIMITED = 1_000_000  # tokenizers without a limit say 10^30
 BATCH_TOKENS = {"cpu": 16_384, "cuda": 65_536}  # padded tokens of a batch at most
@@ -22,9 +20,6 @@ class LoadedModel:
     """What an indicator needs of a model.
 
     model : the Hugging Face model, None where only the tokenizer is used
-    tokenizer : its tokenizer
-    resolved : id, revision, folder and whether it is a stand-in
-    device : "cpu" or "cuda"
     dtype : torch dtype of the computation, "" for a tokenizer alone
     max_tokens : longest row, in tokens
     note : what a reader of the scores must know, "" for nothing
@@ -71,10 +66,8 @@ class LoadedModel:
     @property
     def pad_id(self) -> int:
         """Id that fills rows; it is masked, so any id does where there is no pad token."""
-        for name in ("pad_token_id", "eos_token_id"):
-            if getattr(self.tokenizer, name, None) is not None:
-                return getattr(self.tokenizer, name)
-        return 0
+        named = [getattr(self.tokenizer, f"{name}_token_id", None) for name in ("pad", "eos")]
+        return next((one for one in named if one is not None), 0)
 
 
 def open_model(
@@ -121,8 +114,7 @@ def _check_ids(name: str, model, tokenizer) -> None:
     A pad token outside is replaced (padding is masked), a missing eos by the token that ends a
     text: perplexities leave it out.
     """
-    embeddings = model.get_input_embeddings()
-    rows = getattr(embeddings, "num_embeddings", tokenizer.vocab_size)
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", tokenizer.vocab_size)
     if tokenizer.eos_token is None:
         tokenizer.eos_token = tokenizer.sep_token or tokenizer.pad_token
     for what, last in (("vocabulary", tokenizer.vocab_size - 1), ("eos", tokenizer.eos_token_id)):
@@ -165,10 +157,8 @@ def _tokenizer(folder: Path, standins: Path | None):
 
 def token_limit(model, tokenizer) -> int:
     """Longest row that model and tokenizer take, in tokens, and never more than 4,096."""
-    named = (
-        getattr(tokenizer, "model_max_length", None),
-        getattr(model.config, "max_position_embeddings", None),
-    )
+    named = (getattr(tokenizer, "model_max_length", None),
+             getattr(model.config, "max_position_embeddings", None))  # fmt: skip
     return min([_LONGEST, *(int(n) for n in named if n and 0 < n < UNLIMITED)])
 
 
@@ -176,11 +166,8 @@ def identity(model: LoadedModel | None) -> dict:
     """Id, revision, dtype and stand-in flag of an opened model, for keys and cards."""
     if model is None:
         return {"model": "", "revision": "", "dtype": "", "stand_in": False, "note": ""}
-    resolved = model.resolved
     return {
-        "model": resolved.id,
-        "revision": resolved.revision,
+        "model": model.resolved.id, "revision": model.resolved.revision,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "stand_in": bool(resolved.stand_in),
-        "note": model.note,
-    }
+        "stand_in": bool(model.resolved.stand_in), "note": model.note,
+    }  # fmt: skip

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from .inference import jackknife_sources
-from .intervals import r2_of
+from .inference import jackknife_sources, r2_of
 from .rule import RuleFit, fit_rule
 from .run_table import DESIGNED, EQUAL_TOKENS, RunsError, Standardizer
 
@@ -168,20 +167,14 @@ def length_slopes(runs: pd.DataFrame, standardizer: Standardizer) -> pd.DataFram
         except RunsError:
             return pd.DataFrame()
         trained = fit.runs["tokens_trained"]
-        new_low, new_high = _new_sources(runs, standardizer, arms)
+        try:
+            found = jackknife_sources(runs, ["len_out"], standardizer, arms=arms).table
+        except RunsError:  # a deletion leaves too little to fit
+            found = pd.DataFrame({"low": np.nan, "high": np.nan}, ["len_out"])
         rows[name] = {
             "sets": len(fit.runs), "tokens": trained.mean(),
             "tokens_cv": trained.std() / trained.mean(),
             **fit.table().loc["len_out", ["estimate", "low", "high"]].to_dict(),
-            "new_low": new_low, "new_high": new_high,
+            "new_low": found.at["len_out", "low"], "new_high": found.at["len_out", "high"],
         }  # fmt: skip
     return pd.DataFrame(rows).T.rename_axis("design")
-
-
-def _new_sources(runs: pd.DataFrame, standardizer: Standardizer, arms: tuple[str, ...]):
-    """The jackknife's bounds, NaN where a deletion leaves too little to fit."""
-    try:
-        found = jackknife_sources(runs, ["len_out"], standardizer, arms=arms).table.loc["len_out"]
-    except RunsError:
-        return np.nan, np.nan
-    return found["low"], found["high"]

@@ -1,4 +1,4 @@
-"""How firm a fit stands: for sources it has not seen, against seed noise, under the bootstrap."""
+"""How firm a fit stands: for new sources, against seed noise, by bootstrap; intervals of R²."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import chi2
-from scipy.stats import f as fisher
-from scipy.stats import t as student
+from scipy import optimize, special, stats
 
-from .intervals import sd_ratio_interval
 from .paper_rule import SubsetSearch
 from .rule import LEVEL, NEW_SOURCES, RuleFit, interval_table, residualise, slope_map
 from .run_table import (
@@ -26,6 +23,8 @@ from .run_table import (
 )
 
 MIN_SETS = 6  # of a source, for its held-out fit to say anything
+TAIL = (1 - LEVEL) / 2
+POWER = 0.8
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def held_out(runs: pd.DataFrame, columns: Sequence[str],
         slope = (true @ guess) / (guess @ guess)
         df = len(inside) - 2
         error = np.sqrt(((true - slope * guess) ** 2).sum() / df / (guess @ guess))
-        half = student.ppf(0.5 + LEVEL / 2, df) * error
+        half = stats.t.ppf(0.5 + LEVEL / 2, df) * error
         rows.append({"source": name, "n_sets": len(inside),
                      "r2": 1 - ((true - guess) ** 2).sum() / (true**2).sum(),
                      "slope": slope, "slope_low": slope - half, "slope_high": slope + half})
@@ -124,7 +123,7 @@ def over_sources(held: pd.DataFrame) -> pd.DataFrame:
     """r2 and slope of `held_out` over sources: mean, low, high by t(S−1), lowest, sources."""
     values = held[["r2", "slope"]].astype(float)
     n, mean = values.count(), values.mean()
-    half = student.ppf(0.5 + LEVEL / 2, n - 1) * values.sem()
+    half = stats.t.ppf(0.5 + LEVEL / 2, n - 1) * values.sem()
     return pd.DataFrame({"mean": mean, "low": mean - half, "high": mean + half,
                          "lowest": values.min(), "sources": n})
 
@@ -151,7 +150,7 @@ def seed_variance(runs: pd.DataFrame) -> SeedVariance:
     gaps = part["log_loss"] - part.groupby("set_id")["log_loss"].transform("mean")
     df = int(len(part) - part["set_id"].nunique())
     total = float((gaps**2).sum())
-    low, high = np.sqrt(total / chi2.isf([(1 - LEVEL) / 2, (1 + LEVEL) / 2], df))
+    low, high = np.sqrt(total / stats.chi2.isf([(1 - LEVEL) / 2, (1 + LEVEL) / 2], df))
     return SeedVariance(np.sqrt(total / df), df, low, high)
 
 
@@ -165,7 +164,7 @@ def lack_of_fit(fit: RuleFit, seeds: SeedVariance) -> dict[str, float]:
     low, high = sd_ratio_interval(ratio, fit.df, seeds.df)
     return {"ratio": ratio, "ratio_low": low, "ratio_high": high, "f": ratio**2,
             "df1": fit.df, "df2": seeds.df,
-            "p": float(fisher.sf(ratio**2, fit.df, seeds.df))}
+            "p": float(stats.f.sf(ratio**2, fit.df, seeds.df))}
 
 
 def bootstrap_choice(runs: pd.DataFrame, columns: Sequence[str],
@@ -226,3 +225,82 @@ def influence_table(fit: RuleFit) -> pd.DataFrame:
     return labels.assign(fitted=fit.ols.fittedvalues, residual=fit.ols.resid,
                          studentised=found.resid_studentized_internal,
                          leverage=found.hat_matrix_diag, cook=found.cooks_distance[0])
+
+
+def r2_interval(r2: float, terms: int, df: int) -> tuple[float, float]:
+    """Bounds of the population R² of a fixed design, by inverting the noncentral F.
+
+    r2 : observed share of what the controls leave over that `terms` regressors explain; df :
+    residual degrees of freedom. The bounds are λ/(λ + terms + df) for the noncentralities λ at
+    which the observed F is the upper, then the lower tail's quantile (Steiger & Fouladi 1997).
+    They speak of these sources, normal errors of one sd, and regressors that were not chosen by
+    this R². An F smaller than chance gives in 97.5 % of studies has both bounds at 0.
+    """
+    if not (0 <= r2 < 1 and df > 0):
+        return np.nan, np.nan
+    f = (r2 / terms) / ((1 - r2) / df)
+    bounds = [_noncentrality(f, terms, df, p) for p in (1 - TAIL, TAIL)]
+    low, high = (value / (value + terms + df) for value in bounds)
+    return low, high
+
+
+def r2_of(fit: RuleFit) -> tuple[float, float, float]:
+    """R² of a fit beyond its controls, with the bounds of `r2_interval`."""
+    r2 = fit.r2_beyond_controls
+    return (r2, *r2_interval(r2, len(fit.columns), fit.df))
+
+
+def r2_detectable(needed: float, terms: int, df: int) -> float:
+    """The population R² at which the observed one passes `needed` with a power of 80 %."""
+    if not 0 < needed < 1 or df <= 0:
+        return np.nan
+    f = (needed / terms) / ((1 - needed) / df)
+    value = _noncentrality(f, terms, df, 1 - POWER)
+    return value / (value + terms + df)
+
+
+def _noncentrality(f: float, df1: int, df2: int, p: float) -> float:
+    """λ with P(F(df1, df2, λ) ≤ f) = p; 0 where even λ = 0 leaves less than p below f.
+
+    scipy's own inverse ends at 10⁴, which an R² of 0.99 passes.
+    """
+    def excess(value: float) -> float:
+        return float(special.ncfdtr(df1, df2, value, f)) - p
+
+    if excess(0.0) <= 0:
+        return 0.0
+    high = 1.0
+    while excess(high) > 0 and high < 1e7:
+        high *= 2
+    return float(optimize.brentq(excess, 0.0, high))
+
+
+def sd_ratio_interval(ratio: float, df1: int, df2: int) -> tuple[float, float]:
+    """Bounds of a ratio of two independent standard deviations, from F on df1 and df2."""
+    return (float(ratio / np.sqrt(stats.f.isf(TAIL, df1, df2))),
+            float(ratio / np.sqrt(stats.f.ppf(TAIL, df1, df2))))
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Bounds of a median by order statistics: no assumption but independent draws.
+
+    NaN where there are too few values for the level.
+    """
+    found = np.asarray(values, float)
+    test = stats.quantile_test(found[~np.isnan(found)], p=0.5)
+    return tuple(map(float, test.confidence_interval(LEVEL)))
+
+
+def significant(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table with its floats as text of three significant digits.
+
+    Rounding to places prints 0.0000 for the slope of a quantity whose unit is small.
+
+    >>> significant(pd.DataFrame({"raw": [0.00001234, -2.0], "n": [3, 4]}))["raw"].tolist()
+    ['1.23e-05', '-2']
+    """
+    out = frame.copy()
+    for column in out.select_dtypes("floating"):
+        shown = [f"{value:.3g}" for value in out[column]]
+        out[column] = ["" if text == "nan" else text for text in shown]
+    return out

@@ -100,14 +100,12 @@ def vif(X: np.ndarray, controls: np.ndarray | None = None) -> np.ndarray:
     """Variance inflation of each column of X, (p,), beside `controls` (default: a constant).
 
     1/(1 − R²_j), R²_j from regressing column j on the others, both after the controls are
-    taken out; with a constant this is the usual VIF. Infinite where the others give a column
-    exactly.
+    taken out. Infinite where the others give a column exactly.
     """
     left = residualise(X, np.ones((len(X), 1)) if controls is None else controls)
     scale = np.linalg.norm(left, axis=0)
-    if (scale == 0).any():
-        return np.full(X.shape[1], np.inf)
-    corr = (left / scale).T @ (left / scale)
+    left /= np.where(scale > 0, scale, 1)
+    corr = left.T @ left
     if np.linalg.matrix_rank(corr) < len(corr):
         return np.full(X.shape[1], np.inf)
     return np.diag(np.linalg.inv(corr))
@@ -221,7 +219,7 @@ def fit_pooled(runs: pd.DataFrame, columns: Sequence[str],
                standardizer: Standardizer | None = None) -> RuleFit:
     """log L = β0 + Σ_j β_j X̄_j + ε, no source shares: the regression of the paper's rule.
 
-    What it finds mixes slopes between sources with slopes within; all runs at equal rows.
+    All runs at equal rows. It mixes slopes between sources with slopes within.
     """
     runs = pick_arms(runs, None)
     X = standardised(runs, columns, standardizer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,20 +70,12 @@ class Coefficient(_Part):
 
     @property
     def model_role(self) -> str | None:
-        """Which model's values the rule was fitted on, by the registry, whatever the card says.
-
-        None for indicators without a model, also where the stated version is the one that an
-        indicator has without its model; a column that is not in the registry has the card's role.
-        """
+        """Which model's values the rule was fitted on, by the registry; the card's own word for a
+        column that is not in it. None without a model, also by the stated version."""
         if self.indicator is None:
             return self.role
         without = self.indicator.role_optional and self.version == self.indicator.version_without
         return None if without else self.indicator.role
-
-    @property
-    def needs_reference(self) -> bool:
-        """Do the values depend on a reference set? By the registry, else as the card states."""
-        return self.indicator.pool_relative if self.indicator else self.pool_relative
 
 
 class Scale(_Part):
@@ -166,7 +157,7 @@ class FittedOn(_Part):
 
 
 class RuleCard(_Part):
-    """A rule; built by `from_dict`, `make_card` or `load_rule`, which say what is wrong with one.
+    """A rule; built by `from_dict`, `make_card` or `load_rule`.
 
     Predictions are log losses (nats per token, natural log); lower is better. Without `intercept`
     they are differences from the pool's mean row. content_hash : first 32 hex of sha256 over the
@@ -303,7 +294,7 @@ class RuleCard(_Part):
                       ("stand-in", model.stand_in, here.get("stand_in"))]
         elif one.model_role:  # an indicator that also works without a model, and a card without one
             pairs.append(("model", "", here.get("model") or ""))
-        if one.needs_reference:
+        if one.indicator.pool_relative if one.indicator else one.pool_relative:
             theirs = here.get("reference") or {}
             mine = self.knn_reference.model_dump() if self.knn_reference else {}
             pairs += [(f"reference {k}", mine[k], theirs.get(k)) for k in mine]
@@ -344,21 +335,13 @@ def _dump(content: Mapping, indent: int | None = None) -> str:
 def migrate(data: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a card of an older schema in the present one; its hash stays as it was.
 
-    Schemas 1 and 2 told what a rule was fitted on in one sentence, which is taken apart here.
+    Schemas 1 and 2 told in one sentence what a rule was fitted on: it becomes the note.
     """
     if data["schema"] == SCHEMA or not isinstance(data.get("fitted_on"), str):
         return dict(data)
-    told = re.fullmatch(r"(?:the sweep of )?(profile (\S+)|.*): (\d+) sets(?: of (\d+) rows)? "
-                        r"from \d+ sources \((.*)\)", data["fitted_on"])
-    if told:
-        head, profile, sets, size, names = told.groups()
-        fitted_on = {"sources": names.split(", "), "profile": profile, "sets": int(sets),
-                     "set_size": int(size) if size else None, "note": "" if profile else head}
-    else:
-        held = data.get("held_out")
-        tested = [one.get("source", "") for one in held if isinstance(one, Mapping)] if isinstance(
-            held, list) else []  # fmt: skip
-        fitted_on = {"sources": tested, "note": data["fitted_on"]}
+    held = data.get("held_out")
+    tested = [one for one in held if isinstance(one, Mapping)] if isinstance(held, list) else []
+    fitted_on = {"sources": [one.get("source", "") for one in tested], "note": data["fitted_on"]}
     return {**data, "schema": SCHEMA, "fitted_on": fitted_on}
 
 
@@ -400,8 +383,6 @@ def make_card(fit: RuleFit, scores: pd.DataFrame, *, not_for: str, profile: str 
     base where no indicator names it; auto_size : number of rows that a search found best.
     A pool of one source may only make a "within" card (RunsError).
     """
-    if len(fit.sources) < 2 and fit.kind == "within" and new_sources is not None:
-        raise RunsError("one source says nothing about new sources: leave new_sources out")
     if fit.kind != "within" and scores["source"].nunique() < 2:
         raise RunsError(f"a pool of one source may only make a 'within' card, not {fit.kind!r}")
     known = scores.attrs.get("indicators", {})
@@ -413,7 +394,7 @@ def make_card(fit: RuleFit, scores: pd.DataFrame, *, not_for: str, profile: str 
         "intercept": fit.intercept,
         "coefficients": _coefficients(fit, scores, known, new_sources),
         "standardisation": scales.loc[list(fit.columns)].to_dict("index"),
-        "held_out": _held_out(held_out),
+        "held_out": [] if held_out is None else _held_out(held_out),
         "permutation_p": permutation_p,
         "models": _models(fit.columns, known, base),
         "knn_reference": ({k: references[0][k] for k in ReferenceRows.model_fields}
@@ -468,9 +449,7 @@ def _models(columns: Sequence[str], known: Mapping, base: Mapping | None) -> lis
     return [found[role] for role in sorted(found)]
 
 
-def _held_out(frame: pd.DataFrame | None) -> list[dict]:
-    if frame is None:
-        return []
+def _held_out(frame: pd.DataFrame) -> list[dict]:
     return [{"source": str(r.source), "n_sets": int(r.n_sets), "r2": _or_none(r.r2),
              "slope": _or_none(r.slope),
              "slope_interval": ([float(r.slope_low), float(r.slope_high)]

@@ -35,22 +35,16 @@ _INDEX = ["pool", "method", "size"]
 
 
 def compare_with_random(
-    runs: pd.DataFrame,
-    *,
-    loss: str = LOSS,
-    primary_size: int | Mapping[str, int] | None = None,
-    per_example: PER_EXAMPLE | None = None,
-    selected: str = "selected",
-    random: str = "random",
-) -> pd.DataFrame:
+    runs: pd.DataFrame, *, loss: str = LOSS, primary_size: int | Mapping[str, int] | None = None,
+    per_example: PER_EXAMPLE | None = None, selected: str = "selected", random: str = "random",
+) -> pd.DataFrame:  # fmt: skip
     """Every contrast of a set of comparison runs, the primary one of each pool first.
 
     runs : one row a run, columns pool, method, size (rows), seed and `loss` (nats, > 0; a NaN is a
     diverged run, left out and counted in `lost`). loss : take the evaluation set that was *not*
     used for fitting. primary_size : the size fixed beforehand, needed where `selected` has
-    several. per_example : losses by prompt, keyed (pool, method, size), shape (runs, prompts),
-    from `comparisons.per_example`; they give the second interval, low_prompts to high_prompts,
-    which takes the prompts too as drawn at random (`contrasts.crossed_interval`).
+    several. per_example : losses by prompt, keyed (pool, method, size), shape (runs, prompts);
+    they give a second interval, low_prompts to high_prompts (`contrasts.crossed_interval`).
 
     Primary: selected against random at that size, Holm over pools. Secondary, unadjusted: the
     same at other sizes, each baseline against random, selected against each baseline; a baseline
@@ -66,6 +60,9 @@ def compare_with_random(
     pools = sum(role == "primary" for role, *_ in plan)
     rows = []
     for role, here, there in plan:
+        pair = [(per_example or {}).get(key) for key in (here, there)]
+        spread = all(part is not None and len(part) > 1 for part in pair)  # one run has none
+        low, high = crossed_interval(*pair) if spread else (np.nan, np.nan)
         # With Holm the first pool must pass alpha / pools: that is what the study can promise.
         alpha = ALPHA / (pools if role == "primary" else 1)
         rows.append({
@@ -75,9 +72,15 @@ def compare_with_random(
             "mean": groups[here].mean(), "mean_versus": groups[there].mean(),
             "p_holm": np.nan,
             **vars(contrast(groups[here], groups[there], alpha=alpha)),
-            **_by_prompts(per_example, here, there),
+            "low_prompts": low, "high_prompts": high,
         })
-    return _with_verdicts(pd.DataFrame(rows))
+    table = pd.DataFrame(rows)
+    first = table["role"] == "primary"
+    for p, adjusted in (("p", "p_holm"), ("p_margin", "p_margin")):
+        table.loc[first, adjusted] = multipletests(table.loc[first, p], method="holm")[1]
+    judged = table["p_holm"].where(first, table["p"])
+    found = zip(table["difference"], judged, table["p_margin"], strict=True)
+    return table.assign(verdict=[verdict(*one) for one in found])
 
 
 def _groups(runs: pd.DataFrame, loss: str) -> tuple[dict[tuple, np.ndarray], dict[tuple, int]]:
@@ -97,11 +100,9 @@ def _groups(runs: pd.DataFrame, loss: str) -> tuple[dict[tuple, np.ndarray], dic
 
 
 def _contrasts(
-    groups: dict[tuple, np.ndarray],
-    primary_size: int | Mapping[str, int] | None,
-    selected: str,
+    groups: dict[tuple, np.ndarray], primary_size: int | Mapping[str, int] | None, selected: str,
     random: str,
-) -> Iterator[tuple[str, tuple, tuple]]:
+) -> Iterator[tuple[str, tuple, tuple]]:  # fmt: skip
     """(role, key of a group, key of what it is held against), the primary ones first."""
     later = []
     for pool in dict.fromkeys(key[0] for key in groups):
@@ -132,23 +133,6 @@ def _primary_size(groups: dict, pool: str, wanted: int | Mapping | None, selecte
             "name it by primary_size (it is to be fixed before the runs are seen)"
         )
     return size
-
-
-def _by_prompts(matrices: PER_EXAMPLE | None, here: tuple, there: tuple) -> dict[str, float]:
-    low = high = float("nan")
-    pair = [(matrices or {}).get(key) for key in (here, there)]
-    if all(part is not None and len(part) > 1 for part in pair):  # one run has no spread
-        low, high = crossed_interval(*pair)
-    return {"low_prompts": low, "high_prompts": high}
-
-
-def _with_verdicts(table: pd.DataFrame) -> pd.DataFrame:
-    first = table["role"] == "primary"
-    for p, adjusted in (("p", "p_holm"), ("p_margin", "p_margin")):
-        table.loc[first, adjusted] = multipletests(table.loc[first, p], method="holm")[1]
-    judged = table["p_holm"].where(first, table["p"])
-    found = zip(table["difference"], judged, table["p_margin"], strict=True)
-    return table.assign(verdict=[verdict(*one) for one in found])
 
 
 def by_budget(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -221,11 +205,11 @@ class LengthAnswer:
 
     answer : "yes", "no, length alone is better", "no, they are equal within ±1 %" or "undecided";
         a difference that is real but smaller than the margin says that too
-    difference, low, high : float, relative difference of loss, selected minus length, mean over
-        the pools, with its interval over seeds; p, p_margin : float
-    detectable : float, relative difference that would have been found with 80 % power
-    low_prompts, high_prompts : float, the interval with the prompts too as drawn at random
-    pools, seeds : int; table : one contrast a pool (`compare_with_random`).
+    difference, low, high : relative difference of loss, selected minus length, mean over the
+        pools, with its interval over seeds
+    detectable : relative difference that would have been found with 80 % power
+    low_prompts, high_prompts : the interval with the prompts too as drawn at random
+    table : one contrast a pool (`compare_with_random`)
     """
 
     answer: str
@@ -259,7 +243,9 @@ def beats_length(
     table = table.query("role == 'primary'")
     sizes = dict(zip(table["pool"], table["size"], strict=True))
     part = part[part["size"] == part["pool"].map(sizes)]
-    by_seed = _differences(part, length)
+    logs = part.assign(log=np.log(part[LOSS])).pivot_table(
+        index="seed", columns=["method", "pool"], values="log").dropna()  # fmt: skip
+    by_seed = (logs["selected"] - logs[length]).mean(axis=1).to_numpy()
     n, mean = len(by_seed), float(np.log1p(table["difference"]).mean())
     se = p = p_margin = low = high = float("nan")
     if n > 1 and by_seed.std() > 0:
@@ -290,29 +276,16 @@ def both_ends(
 
 def answers_table(answers: Mapping[str, Mapping[str, LengthAnswer]]) -> pd.DataFrame:
     """The answers of `both_ends` as a table, a row a budget and end of length."""
-    rows = [
-        {"budget": budget, "against": end, **{k: v for k, v in vars(one).items() if k != "table"}}
-        for budget, ends in answers.items()
-        for end, one in ends.items()
-    ]
-    return pd.DataFrame(rows).set_index(["budget", "against"])
+    rows = [{"budget": budget, "against": end, **vars(one)}
+            for budget, ends in answers.items() for end, one in ends.items()]
+    return pd.DataFrame(rows).drop(columns="table").set_index(["budget", "against"])
 
 
 def _answer(called: str) -> str:
     sign, _, tiny = called.partition(", and ")
-    if sign in ("better", "worse"):
-        answer = {"better": "yes", "worse": "no, length alone is better"}[sign]
-        return f"{answer}, but {tiny}" if tiny else answer
-    return "undecided" if sign == "undecided" else f"no, they are equal {sign}"
-
-
-def _differences(part: pd.DataFrame, length: str) -> np.ndarray:
-    """Log-loss difference of every seed that all pools have on both sides, mean over pools."""
-    logs = part.assign(log=np.log(part[LOSS])).pivot_table(
-        index="seed", columns=["method", "pool"], values="log"
-    )
-    logs = logs.dropna()
-    return (logs["selected"] - logs[length]).mean(axis=1).to_numpy()
+    answers = {"better": "yes", "worse": "no, length alone is better", "undecided": "undecided"}
+    answer = answers.get(sign, f"no, they are equal {sign}")
+    return f"{answer}, but {tiny}" if tiny else answer
 
 
 def _pools_by_prompts(

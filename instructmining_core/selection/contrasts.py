@@ -26,10 +26,10 @@ BOUNDS = np.log1p([-MARGIN, MARGIN])  # the margin in log loss
 class Contrast:
     """One difference of mean log losses with everything that a verdict needs.
 
-    difference, low, high : float, relative (−0.02 is a loss 2 % lower), with its 95 % interval
-    p : float, two-sided Welch p-value; p_margin : float, the larger of two one-sided tests
-    detectable : float, relative difference seen with 80 % power at this noise and these counts
-    df : float, Welch–Satterthwaite degrees of freedom
+    difference, low, high : relative (−0.02 is a loss 2 % lower), with its 95 % interval
+    p : two-sided Welch p-value; p_margin : the larger of two one-sided tests
+    detectable : relative difference seen with 80 % power at this noise and these counts
+    df : Welch–Satterthwaite degrees of freedom
     """
 
     difference: float
@@ -66,7 +66,7 @@ def contrast(
 def detectable_difference(se: float, df: float, alpha: float = ALPHA) -> float:
     """Smallest relative difference that a two-sided t test at `alpha` finds with 80 % power.
 
-    se : float, standard error of a log-loss difference; df : float. From the noncentral t.
+    se : of a log-loss difference; df : its degrees of freedom. From the noncentral t.
     """
     return float(np.expm1(detectable_shift(se, df, alpha)))
 
@@ -97,9 +97,8 @@ def verdict(difference: float, p: float, p_margin: float) -> str:
 def crossed_interval(losses: np.ndarray, versus: np.ndarray) -> tuple[float, float]:
     """95 % interval of the relative difference with runs and prompts both taken as random.
 
-    losses : ndarray, shape (n_runs_a, n_prompts), per-prompt loss in nats; versus : ndarray,
-    shape (n_runs_b, n_prompts), the same prompts in the same order. The prompt's own level cancels
-    in the difference; what is left is how differently the two methods treat each prompt.
+    losses : shape (n_runs_a, n_prompts), per-prompt loss in nats; versus : shape (n_runs_b,
+    n_prompts), the same prompts in the same order. A prompt's own level cancels in the difference.
     Variance = between runs + between prompts − what both count (Satterthwaite degrees of freedom).
     """
     if losses.ndim != 2 or versus.ndim != 2 or losses.shape[1] != versus.shape[1]:

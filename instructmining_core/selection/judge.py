@@ -54,10 +54,9 @@ ABOVE, CHANCE, AGAINST = "above chance", "at chance", "against people"
 class NetWin:
     """Share of wins minus share of losses, in [−1, 1], with a 95 % interval.
 
-    p : two-sided, of "no difference"; pairs : pairs of models, prompts : prompts judged;
-    inconsistent : share of judgements that changed with the order (NaN if unknown);
-    scope : what the interval speaks of, "these two models" or "the method"; detectable : float,
-    the net win that would have been found with 80 % power.
+    p : two-sided, of "no difference"; inconsistent : share of judgements that changed with the
+    order (NaN if unknown); scope : what the interval speaks of, "these two models" or "the method";
+    detectable : the net win that would have been found with 80 % power.
     """
 
     net: float
@@ -82,13 +81,9 @@ class NetWin:
 
 
 def judge_pairs(
-    prompts: Sequence[Messages],
-    answers_a: Sequence[str],
-    answers_b: Sequence[str],
-    judge: Judge,
-    *,
-    pair: str | int = 0,
-) -> pd.DataFrame:
+    prompts: Sequence[Messages], answers_a: Sequence[str], answers_b: Sequence[str], judge: Judge,
+    *, pair: str | int = 0,
+) -> pd.DataFrame:  # fmt: skip
     """Ask a judge about each prompt twice, with A shown first and with B shown first.
 
     pair : names the two models.
@@ -99,26 +94,24 @@ def judge_pairs(
     of A; "none" without a verdict), consistent (both orders agree; False without a verdict),
     a_length, b_length (characters).
     """
-    if not len(prompts) == len(answers_a) == len(answers_b):
-        raise InstructMiningError(
-            f"{len(prompts)} prompts, {len(answers_a)} and {len(answers_b)} answers: must be equal"
-        )
     asked = list(zip(prompts, answers_a, answers_b, strict=True))
     said = judge([one for prompt, a, b in asked for one in ((prompt, a, b), (prompt, b, a))])
-    said = [_preference(value) for value in said]
+    off = [value for value in said if not (math.isnan(value) or 0 <= value <= 1)]
+    if off:
+        raise InstructMiningError(f"a preference must be in [0, 1] or NaN, the judge gave {off[0]}")
     rows = []
     for number, (prompt, a, b) in enumerate(asked):
         first, second = said[2 * number], 1 - said[2 * number + 1]
-        score = _both(first, second)
+        score = (first + second) / 2
+        if not {first, second} <= {0.0, 0.5, 1.0}:
+            score = _hard(score)
         rows.append({
             "pair": pair, "prompt_id": number, "prompt": row_hash(prompt), "a_first": first,
             "a_second": second, "score": score, "outcome": _outcome(score),
             "consistent": _outcome(first) == _outcome(second) != "none",
             "a_length": len(a), "b_length": len(b),
         })  # fmt: skip
-    columns = ["pair", "prompt_id", "prompt", "a_first", "a_second", "score", "outcome",
-               "consistent", "a_length", "b_length"]  # fmt: skip
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows)
 
 
 def reward_judge(score: Callable[[list[Messages]], Sequence[float]]) -> Judge:
@@ -210,9 +203,9 @@ def win_tie_lose(judged: pd.DataFrame) -> pd.DataFrame:
     """
     rows = {}
     for pair, part in judged.groupby("pair", sort=False):
-        counts = part["outcome"].value_counts()
         net = vars(_over_prompts(part))
-        rows[pair] = {name: int(counts.get(name, 0)) for name in ("win", "tie", "lose", "none")}
+        rows[pair] = {name: int((part["outcome"] == name).sum())
+                      for name in ("win", "tie", "lose", "none")}
         rows[pair] |= {name: net[name] for name in ("net", "low", "high", "p", "inconsistent")}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("pair")
 
@@ -345,23 +338,9 @@ def _explained(
     return r**2, float(least), float(max(low**2, high**2))
 
 
-def _preference(value: float) -> float:
-    value = float(value)
-    if not (math.isnan(value) or 0 <= value <= 1):
-        raise InstructMiningError(f"a preference must be in [0, 1] or NaN, the judge gave {value}")
-    return value
-
-
 def _hard(value: float) -> float:
     """A preference as a verdict: 0, ½ or 1."""
     return value if math.isnan(value) else 0.5 + 0.5 * float(np.sign(value - 0.5))
-
-
-def _both(first: float, second: float) -> float:
-    """The score of a prompt from its two orders, see `judge_pairs`."""
-    mean = (first + second) / 2
-    verdicts = all(value in (0.0, 0.5, 1.0) for value in (first, second))
-    return mean if verdicts else _hard(mean)
 
 
 def _outcome(score: float) -> str:
@@ -383,8 +362,7 @@ def _over_prompts(judged: pd.DataFrame) -> NetWin:
 def _over_nets(
     nets: np.ndarray, pairs: int, inconsistent: float, *, counted: bool = True
 ) -> NetWin:
-    """Interval over prompts; nets : shape (prompts,). counted : p is that of wins and losses, by
-    the exact sign test, else that of the mean, by t."""
+    """Interval over prompts; nets : shape (prompts,). counted : p by the sign test, else by t."""
     if len(nets) < 2:
         raise InstructMiningError(f"an interval needs two judged prompts, got {len(nets)}")
     net, se = float(nets.mean()), float(stats.sem(nets))

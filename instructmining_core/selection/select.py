@@ -69,7 +69,7 @@ def rank(scores: pd.DataFrame, rule: RuleCard) -> pd.DataFrame:
     words: which indicator is missing and why.
     """
     score = rule.predict(scores).astype(float)
-    ranked = scores.assign(score=np.where(np.isfinite(score), score, np.nan))
+    ranked = scores.assign(score=score.where(np.isfinite(score)))
     ranked.attrs = dict(scores.attrs)
     ranked = ranked.sort_values("score", kind="stable", na_position="last")
     scored = int(ranked["score"].notna().sum())
@@ -182,12 +182,7 @@ def _with_texts(
 
 
 def choose_rows(
-    scores: pd.DataFrame,
-    method: str,
-    size: int,
-    *,
-    rule: RuleCard | None = None,
-    seed: int = 0,
+    scores: pd.DataFrame, method: str, size: int, *, rule: RuleCard | None = None, seed: int = 0
 ) -> pd.DataFrame:
     """`size` rows of a pool by one method: "selected" or "worst" (need `rule`), or a baseline.
 
@@ -202,9 +197,8 @@ def choose_rows(
         return pool
     chosen = _in_order(pool, method, rule, seed).iloc[:size]
     if len(chosen) < size:
-        raise InstructMiningError(
-            f"{method!r} can choose {len(chosen)} rows, {size} were asked for"
-        )
+        text = f"{method!r} can choose {len(chosen)} rows, {size} were asked for"
+        raise InstructMiningError(text)
     return chosen
 
 
@@ -221,21 +215,16 @@ def choose_tokens(
     The last row is kept where that comes nearer to `tokens`; at least one row is chosen. Raises
     InstructMiningError where all the method's rows together hold fewer.
     """
-    if not tokens > 0:
-        raise InstructMiningError(f"{tokens} target tokens were asked for; it must be above 0")
     rows = _in_order(_distinct(scores), method, None, seed)
-    summed, batch = np.zeros(0), 64
-    while len(summed) < len(rows) and (not len(summed) or summed[-1] < tokens):
-        more = rows.iloc[len(summed) : len(summed) + batch]
-        before = summed[-1] if len(summed) else 0.0
+    summed, batch = np.zeros(1), 64  # tokens of the first 0, 1, 2, ... rows
+    while len(summed) <= len(rows) and summed[-1] < tokens:
+        more = rows.iloc[len(summed) - 1 : len(summed) - 1 + batch]
         own = np.cumsum(np.asarray(tokens_of(more), float))
-        summed, batch = np.r_[summed, before + own], 2 * batch
-    if not len(summed) or summed[-1] < tokens:
-        held = summed[-1] if len(summed) else 0
-        raise InstructMiningError(
-            f"{method!r} can choose rows of {held:.0f} target tokens, {tokens:.0f} were asked for"
-        )
-    return rows.iloc[: int(np.argmin(np.abs(summed - tokens))) + 1]
+        summed, batch = np.r_[summed, summed[-1] + own], 2 * batch
+    if not 0 < tokens <= summed[-1]:
+        raise InstructMiningError(f"{method!r} can choose rows of {summed[-1]:.0f} target tokens, "
+                                  f"{tokens:.0f} were asked for")
+    return rows.iloc[: int(np.argmin(np.abs(summed[1:] - tokens))) + 1]
 
 
 def _distinct(scores: pd.DataFrame) -> pd.DataFrame:

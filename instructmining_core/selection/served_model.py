@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -231,13 +231,8 @@ class ServedModel:
 
 
 def _there(came: SimpleQueue) -> _Outcomes:
-    """What has come, without waiting for more."""
-    found = []
-    try:
-        while True:
-            found.append(came.get_nowait())
-    except Empty:
-        return found
+    """What has come, without waiting for more; only this thread takes from it."""
+    return [came.get() for _ in range(came.qsize())]
 
 
 def _secret() -> str:

@@ -138,7 +138,7 @@ def row_intervals(card: RuleCard, scores: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(interval=kinds)
 
 
-def _these(card: RuleCard, known: Uncertainty, Z: np.ndarray, mean: np.ndarray, names: np.ndarray,
+def _these(card: RuleCard, known: Uncertainty, Z: np.ndarray, mean: np.ndarray, names: np.ndarray
            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Centre, half-width and "has a constant of its own" of each row, for these sources."""
     covariance = np.array(known.covariance)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from instructmining_core.regression import intervals
+from instructmining_core.regression import inference as intervals
 
 
 def test_r2_bounds_put_the_observed_f_at_both_tails():

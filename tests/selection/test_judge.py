@@ -76,7 +76,7 @@ def test_no_verdict_is_counted_apart():
 
 
 def test_judge_refuses_nonsense():
-    with pytest.raises(InstructMiningError, match="must be equal"):
+    with pytest.raises(ValueError, match="shorter"):
         judge.judge_pairs([PROMPT], ["a"], [], shouts_longer)
     with pytest.raises(InstructMiningError, match=r"in \[0, 1\]"):
         judge.judge_pairs([PROMPT], ["a"], ["b"], each(lambda *_: 2))

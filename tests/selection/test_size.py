@@ -11,13 +11,15 @@ import pytest
 from scipy import stats
 
 from instructmining_core.config import InstructMiningError
-from instructmining_core.selection import size_curve
-from instructmining_core.selection.size_curve import size_curve_power, size_curve_test, size_means
-from instructmining_core.selection.size_search import (
+from instructmining_core.selection import size as size_curve
+from instructmining_core.selection.size import (
     blendsearch,
     random_search,
     search_report,
     simulated_searches,
+    size_curve_power,
+    size_curve_test,
+    size_means,
 )
 
 LOSS = "loss_eval_1"

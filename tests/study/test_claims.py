@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from instructmining import claims, paper, reports
-from instructmining_core.regression.intervals import r2_detectable, r2_interval
+from instructmining_core.regression.inference import r2_detectable, r2_interval
 
 
 def test_percent_shows_sign_and_interval():

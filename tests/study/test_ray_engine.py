@@ -159,7 +159,7 @@ def test_blendsearch_tries_the_same_sizes_with_ray_and_without(cluster):
     code = (
         "import math, sys\n"
         "if len(sys.argv) > 1: sys.modules['ray'] = None\n"
-        "from instructmining_core.selection.size_search import blendsearch\n"
+        "from instructmining_core.selection.size import blendsearch\n"
         "print(blendsearch(lambda s: (math.log(s) - 4) ** 2, 8, 256, 12, 0)['size'].tolist())\n"
     )
     found = [subprocess.run([sys.executable, "-c", code, *more], text=True, capture_output=True,
