@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,11 @@ from .study import MissingInput, Study
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 NOT_JUDGED = "no judge was good enough"
+
+
+def unasked(why: str, verdict: str = NOT_ASKED) -> dict[str, str]:
+    """A claim that this run can't judge."""
+    return {"ours": why, "detectable": "-", "verdict": verdict}
 
 
 def _by_interval(low: float, high: float) -> str:
@@ -57,8 +63,8 @@ def contrasts_claim(
     """Selected against random, one primary contrast a pool (`compare_with_random`).
 
     With both budgets of `beat_random.compare_budgets` the verdict names both where they differ.
-    with_refits : the same contrast of rules refitted on bootstrapped sweeps (`refits`), told
-    beside it, since the claim is about what the procedure selects and not about one rule.
+    with_refits : the same of rules refitted on bootstrapped sweeps, told beside it, since the claim
+    is about what the procedure selects and not about one rule.
     """
     primary = contrasts[contrasts["role"] == "primary"]
     budgets = primary["budget"] if "budget" in primary else pd.Series("", primary.index)
@@ -97,7 +103,10 @@ def length_claim(
     names both.
     """
     hardest = max(against.values(), key=lambda answer: answer.difference)
-    found = {"ours": _ends(against), "detectable": _of_loss(hardest.detectable),
+    ends = [f"{percent(a.difference, a.low, a.high)} against the {name} rows"
+            + (f" ([{100 * a.low_prompts:+.1f}, {100 * a.high_prompts:+.1f}] for other prompts)"
+               if np.isfinite(a.low_prompts) else "") for name, a in against.items()]  # fmt: skip
+    found = {"ours": "; ".join(ends), "detectable": _of_loss(hardest.detectable),
              "verdict": hardest.answer}  # fmt: skip
     if at_tokens:
         there = length_claim(at_tokens)
@@ -106,15 +115,6 @@ def length_claim(
         if there["verdict"] != found["verdict"]:
             found["verdict"] += f" at equal rows; {there['verdict']} at equal tokens"
     return found
-
-
-def _ends(against: Mapping[str, LengthAnswer]) -> str:
-    return "; ".join(
-        f"{percent(a.difference, a.low, a.high)} against the {name} rows"
-        + (f" ([{100 * a.low_prompts:+.1f}, {100 * a.high_prompts:+.1f}] for other prompts)"
-           if np.isfinite(a.low_prompts) else "")
-        for name, a in against.items()
-    )  # fmt: skip
 
 
 def _of_loss(difference: float) -> str:
@@ -129,10 +129,9 @@ def size_claim(
 ) -> dict[str, str]:
     """Is the size that the search found better than the largest one of the curve?
 
-    means : `size_means`; best : rows, the search's winner; rows : of the pool; trials,
-    limit : `blendsearch`'s table and its largest allowed size, in rows. A search that
-    ended while its best was among the largest sizes it tried, below the limit, has found no
-    smallest loss: undecided, whatever the curve says.
+    means : `size_means`; best : rows, the search's winner; rows : of the pool; trials, limit :
+    `blendsearch`'s table and its largest allowed size, in rows. A search whose best was among the
+    largest sizes it tried, below the limit, has found no smallest loss: undecided.
     """
     chosen = means[means["method"] == "selected"].set_index("size")
     largest = int(chosen.index.max())
@@ -191,8 +190,7 @@ def judge_claim(net, checks: pd.DataFrame) -> dict[str, str]:
     failed = checks[checks["verdict"] != ABOVE]
     if checks.empty or len(failed):
         why = _agreement(failed) or "not checked against people"
-        return {"ours": f"the judge is {why}, so that it judges nothing here",
-                "detectable": "-", "verdict": NOT_JUDGED}
+        return unasked(f"the judge is {why}, so that it judges nothing here", NOT_JUDGED)
     verdict = _by_interval(net.low, net.high)
     if verdict != UNDECIDED and net.scope != "the method":
         verdict = f"{verdict}, for {net.scope}"
@@ -215,8 +213,7 @@ def rule_claim(fit, permutation, noise) -> dict[str, str]:
 
     R² and its interval are of all indicators together, p of the search over subsets.
     """
-    r2, low, high = r2_of(fit)
-    terms = min(4, len(fit.columns))
+    (r2, low, high), terms = r2_of(fit), min(4, len(fit.columns))
     needed = r2_detectable(float(np.quantile(permutation.null, 0.95)), terms,
                            fit.df + len(fit.columns) - terms)  # fmt: skip
     return {
@@ -231,8 +228,7 @@ def rule_claim(fit, permutation, noise) -> dict[str, str]:
 def transfer_claim(held: pd.DataFrame) -> dict[str, str]:
     """Held-out sources (`over_sources`): does the rule fitted elsewhere predict them?"""
     if held["sources"].max() < 2:
-        return {"ours": "too few sets within a source to hold one out", "detectable": "-",
-                "verdict": NOT_ASKED}  # fmt: skip
+        return unasked("too few sets within a source to hold one out")
     r2, slope = held.loc["r2"], held.loc["slope"]
     return {
         "ours": f"held-out R² {r2['mean']:.2f} [{r2['low']:.2f}, {r2['high']:.2f}], calibration "
@@ -245,9 +241,8 @@ def transfer_claim(held: pd.DataFrame) -> dict[str, str]:
 
 def dose_claim(effects: pd.DataFrame) -> dict[str, str]:
     """Which planted defects raise the loss (`planted_defects.dose_effects`)."""
-    harmful = effects[effects["harms"].astype(bool)]
-    helpful = effects[effects["high"] < 0]
-    verdict = HOLDS if len(harmful) == len(effects) else f"{len(harmful)} of {len(effects)} kinds"
+    harmful, helpful = int(effects["harms"].sum()), effects[effects["high"] < 0]
+    verdict = HOLDS if harmful == len(effects) else f"{harmful} of {len(effects)} kinds"
     if len(helpful):
         verdict += f"; {', '.join(helpful.index)} lower the loss"
     seen = max(_seen(r.low, r.high, r.df) for r in effects.itertuples())
@@ -288,9 +283,8 @@ def clean_pool_claim(pools: pd.DataFrame) -> dict[str, str]:
     """Where no row is defective, is there no win? (`planted_defects.defect_pools`)"""
     clean = pools[pools["defects"] == 0]
     if clean.empty:
-        return {"ours": "no pool is free of defects", "detectable": "-", "verdict": NOT_ASKED}
-    row = clean.iloc[0]
-    better = row["verdict"].startswith("better")
+        return unasked("no pool is free of defects")
+    row, better = clean.iloc[0], clean["verdict"].iloc[0].startswith("better")
     return {
         "ours": f"selected against random without any defect: "
         f"{percent(row['difference'], row['low'], row['high'])}, {row['verdict']}",
@@ -308,11 +302,9 @@ def _seen(low: float, high: float, df: float) -> float:
 
 def verdicts(study: Study) -> pd.DataFrame:
     """Every claim of the paper with this run's finding; claims that no notebook asked are named."""
-    try:
+    paths = []
+    with suppress(MissingInput):
         paths = sorted(study.find("claims").glob("*.json"))
-    except MissingInput:
-        paths = []
     found = pd.DataFrame([json.loads(path.read_text(encoding="utf-8")) for path in paths],
-                         columns=["claim", "ours", "detectable", "verdict"])  # fmt: skip
-    table = paper.claims().merge(found, how="left", on="claim")
-    return table.fillna({"ours": "-", "detectable": "-", "verdict": NOT_ASKED})
+                         columns=["claim", *unasked("-")])  # fmt: skip
+    return paper.claims().merge(found, how="left", on="claim").fillna(unasked("-"))

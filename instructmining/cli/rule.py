@@ -234,9 +234,9 @@ def planned(profile: str, by_pilot: bool, sigma: float | None, target: float) ->
     noise = seeds if fit is None else pilot.replan(seeds, fit)
     widths = pilot.in_cells(pilot.planned_half_widths(study, frame, noise))
     sections = [
-        f"noise in log loss, {source}:\n{_table(pilot.noise_table(seeds, fit), True)}",
+        f"noise in log loss, {source}:\n{_table(pilot.noise_table(seeds, fit))}",
         "half-widths of 95 % intervals, log loss per sd of a row, by number of runs, with their "
-        f"80 % band:\n{_table(widths, True)}",
+        f"80 % band:\n{_table(widths)}",
     ]  # fmt: skip
     if fit is None:
         sections.append("What a straight line misses comes on top of the noise between seeds: take "
@@ -259,7 +259,7 @@ def _needed(study: Study, frame: pd.DataFrame, noise, target: float) -> list[str
               "new sources more runs do not help, add sources (8 or more).")
     return [
         f"designed runs for a half-width of {target:g} (safe: with the upper end of the "
-        f"band; none: more than the {most} planned):\n{_table(needed, True)}",
+        f"band; none: more than the {most} planned):\n{_table(needed)}",
         f"within sources: {advice}",
         f"between sources: Slopes between sources rest on {within.sources} sources, not on runs: "
         f"more runs do not help, add sources (at least {slopes + 2} for {slopes} slopes).",
@@ -287,5 +287,5 @@ def _noise(study: Study, by_pilot: bool, sigma: float | None):
     return pilot.assumed(0.01), fit, f"0.01 assumed, for want of --pilot or --sigma{where}"
 
 
-def _table(frame: pd.DataFrame, index: bool = False) -> str:
-    return frame.to_string(index=index, na_rep="none", float_format=lambda x: f"{x:.5g}")
+def _table(frame: pd.DataFrame) -> str:
+    return frame.to_string(na_rep="none", float_format=lambda x: f"{x:.5g}")

@@ -6,6 +6,7 @@ import hashlib
 import heapq
 import json
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -145,8 +146,7 @@ def _spooled(name: str, folder: Path) -> Path:
     kept = folder / "stdin"
     with kept.open("wb") as target, ExitStack() as opened:
         source = sys.stdin.buffer if name == "-" else opened.enter_context(open(name, "rb"))
-        while block := source.read(1 << 20):
-            target.write(block)
+        shutil.copyfileobj(source, target, 1 << 20)
     return kept
 
 
@@ -256,12 +256,15 @@ def _estimate(scorer: Scorer, first: ParsedTable, total: int | None, reading: fl
 
 
 def _report(inputs: Inputs, tally: dict[str, list]) -> None:
-    columns = {name: np.concatenate(parts) for name, parts in tally.items()}
-    table = pd.DataFrame(
-        {name: {"values": int(np.isfinite(v).sum()), "NaN": int(np.isnan(v).sum()), **_spread(v)}
-         for name, v in columns.items()}
-    ).T.astype({"values": int, "NaN": int})  # fmt: skip
-    rows = len(next(iter(columns.values())))
+    told = {}
+    for name, parts in tally.items():
+        values = pd.Series(np.concatenate(parts))
+        found = values[np.isfinite(values)]
+        spread = found.quantile([0.01, 0.5, 0.99])
+        told[name] = [len(found), values.isna().sum(), found.astype(float).mean(), *spread]
+    named = ["values", "NaN", "mean", "1 %", "median", "99 %"]
+    table = pd.DataFrame.from_dict(told, "index", columns=named)
+    rows = len(values)
     sys.stdout.write(f"{table.to_string(float_format=lambda x: f'{x:.4g}')}\n\n")
     sys.stdout.write(f"{rows:,} rows in {inputs.out}\n")
     listed = Path(f"{inputs.out}.problems.jsonl")
@@ -299,20 +302,10 @@ def _notes(rows: ParsedTable, frame: pd.DataFrame) -> Counter[str]:
         found["are mostly not in Latin script, where counts of words say little"] = int(
             (frame["script"] < 0.5).sum()
         )
-    reasons = frame["reasons"][frame["reasons"].str.contains("cut to fit", regex=False)]
-    for column in sorted({name for one in reasons for name, why in json.loads(one).items()
-                          if "cut to fit" in why}):  # fmt: skip
-        cut = sum("cut to fit" in json.loads(one).get(column, "") for one in reasons)
-        found[f"were cut to fit the model of {column}"] += cut
+    for one in frame["reasons"][frame["reasons"].str.contains("cut to fit", regex=False)]:
+        found.update(f"were cut to fit the model of {name}"
+                     for name, why in sorted(json.loads(one).items()) if "cut to fit" in why)
     return +found
-
-
-def _spread(values: np.ndarray) -> dict[str, float]:
-    found = values[np.isfinite(values)]
-    if not len(found):
-        return dict.fromkeys(("mean", "1 %", "median", "99 %"), np.nan)
-    low, middle, high = np.percentile(found, (1, 50, 99))
-    return {"mean": float(found.mean(dtype=np.float64)), "1 %": low, "median": middle, "99 %": high}
 
 
 def _duration(seconds: float) -> str:

@@ -17,8 +17,7 @@ from statsmodels.stats.proportion import proportion_confint
 from instructmining_core.data.choices import Question
 from instructmining_core.finetuning.ledger import Ledger
 
-from ..claims import FAILS, HOLDS, UNDECIDED
-from ..reports import NOT_ASKED
+from ..claims import FAILS, HOLDS, UNDECIDED, unasked
 from ..study import Study
 from .comparisons import LOSSES
 from .planted_defects import CLEAN
@@ -34,9 +33,9 @@ def answered_right(records: Sequence[Mapping], task: str) -> np.ndarray:
 def difference(right: np.ndarray, versus: np.ndarray) -> dict[str, float]:
     """Difference of two groups' accuracy, paired by question, with a 95 % interval.
 
-    right, versus : of `answered_right`, the same questions. The variance is that over questions
-    plus, of a group with several models, that over models: a little is counted twice. With one
-    model a side the interval speaks of these two models.
+    right, versus : of `answered_right`. The variance is that over questions plus, of a group with
+    several models, that over models: a little is counted twice. With one model a side the interval
+    speaks of these two models.
     """
     apart = right.mean(0) - versus.mean(0)
     terms = [(apart.var(ddof=1) / len(apart), len(apart) - 1)]
@@ -187,8 +186,7 @@ def proxy_claim(table: pd.DataFrame) -> dict[str, str]:
     whole of a correlation.
     """
     if table.empty:
-        return {"ours": "no run was asked a task (data.choices is empty)", "detectable": "-",
-                "verdict": NOT_ASKED}  # fmt: skip
+        return unasked("no run was asked a task (data.choices is empty)")
     primary, ours, verdicts = table[table["loss"].isin(PRIMARY)], [], []
     for task, part in primary.groupby("task", sort=False):
         name, words = task.removeprefix("accuracy_").removesuffix("_norm"), {}

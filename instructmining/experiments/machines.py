@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -51,11 +52,8 @@ def repeat_runs(study: Study, count: int, *, dtype: str, threads: int) -> pd.Dat
     """Do finished runs of the study again on this machine; both losses of each side by side.
 
     dtype, threads : in place of those of the first time; "" and 0 leave the first's dtype and
-        torch's own number. What is done stays in `results/<profile>/again`: a stopped comparison
-        goes on.
-
-    Returns one row a run: `NAMES`, then `<column>_first` and `<column>_again` for `MADE_WITH` and
-    each of `LOSSES`.
+    torch's own number. What is done stays in `results/<profile>/again`, for a stopped comparison.
+    One row a run: `NAMES`, then `<column>_first` and `<column>_again` of `MADE_WITH` and `LOSSES`.
     """
     first, ledger = runs_to_repeat(study, count), study.ledger_of(study.find("ledger"))
     records = [ledger.read(run_id) for run_id in first["run_id"]]
@@ -105,16 +103,15 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
     spread, the first losses' sd over the runs of the sweep; rank_correlation of both losses there.
     """
     rows = []
-    for setting, part in table.groupby(SETTING):
-        sweep = part[part["purpose"] == "sweep"]
-        for loss in LOSSES:
-            moved = part[f"{loss}_again"] - part[f"{loss}_first"]
-            both = sweep[[f"{loss}_first", f"{loss}_again"]]
-            rows.append({
-                **dict(zip(SETTING, setting, strict=True)), "loss": loss, "runs": len(part),
-                "mean": moved.mean(), "largest": moved.abs().max(), "spread": both.iloc[:, 0].std(),
-                "rank_correlation": both.corr("spearman").iloc[0, 1],
-            })  # fmt: skip
+    for (setting, part), loss in product(table.groupby(SETTING), LOSSES):
+        first, again = part[f"{loss}_first"], part[f"{loss}_again"]
+        sweep = part["purpose"] == "sweep"
+        rows.append({
+            **dict(zip(SETTING, setting, strict=True)), "loss": loss, "runs": len(part),
+            "mean": (again - first).mean(), "largest": (again - first).abs().max(),
+            "spread": first[sweep].std(),
+            "rank_correlation": first[sweep].corr(again[sweep], "spearman"),
+        })  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -124,14 +121,13 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
     pairs; `first` and `again`, means over the pairs of log loss of random minus selected rows on
     the reporting set; `turned`, whether the sign did.
     """
-    gate, found = table[table["purpose"] == "gate"], {}
+    gate = table[table["purpose"] == "gate"]
     if gate.empty:
         return gate
-    for when in ("first", "again"):
-        losses = gate.pivot(index=[*SETTING, "pool", "seed"], columns="method",
-                            values=f"loss_eval_2_{when}")  # fmt: skip
-        found[when] = np.log(losses["random"]) - np.log(losses["selected"])
-    groups = pd.DataFrame(found).reset_index().groupby([*SETTING, "pool"])
-    means = groups[["first", "again"]].mean()
+    times = {f"loss_eval_2_{when}": when for when in ("first", "again")}
+    losses = np.log(gate.pivot(index=[*SETTING, "pool", "seed"], columns="method", values=[*times]))
+    gained = losses.xs("random", axis=1, level=1) - losses.xs("selected", axis=1, level=1)
+    groups = gained.rename(columns=times).groupby([*SETTING, "pool"])
+    means = groups.mean()
     means.insert(0, "pairs", groups.size())
     return means.assign(turned=means["first"] * means["again"] < 0).reset_index()

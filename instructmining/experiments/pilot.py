@@ -117,7 +117,7 @@ def arm_plan(study: Study, frame: pd.DataFrame, noise: SeedVariance, arm: str = 
 
 
 def running_order(study: Study, frame: pd.DataFrame, arm: str) -> pd.DataFrame:
-    """The sets of one arm in the order in which a plan counts them, mixed by the design's seed."""
+    """The sets of one arm as a plan counts them, mixed by the design's seed."""
     rows = frame[frame["arm"].isin(ARMS[arm])]
     return rows.sample(frac=1.0, random_state=study.profile.design.seed)
 
@@ -156,11 +156,10 @@ def replanned(study: Study, frame: pd.DataFrame, sweep: pd.DataFrame,
               pilot: SeedVariance) -> pd.DataFrame:
     """Planned against realised half-widths of the designed arm, every 30 runs.
 
-    frame : `Study.set_frame`; sweep : `Study.sweep`. One row a number of runs and a coefficient:
-    noise, planned, low, high (by what was known before these runs: the pilot, then the fit to the
-    runs that were in); residual_sd, realised (same formula, with the residual sd that these runs
-    have), hc3 (half of the interval that the rule reports). Numbers of runs that can't be fitted
-    are left out; half-widths are log loss per sd of a row.
+    frame : `Study.set_frame`; sweep : `Study.sweep`. One row a number of runs that can be fitted
+    and a coefficient: noise, planned, low, high (by what was known before these runs: the pilot,
+    then the fit to the runs that were in); residual_sd, realised (same formula, these runs' own
+    residual sd), hc3 (half of the rule's interval); log loss per sd of a row.
     """
     columns = study.profile.rule_columns()
     constants = Standardizer.fit(study.candidate_scores, columns)
