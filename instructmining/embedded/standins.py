@@ -35,7 +35,7 @@ from torch.nn import functional
 
 from instructmining_core import files
 from instructmining_core.config import InstructMiningError, ModelRef
-from instructmining_core.data.tokenization import PLAIN, segments
+from instructmining_core.data.tokenization import PLAIN, plain_pieces
 from instructmining_core.indicators.turns import Turn
 from instructmining_core.indicators.unieval import QUESTIONS, prompt
 from instructmining_core.models import hub
@@ -164,7 +164,7 @@ def documents(rows: pd.DataFrame) -> list[str]:
     texts = []
     for symbol, part in rows.groupby("symbol", sort=True):
         if asked_rng.random() < ASKED_SHARE:
-            texts += ["".join(text for text, _ in segments(m, "")) for m in part["messages"]]
+            texts += ["".join(one.text for one in plain_pieces(m, "")) for m in part["messages"]]
         else:
             texts.append("\n\n".join([symbol, *part["response"]]))
     return texts

@@ -51,18 +51,6 @@ def template_version(tokenizer, template: str = "auto") -> str:
     return CHAT if template == "chat" or (template == "auto" and has_one) else PLAIN
 
 
-def segments(messages: Sequence[Message], eos: str) -> list[tuple[str, bool]]:
-    """Text pieces of a conversation in the plain template, each with whether it is a target.
-
-    Without a last assistant message the pieces end in the header that asks for one, so the same
-    function writes the prompt of a generation.
-
-    >>> segments([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}], "<e>")
-    [('User:\\nHi\\n\\nAssistant:\\n', False), ('Yo', True), ('<e>', True)]
-    """
-    return [(piece.text, piece.target) for piece in _plain_pieces(messages, eos)]
-
-
 def encode(
     tokenizer, messages: Sequence[Message], *, max_tokens: int, template: str = "auto"
 ) -> Encoded:
@@ -118,9 +106,8 @@ def end_ids(tokenizer) -> frozenset[int]:
     """Ids of the tokens that end an answer: eos, and the chat template's end of a turn."""
     ends = {tokenizer.eos_token_id} - {None}
     if getattr(tokenizer, "chat_template", None):
-        markup = _Markup(tokenizer).between(("user", "assistant"))[-1]
         writer = _Writer(tokenizer, "chat")
-        end = Piece(markup, True, markup=True)
+        end = Piece(writer.between(("user", "assistant"))[-1], True, markup=True)
         writer.learn([end])
         ids, targets = writer.write([end])
         ends |= {i for i, target in zip(ids, targets, strict=True) if target}
@@ -145,7 +132,15 @@ class Piece(NamedTuple):
     markup: bool = False
 
 
-def _plain_pieces(messages: Sequence[Message], eos: str) -> list[Piece]:
+def plain_pieces(messages: Sequence[Message], eos: str) -> list[Piece]:
+    """A conversation in the plain template.
+
+    Without a last assistant message the pieces end in the header that asks for one.
+
+    >>> talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    >>> [piece.text for piece in plain_pieces(talk, "<e>")]
+    ['User:\\nHi\\n\\nAssistant:\\n', 'Yo', '<e>']
+    """
     pieces: list[Piece] = []
     waiting = ""  # text that is no target, until the next response
     for message in messages:
@@ -167,54 +162,8 @@ def _asks(messages: Sequence[Message]) -> bool:
     return bool(messages) and messages[-1]["role"] != "assistant"
 
 
-class _Markup:
-    """What a tokenizer's chat template writes around the messages' contents, by their roles."""
-
-    def __init__(self, tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.known: dict[tuple[str, ...], list[str] | None] = {}
-
-    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
-        """The pieces of a conversation."""
-        between = self.between([m["role"] for m in messages])
-        if between is None:
-            messages = _folded(messages)
-            between = self.between([m["role"] for m in messages])
-        if between is None:
-            raise InstructMiningError(
-                f"The tokenizer's chat template refuses a conversation with the roles "
-                f"{[m['role'] for m in messages]}; set template: plain."
-            )
-        pieces = [Piece(between[0], False, markup=True)]
-        for message, after in zip(messages, between[1:], strict=True):
-            answer = is_answer(message)
-            pieces += [Piece(message["content"], answer), Piece(after, answer, markup=True)]
-        return pieces
-
-    def between(self, roles: Sequence[str]) -> list[str] | None:
-        """Texts before, between and after the contents; None where the template refuses the roles.
-
-        Templates are written with places in the contents' stead: text of a row is never read as
-        markup, and never trimmed.
-        """
-        roles = tuple(roles)
-        if roles not in self.known:
-            self.known[roles] = self._rendered(roles)
-        return self.known[roles]
-
-    def _rendered(self, roles: tuple[str, ...]) -> list[str] | None:
-        from jinja2 import TemplateError
-
-        messages = [{"role": r, "content": f"\ue000{i}\ue001"} for i, r in enumerate(roles)]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=_asks(messages),
-                date_string="26 Jul 2024",  # LLaMA 3 would write today's: other tokens every day
-            )  # fmt: skip
-        except TemplateError:
-            return None
-        parts = _PLACE.split(text)
-        return parts[::2] if parts[1::2] == [str(i) for i in range(len(roles))] else None
+def _roles(messages: Sequence[Message]) -> tuple[str, ...]:
+    return tuple(message["role"] for message in messages)
 
 
 def _folded(messages: Sequence[Message]) -> list[Message]:
@@ -252,23 +201,58 @@ class _Writer:
 
     def __init__(self, tokenizer, template: str) -> None:
         self.tokenizer = tokenizer
-        self.markup = None
-        if template_version(tokenizer, template) == CHAT:
-            self.markup = _Markup(tokenizer)
+        self.chat = template_version(tokenizer, template) == CHAT
         bos = tokenizer.bos_token_id
-        self.bos = [] if bos is None or self.markup else [bos]  # a chat template writes its own
+        self.bos = [] if bos is None or self.chat else [bos]  # a chat template writes its own
         self.eos = str(tokenizer.eos_token)
         self.known: dict[tuple[str, bool], list[int]] = {
             ("", False): [], ("", True): [], (self.eos, True): [tokenizer.eos_token_id],
         }  # fmt: skip
         self.special = set(tokenizer.all_special_ids)
         self.special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.rendered: dict[tuple[str, ...], list[str] | None] = {}
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
         """A conversation as the template writes it."""
-        if self.markup and messages:
-            return self.markup.pieces(messages)
-        return _plain_pieces(messages, self.eos)
+        if not self.chat or not messages:
+            return plain_pieces(messages, self.eos)
+        between = self.between(_roles(messages))
+        if between is None:
+            messages = _folded(messages)
+            between = self.between(_roles(messages))
+        if between is None:
+            raise InstructMiningError(
+                f"The tokenizer's chat template refuses a conversation with the roles "
+                f"{list(_roles(messages))}; set template: plain."
+            )
+        pieces = [Piece(between[0], False, markup=True)]
+        for message, after in zip(messages, between[1:], strict=True):
+            answer = is_answer(message)
+            pieces += [Piece(message["content"], answer), Piece(after, answer, markup=True)]
+        return pieces
+
+    def between(self, roles: tuple[str, ...]) -> list[str] | None:
+        """What the chat template writes before, between and after the contents; None where it
+        refuses the roles.
+
+        It is given places in the contents' stead: text of a row is never read as markup, and never
+        trimmed.
+        """
+        from jinja2 import TemplateError
+
+        if roles not in self.rendered:
+            messages = [{"role": r, "content": f"\ue000{i}\ue001"} for i, r in enumerate(roles)]
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=_asks(messages),
+                    date_string="26 Jul 2024",  # LLaMA 3 would write today's: other tokens daily
+                )  # fmt: skip
+            except TemplateError:
+                text = ""
+            parts = _PLACE.split(text)
+            whole = parts[1::2] == [str(i) for i in range(len(roles))]
+            self.rendered[roles] = parts[::2] if whole else None
+        return self.rendered[roles]
 
     def learn(self, pieces: Iterable[Piece]) -> None:
         """Tokenise the pieces that are not known yet."""

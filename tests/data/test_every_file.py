@@ -31,7 +31,7 @@ from instructmining_core.data.records import (
     read_records,
     row_hash,
 )
-from instructmining_core.data.tokenization import segments
+from instructmining_core.data.tokenization import plain_pieces
 from instructmining_core.files import root
 from instructmining_core.indicators.turns import read
 
@@ -180,7 +180,7 @@ def test_answers_that_are_not_to_be_learnt_are_context(name):
     assert (row_hash(found) == row_hash(said("a", "b", "c", "d"))) == (not at)
     assert read(found).ends == tuple(i for i in (1, 3) if i not in at)
     assert ("takes its answer out" in read(found).problem) == (at == {1, 3})
-    targets = [text for text, target in segments(found, "</s>") if target]
+    targets = [piece.text for piece in plain_pieces(found, "</s>") if piece.target]
     assert targets == [part for i, text in ((1, "b"), (3, "d")) if i not in at
                        for part in (text, "</s>")]  # fmt: skip
 

@@ -12,7 +12,7 @@ from instructmining_core.data.tokenization import (
     encode,
     encode_many,
     end_ids,
-    segments,
+    plain_pieces,
     template_version,
 )
 
@@ -53,15 +53,15 @@ def shown(tokenizer, row: Encoded) -> tuple[str, str]:
 
 def test_segments_are_the_stated_template():
     turns = [{"role": "system", "content": "S"}, user("a"), reply("b"), user("c"), reply("d")]
-    assert segments(turns, "</s>") == [
+    assert [piece[:2] for piece in plain_pieces(turns, "</s>")] == [
         ("System:\nS\n\nUser:\na\n\nAssistant:\n", False), ("b", True), ("</s>", True),
         ("\n\nUser:\nc\n\nAssistant:\n", False), ("d", True), ("</s>", True),
     ]
 
 
 def test_segments_without_an_answer_ask_for_one():
-    assert segments([user("a")], "</s>") == [("User:\na\n\nAssistant:\n", False)]
-    assert segments([user("a"), reply("b"), user("c")], "e")[-1] == (
+    assert plain_pieces([user("a")], "</s>") == [("User:\na\n\nAssistant:\n", False, False)]
+    assert plain_pieces([user("a"), reply("b"), user("c")], "e")[-1][:2] == (
         "\n\nUser:\nc\n\nAssistant:\n", False)
 
 
