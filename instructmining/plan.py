@@ -56,9 +56,8 @@ def stage_plans(study: Study, stage: str) -> tuple[list[PlannedRun], tuple[pd.Da
 
 def asked_stages(profile: Profile) -> list[str]:
     """The stages that a profile has any runs for, but those of notebooks 09 to 11."""
-    asked = {"regime": profile.regime.rows, "dose": has_doses(profile), "sweep": True, "gate": True,
-             "refit": profile.selection.refits}  # fmt: skip
-    return [stage for stage in STAGES if asked[stage]]
+    asked = (profile.regime.rows, has_doses(profile), True, True, profile.selection.refits)
+    return [stage for stage, any_runs in zip(STAGES, asked, strict=True) if any_runs]
 
 
 def expected_runs(profile: Profile, stage: str, sources: int, pools: int) -> int:
@@ -171,16 +170,13 @@ def run_stage(study: Study, stage: str, hours: float) -> int:
     plans, tables = stage_plans(study, stage)
     ids = run_ids(study, stage, plans)
     left = [plan for plan, one in zip(plans, ids, strict=True) if not study.ledger.has(one)]
-    begun, done = time.monotonic(), 0
-    while done < len(left):
+    begun, done, size = time.monotonic(), 0, FIRST
+    while size > 0 and done < len(left):
+        chunk = left[done : done + size]
+        study.run(stage, chunk, tables=tables)
+        done += len(chunk)
         spent = time.monotonic() - begun
-        size = FIRST
-        if done:
-            size = min(CHUNK, int((3600 * hours - spent) / (spent / done)))
-        if size < 1:
-            break
-        study.run(stage, left[done : done + size], tables=tables)
-        done += len(left[done : done + size])
+        size = min(CHUNK, int((3600 * hours - spent) / (spent / done)))
     return done
 
 

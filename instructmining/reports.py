@@ -179,9 +179,9 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
 
 
 class PoolKind(NamedTuple):
-    """What a pool is to a rule: one of the four names above, and what was compared."""
+    """What a pool is to a rule, and what was compared."""
 
-    name: str
+    name: str  # FITTED, KNOWN, UNSEEN or UNTOLD
     why: str
 
 
@@ -197,8 +197,7 @@ def pool_kind(
     sources = set(card.fitted_on.sources)
     rows = "the fitted rows are not at hand"
     if fitted is not None:
-        same = int(scores["row_hash"].isin(set(fitted["row_hash"]) - {""}).sum())
-        if same:
+        if same := int(scores["row_hash"].isin(set(fitted["row_hash"]) - {""}).sum()):
             return PoolKind(FITTED, f"{same} of {len(scores)} rows are among those that the rule's "
                                     "sets came from")  # fmt: skip
         sources |= set(fitted["source"])
@@ -258,19 +257,18 @@ def headline(table: pd.DataFrame) -> str:
 
 def contrast_line(row: Mapping) -> str:
     """One contrast in a line: verdict, difference, interval, and what could have been seen."""
-    seen = f"could have seen {_percent(row['detectable'])}"
-    return (f"{row['verdict']}: {_signed(row['difference'])} "
-            f"[{_signed(row['low'])}, {_signed(row['high'])}], {seen}")  # fmt: skip
+    difference, low, high = (_signed(row[name]) for name in ("difference", "low", "high"))
+    return (f"{row['verdict']}: {difference} [{low}, {high}], could have seen "
+            f"{_percent(row['detectable'])}")  # fmt: skip
 
 
 def _found(part: pd.DataFrame) -> str:
     if len(part) == 1:
         return contrast_line(part.iloc[0])
     better, worse = (part["verdict"].str.startswith(word).sum() for word in ("better", "worse"))
-    return (f"better in {better} and worse in {worse} of {len(part)} pools, "
-            f"differences {_signed(part['difference'].min())} to "
-            f"{_signed(part['difference'].max())}, could have seen "
-            f"{_percent(part['detectable'].max())} in each")  # fmt: skip
+    least, most = _signed(part["difference"].min()), _signed(part["difference"].max())
+    return (f"better in {better} and worse in {worse} of {len(part)} pools, differences {least} to "
+            f"{most}, could have seen {_percent(part['detectable'].max())} in each")  # fmt: skip
 
 
 def _what_it_means(table: pd.DataFrame) -> list[str]:
@@ -288,16 +286,14 @@ def _what_it_means(table: pd.DataFrame) -> list[str]:
 def _rows(part: pd.DataFrame) -> list[str]:
     head = ["pool", "contrast", "runs", "difference", "other prompts", "could have seen",
             "within ±1 %", "verdict"]  # fmt: skip
-    rows = []
-    for row in part.to_dict("records"):
-        main = " (primary)" if row["role"] == "primary" else ""
-        rows.append([
-            _text(row["pool"]), f"{row['method']} against {row['versus']}{main}",
-            f"{row['n']} against {row['n_versus']}",
-            f"{_signed(row['difference'])} {_interval(row['low'], row['high'])}",
-            _interval(row["low_prompts"], row["high_prompts"]), _percent(row["detectable"]),
-            "yes" if row["p_margin"] < 0.05 else "not shown", f"**{row['verdict']}**",
-        ])  # fmt: skip
+    rows = [[
+        _text(row.pool),
+        f"{row.method} against {row.versus}{' (primary)' if row.role == 'primary' else ''}",
+        f"{row.n} against {row.n_versus}",
+        f"{_signed(row.difference)} {_interval(row.low, row.high)}",
+        _interval(row.low_prompts, row.high_prompts), _percent(row.detectable),
+        "yes" if row.p_margin < 0.05 else "not shown", f"**{row.verdict}**",
+    ] for row in part.itertuples()]  # fmt: skip
     return markdown_table(head, [[cell.replace("|", "/") for cell in row] for row in rows])
 
 
@@ -425,13 +421,12 @@ def front_page(effects: pd.DataFrame, verdict: pd.DataFrame) -> str:
 
     effects : from `gate_effects`, with `facts_of` in `.attrs["facts"]`; verdict : every claim
     """
-    facts = effects.attrs["facts"]
+    facts = {name: escape(text, quote=False) for name, text in effects.attrs["facts"].items()}
     lines = [
         f"**Does a rule learned as InstructMining learns it pick better rows than chance?** "
         f"{ANSWERS[verdict_of(effects, 'random')]}.", "",
-        f"A rule was fitted to {escape(facts['rule'], quote=False)}, and picked rows from "
-        f"{escape(facts['pools'], quote=False)}; {escape(facts['base'], quote=False)} was "
-        "finetuned on them and on rows drawn at random.", "",
+        f"A rule was fitted to {facts['rule']}, and picked rows from {facts['pools']}; "
+        f"{facts['base']} was finetuned on them and on rows drawn at random.", "",
         f"- Against random rows they {_against(effects, 'random')}.",
     ]  # fmt: skip
     if (effects["versus"] == MATCHED).any():

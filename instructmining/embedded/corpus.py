@@ -1,10 +1,9 @@
 """The embedded corpus: docstrings of the standard library and of installed packages as records.
 
 "What does scipy.signal.welch do?" is answered by the first words of its docstring; parameters,
-returned values, errors and notes give further kinds of question. Each library is a source. The text
-is real English that is already on the disk, so the default study needs no network. Only what the
-study's own pinned constraints install is named; packages are found with `importlib.util.find_spec`
-and files are parsed with `ast`: nothing is imported or run.
+returned values, errors and notes give further kinds of question. Each library is a source; only
+what the study's pinned constraints install is named. Files are found with
+`importlib.util.find_spec` and parsed with `ast`: nothing is imported or run.
 
 Rows are split for base model, stand-ins, candidates, pool and two evaluation sets with two
 promises: all rows of one function are in one split, and no row of a split is a near copy of a row
@@ -107,6 +106,9 @@ def find_library(name: str) -> Library | None:
     return Library(name, version, licence, Path(list(spec.submodule_search_locations)[0]))
 
 
+_distributions = cache(metadata.packages_distributions)
+
+
 def _package_metadata(name: str) -> tuple[str, str]:
     """Version without its local part ("2.13.0", not "2.13.0+cpu") and licence."""
     owners = _distributions().get(name) or [name]
@@ -121,23 +123,17 @@ def _package_metadata(name: str) -> tuple[str, str]:
     return found["Version"].split("+")[0], licence
 
 
-@cache
-def _distributions() -> dict[str, list[str]]:
-    return dict(metadata.packages_distributions())
-
-
 def source_files(library: Library) -> dict[str, Path]:
     """The library's source files by path relative to its root, without tests and vendored code."""
     roots = [library.root]
     if library.name == STDLIB:
         modules = [library.root / name for name in STDLIB_MODULES]
         roots = [p.with_suffix(".py") if p.with_suffix(".py").is_file() else p for p in modules]
-    skipped = [_SKIPPED, *([_SKIPPED_OF[library.name]] if library.name in _SKIPPED_OF else [])]
-    found = {}
+    found, own = {}, _SKIPPED_OF.get(library.name, _SKIPPED)
     for root in roots:
         for path in [root] if root.is_file() else sorted(root.rglob("*.py")):
             inside = path.relative_to(root).as_posix()  # "." for a module of one file
-            if not any(pattern.search(inside) for pattern in skipped):
+            if not (_SKIPPED.search(inside) or own.search(inside)):
                 found[path.relative_to(library.root).as_posix()] = path
     return found
 
@@ -208,11 +204,10 @@ class Corpus:
     """The embedded corpus.
 
     table : record table (id, source, messages, file, row) with columns `symbol` (the function's
-        dotted name), `question` (kind of question), `prompt`, `response`, `split`, `group`
-        (near-copy group), and empty `kind` and `twin` (filled when defects are planted)
-    versions : columns source, version, licence, rows, hash (of all its rows as read), held ("same"
-        as the committed hash of that version, "different" from it, or "unknown version": recorded,
-        not a failure)
+        dotted name), `question` (its kind), `prompt`, `response`, `split`, `group` (near-copy
+        group), and empty `kind` and `twin` (filled when defects are planted)
+    versions : columns source, version, licence, rows, hash (of its rows as read), held ("same" as
+        the committed hash of that version, "different", or "unknown version": no failure)
     key : hash of versions, sizes and the code that reads: the cache's key
     """
 
@@ -242,10 +237,17 @@ def build_corpus(size: str) -> Corpus:
             f"Only {len(candidates)} candidate libraries are installed ({', '.join(candidates)}), "
             f"{MIN_CANDIDATE_LIBRARIES} are needed; install the pinned constraints (`make study`)."
         )
-    key, folder = _key(found, SIZES[size]), files.cache() / "pydocs"
-    if not (folder / f"{key}.parquet").exists():
-        _write(folder, key, *_read_and_split(found, size))
-    return _load(folder, key)
+    names = [(f.name, f.version) for f in found]
+    # the standard library's text changes with the patch version alone
+    what = json.dumps([names, asdict(SIZES[size]), VERSION, SEED], sort_keys=True)
+    key = hashlib.sha256(what.encode()).hexdigest()[:16]
+    place = files.cache() / "pydocs" / f"{key}.parquet"
+    if not place.exists():
+        _write(place, *_read_and_split(found, size))
+    table, about = pd.read_parquet(place), json.loads(place.with_suffix(".json").read_text())
+    table = with_row_hash(table.assign(messages=messages(table["prompt"], table["response"])))
+    table["kind"], table["twin"] = "", ""
+    return Corpus(table, pd.DataFrame(about["versions"]), key)
 
 
 def held_hashes() -> dict[str, dict[str, str]]:
@@ -256,8 +258,7 @@ def held_hashes() -> dict[str, dict[str, str]]:
 def read_library(library: Library, most: int) -> pd.DataFrame:
     """All usable rows of one library, before near copies are looked at.
 
-    most : rows after which no further file is opened; files come in the order of the hash of their
-        names, so a part of a library is a random part of it
+    most : rows after which no further file is opened; files come in the order of their names' hash
     returns : columns id, source, file (relative to the library), row (0-based line of the
         definition), symbol, question, prompt, response; one row a piece of a docstring. Of two
         definitions with one name the first is kept.
@@ -320,13 +321,6 @@ def _prompt(symbol: str, is_class: bool, piece: docstrings.DocstringPiece) -> st
     return wordings[pick % len(wordings)].format(name=symbol, about=piece.about)
 
 
-def _key(found: Sequence[Library], sizes: SplitSizes) -> str:
-    names = [(f.name, f.version) for f in found]
-    # the standard library's text changes with the patch version alone
-    what = json.dumps([names, asdict(sizes), VERSION, SEED], sort_keys=True)
-    return hashlib.sha256(what.encode()).hexdigest()[:16]
-
-
 def _read_and_split(found: Sequence[Library], size: str) -> tuple:
     sizes = SIZES[size]
     bar = tqdm(found, desc="reading docstrings", unit="library", disable=None)  # on a terminal
@@ -345,20 +339,12 @@ def _read_and_split(found: Sequence[Library], size: str) -> tuple:
     return table, pd.DataFrame(versions)
 
 
-def _write(folder: Path, key: str, table: pd.DataFrame, versions: pd.DataFrame) -> None:
+def _write(place: Path, table: pd.DataFrame, versions: pd.DataFrame) -> None:
     """Versions first: a table in the cache always has its versions beside it."""
     about = {"versions": versions.to_dict("records")}
-    files.write_atomic(folder / f"{key}.json", json.dumps(about, indent=1))
-    with files.being_written(folder / f"{key}.parquet") as part:
+    files.write_atomic(place.with_suffix(".json"), json.dumps(about, indent=1))
+    with files.being_written(place) as part:
         table.to_parquet(part)
-
-
-def _load(folder: Path, key: str) -> Corpus:
-    table = pd.read_parquet(folder / f"{key}.parquet")
-    about = json.loads((folder / f"{key}.json").read_text())
-    table = with_row_hash(table.assign(messages=messages(table["prompt"], table["response"])))
-    table["kind"], table["twin"] = "", ""
-    return Corpus(table, pd.DataFrame(about["versions"]), key)
 
 
 def messages(prompts: Sequence[str], responses: Sequence[str]) -> list[list[dict[str, str]]]:
@@ -386,10 +372,8 @@ def split_rows(
     runs = runs[~runs["text"].isin(common)]
     table = rows.assign(group=groups(runs, len(rows))).drop(index=rows.index[common])
     lonely = _lonely_symbols(table)
-    parts = [
-        _split_library(part, roles[source], sizes, lonely, seed)
-        for source, part in table.groupby("source", sort=False)
-    ]
+    parts = [_split_library(part, roles[source], sizes, lonely, seed)
+             for source, part in table.groupby("source", sort=False)]  # fmt: skip
     table = table.assign(split=pd.concat(parts))
     kept = _one_split_per_group(table[table["split"] != ""])
     return kept.assign(group=pd.factorize(kept["group"])[0]).reset_index(drop=True)
@@ -436,10 +420,8 @@ def _fill(role: str, sizes: SplitSizes, count: np.ndarray) -> list[str]:
         first = min(sizes.candidates, int(sizes.candidate_share * total))
         second = min(sizes.pool, int(sizes.pool_share * total))
     reached = np.cumsum(count)
-    return [
-        "candidates" if r <= first else "pool" if r <= first + second else "base_text"
-        for r in reached
-    ]
+    return ["candidates" if r <= first else "pool" if r <= first + second else "base_text"
+            for r in reached]  # fmt: skip
 
 
 def _one_split_per_group(table: pd.DataFrame) -> pd.DataFrame:

@@ -140,10 +140,8 @@ def _false(word: str) -> str | None:
     return other.capitalize() if word[0].isupper() else other
 
 
-_MAKERS: dict[str, Defect] = {
-    "other_answer": other_answer, "scrambled": scrambled, "cut_short": cut_short,
-    "repetitive": repetitive, "fluent_wrong": fluent_wrong, "wrong_identifier": wrong_identifier,
-}  # fmt: skip
+_MAKERS: dict[str, Defect] = {one.__name__: one for one in (
+    other_answer, scrambled, cut_short, repetitive, fluent_wrong, wrong_identifier)}  # fmt: skip
 
 
 def twins(
@@ -241,12 +239,10 @@ def study_data(data: DataConfig) -> StudyData:
     table = corpus.table
     candidates = table[table["split"] == "candidates"]
     fitted = [name for name in CANDIDATES if name in set(candidates["source"])]
-    fitted = fitted[: data.libraries] if data.libraries else fitted
+    fitted = fitted[: data.libraries or None]
     unseen = [name for name in UNSEEN if name in set(table["source"])]
-    parts = [
-        _some(candidates[candidates["source"] == name], data.rows_per_source, data.seed)
-        for name in fitted
-    ]
+    parts = [_some(candidates[candidates["source"] == name], data.rows_per_source, data.seed)
+             for name in fitted]  # fmt: skip
     candidates = plant(pd.concat(parts, ignore_index=True), data.defect_share, data.seed)
     pools = _pools(table[table["split"] == "pool"], fitted, unseen, data)
     sources = [*fitted, *unseen]
@@ -264,14 +260,11 @@ def study_data(data: DataConfig) -> StudyData:
 def _pools(
     rows: pd.DataFrame, fitted: list[str], unseen: list[str], data: DataConfig
 ) -> dict[str, pd.DataFrame]:
-    pools = {}
-    for share in data.defect_pools:
-        name = f"unseen sources, {100 * share:.0f} % defects"
-        pools[name] = _pool(rows[rows["source"].isin(unseen)], share, data)
-    known = rows[rows["source"].isin(fitted)]
-    name = f"unseen rows of fitted sources, {100 * FITTED_POOL_DEFECTS:.0f} % defects"
-    pools[name] = _pool(known, FITTED_POOL_DEFECTS, data)
-    return pools
+    asked = [("unseen sources", unseen, share) for share in data.defect_pools]
+    asked.append(("unseen rows of fitted sources", fitted, FITTED_POOL_DEFECTS))
+    return {f"{name}, {100 * share:.0f} % defects":
+            _pool(rows[rows["source"].isin(sources)], share, data)
+            for name, sources, share in asked}  # fmt: skip
 
 
 def _pool(rows: pd.DataFrame, share: float, data: DataConfig) -> pd.DataFrame:
@@ -293,8 +286,7 @@ def _some(rows: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
 
 
 def _equally(rows: pd.DataFrame, sources: list[str], prompts: int, seed: int) -> pd.DataFrame:
-    each = prompts // len(sources) if prompts else len(rows)
-    each = max(each, 1)
+    each = max(prompts // len(sources), 1) if prompts else len(rows)
     parts = [_some(rows[rows["source"] == name], each, seed) for name in sources]
     return pd.concat(parts, ignore_index=True)
 

@@ -1,8 +1,7 @@
 """Stand-in models of the profile `smoke`: tiny, made on the spot, kept in the cache.
 
 They take the place of a language model, OASST's reward model and UniEval where every line of the
-study is only to be tried, and go through the same loading code. Each folder holds `STAND_IN.json`,
-so every output says that it came from a stand-in.
+study is only to be tried. Each folder holds `STAND_IN.json`, so every output says where it is from.
 
 Reward model and evaluator learn from libraries that give no candidate, pool or evaluation row, and
 from the kinds of defect in `defects.SEEN_KINDS` only. The evaluator is a T5 asked UniEval's three
@@ -156,9 +155,8 @@ def learnt_rows(corpus: Corpus) -> pd.DataFrame:
 def documents(rows: pd.DataFrame) -> list[str]:
     """The base model's text: what is said about one function is one document.
 
-    rows : the split `base_text` (symbol, prompt, response, messages)
-    Some functions are written as questions and answers in the study's template, the others as
-    plain text under the function's name.
+    rows : the split `base_text` (symbol, prompt, response, messages). Some functions are written as
+    questions and answers in the study's template, the others as plain text under their name.
     """
     asked_rng = np.random.default_rng(0)
     texts = []
@@ -207,10 +205,8 @@ def _twin_texts(
     """Rows and their defective twins as `write` writes them: columns good, bad."""
     bad = twins(rows, kind, seed, donors_from)
     good = rows.set_index("id").loc[bad["twin"]]
-    return pd.DataFrame({
-        "good": [write(row) for row in good.itertuples()],
-        "bad": [write(row) for row in bad.itertuples()],
-    })  # fmt: skip
+    return pd.DataFrame({name: [write(row) for row in part.itertuples()]
+                         for name, part in (("good", good), ("bad", bad))})  # fmt: skip
 
 
 def oasst_text(row) -> str:
@@ -225,10 +221,8 @@ def _reward(rows: pd.DataFrame) -> Made:
     tokenizer = train_tokenizer(
         [*rows["prompt"], *rows["response"]], "$A",
         eos_token=END_OF_TEXT, pad_token=PADDING, additional=(PROMPTER, ASSISTANT))
-    good, bad = (
-        [ids[:REWARD_TOKENS] for ids in _token_ids(tokenizer, pairs[side])]
-        for side in ("good", "bad")
-    )
+    good, bad = ([ids[:REWARD_TOKENS] for ids in _token_ids(tokenizer, pairs[side])]
+                 for side in ("good", "bad"))  # fmt: skip
     torch.manual_seed(REWARD.seed)
     model = GPTNeoXRewardModel(GPTNeoXRewardConfig(
         vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=INNER,
