@@ -12,7 +12,6 @@ import os
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -77,8 +76,7 @@ class Crew:
         self._unopened = 0  # actors in a row that were lost before they were open
         self._jobs: deque[tuple[Hashable, Any, int]] = deque()
         self._idle: list[Any] = []
-        self._opening: dict[Any, Any] = {}
-        self._at_work: dict[Any, tuple[Any, tuple]] = {}
+        self._busy: dict[Any, tuple[Any, tuple | None]] = {}  # ref -> actor, job; None: it opens
 
     def slots(self) -> int:
         """Cores or GPUs of the nodes that are there now."""
@@ -97,7 +95,7 @@ class Crew:
 
     def waiting(self) -> int:
         """Jobs that are not finished."""
-        return len(self._jobs) + len(self._at_work)
+        return len(self._jobs) + sum(job is not None for _, job in self._busy.values())
 
     def finished(self, *, wait: bool) -> list[tuple[Hashable, Any]]:
         """(name, result) of jobs that ended since the last call; None for what kills its actors.
@@ -109,7 +107,7 @@ class Crew:
             self._open_actors(min(self.slots(), self.waiting()))
             while self._idle and self._jobs:
                 actor, job = self._idle.pop(), self._jobs.popleft()
-                self._at_work[actor.do.remote(job[1])] = actor, job
+                self._busy[actor.do.remote(job[1])] = actor, job
             found += self._look(LOOK if wait else 0)
             if found or not wait:
                 break
@@ -117,47 +115,38 @@ class Crew:
 
     def stop(self) -> None:
         """End the actors; what they are at is lost."""
-        busy = [actor for actor, _ in self._at_work.values()]
-        for actor in (*self._idle, *self._opening.values(), *busy):
+        for actor in (*self._idle, *(actor for actor, _ in self._busy.values())):
             self.ray.kill(actor)
-        self._jobs.clear(), self._idle.clear(), self._opening.clear(), self._at_work.clear()
+        self._jobs.clear(), self._idle.clear(), self._busy.clear()
 
     def _open_actors(self, wanted: int) -> None:
         """A job is given to none but an open actor: one may wait long for a node that is lost."""
-        there = len(self._idle) + len(self._opening) + len(self._at_work)
-        for _ in range(wanted - there):
+        for _ in range(wanted - len(self._idle) - len(self._busy)):
             actor = self.kind.remote(self.what)
-            self._opening[actor.open.remote()] = actor
+            self._busy[actor.open.remote()] = actor, None
 
     def _look(self, seconds: float) -> list[tuple[Hashable, Any]]:
         """Sort out what ended within so many seconds: open actors, results, lost jobs."""
-        found, watched = [], [*self._opening, *self._at_work]
+        found, watched = [], list(self._busy)
         self.ray.wait(watched, timeout=seconds)
         ended, _ = self.ray.wait(watched, num_returns=len(watched), timeout=0)
         for ref in ended:
             lost, result = self._outcome(ref)
-            if ref in self._opening:
-                self._opened(self._opening.pop(ref), lost, result)
-                continue
-            actor, (name, job, tries) = self._at_work.pop(ref)
+            actor, job = self._busy.pop(ref)
             if not lost:
                 self._idle.append(actor)
-                found.append((name, result))
-            elif tries + 1 < TRIES:
+            if job is None:
+                self._unopened = self._unopened + 1 if lost else 0
+                self.told = result or self.told
+            elif lost and job[2] + 1 < TRIES:
                 self.ray.kill(actor)
-                self._jobs.appendleft((name, job, tries + 1))
+                self._jobs.appendleft((*job[:2], job[2] + 1))
             else:
-                found.append((name, None))
+                found.append((job[0], result))
+            if self._unopened > TRIES:
+                why = str(lost).strip().rpartition("\n")[2]
+                raise InstructMiningError(f"the cluster's workers end before they work: {why}")
         return found
-
-    def _opened(self, actor: Any, lost: Exception | None, result: Any) -> None:
-        self._unopened = self._unopened + 1 if lost else 0
-        if self._unopened > TRIES:
-            why = str(lost).strip().rpartition("\n")[2]
-            raise InstructMiningError(f"the cluster's workers end before they are at work: {why}")
-        if not lost:
-            self.told = result
-            self._idle.append(actor)
 
     def _outcome(self, ref: Any) -> tuple[Exception | None, Any]:
         """How an actor was lost, or None and what it returned. Raises what it raised."""
@@ -220,16 +209,14 @@ def scored(
     try:
         keys = crew.open()
         cache = ScoreCache(scorer.bank) if keys and scorer.bank is not None else None
-        blocks, numbers = map(read_rows, tables), count()
+        blocks = enumerate(map(read_rows, tables))
         begun: dict[int, ParsedTable] = {}
         done: dict[int, pd.DataFrame] = {}
         more = True
         while more or begun:
             while more and len(begun) < 2 * crew.slots():
-                rows = next(blocks, None)
-                more = rows is not None
-                if more:
-                    number = next(numbers)
+                number, rows = next(blocks, (0, None))
+                if more := rows is not None:
                     begun[number] = rows
                     crew.give(number, _scoring_job(scorer, rows, keys, cache))
             for number, result in crew.finished(wait=True):
@@ -315,7 +302,7 @@ class _Finetuner:
 
 
 class RaySweep:
-    """`sweep.Cluster` by Ray: the ledger is this process's alone, a record is written once."""
+    """`run_sweep`'s cluster by Ray: the ledger is this process's alone, a record written once."""
 
     def __init__(self) -> None:
         self.crew: Crew | None = None

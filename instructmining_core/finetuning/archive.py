@@ -1,8 +1,7 @@
 """Finished runs in a few Parquet files, to be committed: small, only added to, exact.
 
-A ledger is made to be written by many processes; an archive is made to be kept. Each sitting adds
-one part, named by its last day and by what it holds, so that parts of two machines lie side by side
-and a second call adds nothing. From a row the record comes back as it was, number for number.
+Each sitting adds one part, named by its last day and by what it holds, so that parts of two
+machines lie side by side. From a row the record comes back as it was, number for number.
 """
 
 from __future__ import annotations

@@ -26,16 +26,11 @@ KEPT_LOGITS = 1 << 25  # beyond so many at once they are computed a second time 
 def weighted_nll(
     hidden: torch.Tensor, head: Head, output: nn.Module, labels: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted sum of the targets' negative log-likelihoods.
+    """Weighted sum of the targets' nll, a scalar with gradient; and each nll, nats, detached.
 
     hidden : shape (targets, dim), below the output matrix
-    head : how logits come from hidden states (`LM.head`), with a projection
-    output : the output matrix, which `head` uses
-    labels : int64, shape (targets,)
-    weights : float32, shape (targets,), what each target counts in the sum (1 / target tokens of
-        its step gives the step's loss)
-
-    returns : the sum, a scalar with gradient; and the nll of each target, nats, float32, detached
+    head : how logits come from hidden states (`LM.head`); output : the output matrix, which it uses
+    labels : int64, shape (targets,); weights : float32, shape (targets,)
     """
     if head.way == "direct" and not output.weight.requires_grad:
         return _FrozenHead.apply(hidden, output.weight, output.bias, labels, weights)

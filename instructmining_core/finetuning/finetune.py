@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,21 +133,14 @@ class Meter:
         self.device, self.gpu = device, str(device).startswith("cuda")
         if self.gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        else:
-            _reset_peak()
+        with suppress(OSError):  # not Linux: the peak since the process began is all there is
+            Path("/proc/self/clear_refs").write_text("5")
         self.start = time.perf_counter()
 
     def read(self) -> tuple[float, int]:
         """Seconds since the start; peak bytes of the GPU, or of the process."""
         seconds = time.perf_counter() - self.start
         return seconds, torch.cuda.max_memory_allocated(self.device) if self.gpu else _peak()
-
-
-def _reset_peak() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return  # not Linux: the peak since the process began is all there is
 
 
 def _peak() -> int:

@@ -1,11 +1,10 @@
 """One run, one JSON file, done once: what was run, what came out, and who is at it now.
 
-A run is named by the hash of its whole specification, so a finished run is never done twice and two
-runs that differ in anything that can change a number are kept apart. Records are written whole or
-not at all. Who is at work on a run holds its lease, a file beside the record (filelock's
-`SoftFileLease`): of a dead process of this machine it is free at once, of another machine, or of a
-container started again, once it was seen without a sign of life for `EXPIRES` seconds. So any
-number of processes on any machines that see the folder may work on one ledger.
+A run is named by the hash of its whole specification. Records are written whole or not at all. Who
+is at work on a run holds its lease, a file beside the record (filelock's `SoftFileLease`): of a
+dead process of this machine it is free at once, of another machine, or of a container started
+again, once it was seen without a sign of life for `EXPIRES` seconds. So any number of processes on
+any machines that see the folder may work on one ledger.
 """
 
 from __future__ import annotations
@@ -59,9 +58,7 @@ class Ledger:
         return settled(self.read(run_id))
 
     def lock_run(self, run: RunSpec, *, tried: int | None = None) -> bool:
-        """Take a run for this process; False where it is finished or a living process has it.
-
-        tried : attempts recorded when the sweep began; a run that failed since is not taken
+        """Take a run for this process; False where it is `settled` or a living process has it.
 
         Where the lease of a dead process is taken over, its attempt is recorded first, as failed.
         """

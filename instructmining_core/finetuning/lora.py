@@ -191,8 +191,11 @@ class MultiLoRA:
         self.device = sample.device
         self.padded = self.device.type == "cuda"  # a product an adapter would be many launches
         self.dtype = sample.dtype if sample.dtype.is_floating_point else torch.float32
-        self._spans = _spans(self.layers, config.rank)
-        size = self._spans[-1][-1]
+        self._spans, size = [], 0  # first number of each layer's A, first of its B, end
+        for layer in self.layers.values():
+            d_in, d_out = (width * config.rank for width in shapes(layer.layer))
+            self._spans.append((size, size + d_in, size + d_in + d_out))
+            size += d_in + d_out
         self.values, self.gradients, self._mean, self._square = torch.zeros(
             4, len(init_seeds), size, device=self.device)
         self._steps = torch.zeros(len(init_seeds), 1, device=self.device)
@@ -283,16 +286,6 @@ class MultiLoRA:
                 for name, pair in self.tensors(adapter).items()
                 for part, tensor in zip("AB", pair, strict=True)}  # fmt: skip
         save_file(flat, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def _spans(layers: dict[str, MultiLoRALinear], rank: int) -> list[tuple[int, int, int]]:
-    """Where each layer's A and B lie in a row of the matrix: first of A, first of B, end."""
-    spans, at = [], 0
-    for layer in layers.values():
-        d_in, d_out = shapes(layer.layer)
-        spans.append((at, at + d_in * rank, at + (d_in + d_out) * rank))
-        at = spans[-1][-1]
-    return spans
 
 
 def peft_config(config: FinetuneConfig, model: nn.Module) -> LoraConfig:

@@ -1,7 +1,7 @@
 """The specification of one run, and its hash: the run's name. Loads no torch.
 
 Two runs that differ in anything that can change a number have different names; where a model's
-folder lies, or what a figure will call the run, changes no number and is not hashed.
+folder lies, or what a figure will call the run, is not hashed.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,27 +30,10 @@ from .workers import WORTH, Workers, do_group, one_thread, sweep_job, worker_dev
 LOOK = 0.2  # seconds between looks at the runs of other processes
 
 
-class Cluster(Protocol):
-    """What does a sweep's groups elsewhere (`instructmining.ray_engine.RaySweep`)."""
-
-    def slots(self) -> int:
-        """Groups that it can do at once."""
-
-    def begin(self, job: Record, lm: LM, ledger: Ledger) -> None:
-        """Take a job of `workers.sweep_job`."""
-
-    def do(self, group: Sequence[RunSpec]) -> int:
-        """As `workers.do_group`, but for waiting: groups given and records written meanwhile."""
-
-    def start(self) -> None: ...
-    def fallen(self) -> list[str]: ...
-    def stop(self) -> None: ...
-
-
 def run_sweep(
     specs: Sequence[RunSpec], lm: LM, rows: Rows, evals: EvalSets, ledger: Ledger, *,
     together: int | None = None, workers: int | None = None, by_epoch: Collection[str] = (),
-    cluster: Cluster | None = None, progress: bool = False,
+    cluster: Any = None, progress: bool = False,
 ) -> pd.DataFrame:  # fmt: skip
     """Do every run that the ledger does not hold.
 
@@ -60,7 +43,7 @@ def run_sweep(
     workers : processes beside this one; None takes the machine's further cores or GPUs when the
         sweep is long enough; no number of a run depends on it beyond float rounding
     by_epoch : run_ids that are also evaluated after each epoch
-    cluster : does the groups in place of this machine's processes
+    cluster : does the groups in place of this machine's processes (`ray_engine.RaySweep`)
     progress : a bar with runs done, time left, best and worst loss so far
 
     returns : one row a specification, in their order, with its own label (see `ledger.tidy`)

@@ -1,8 +1,6 @@
 """Who does the runs: take them in the ledger, train, write records; further processes do the same.
 
-Any number of processes may do so on one ledger (`do_group`: `Ledger.lock_run`, `run.run_one`,
-`Ledger.write`), and one that is killed costs the runs it was at.
-
+Any number of processes may do so on one ledger, and one that is killed costs the runs it was at.
 The operations of a small model are too short to be worth two threads each, so on a CPU two
 processes of one thread do nearly twice the runs of one process of two. On GPUs each has its own.
 """
@@ -42,8 +40,8 @@ def do_group(
 ) -> int:  # fmt: skip
     """Take the runs of a group, do them, write their records; how many were done or failed.
 
-    by_epoch : see `run_one`
-    tried : attempts of each run_id when the sweep began: what failed since is left alone
+    by_epoch : see `run_one`; tried : attempts of each run_id when the sweep began: what failed
+    since is left alone
     """
     mine = take(group, ledger, tried)
     return put(mine, attempt(mine, lm, rows, evals, by_epoch), ledger)
@@ -98,8 +96,7 @@ def attempt(mine, lm, rows, evals, by_epoch) -> Iterator[Record]:
 def worker_devices(lm: LM, wanted: int | None) -> list[str]:
     """Where processes beside this one may work: a further core each, or a further GPU each.
 
-    wanted : how many the caller asks for; None: all there are. A model that lies in no folder gets
-    none, as a worker could not load it.
+    wanted : None: all there are. A model that lies in no folder gets none: who could load it?
     """
     device = torch.device(lm.device)
     if lm.resolved.folder is None or device.type not in ("cpu", "cuda"):

@@ -46,8 +46,7 @@ def token_budget_batches(
     max_tokens : padded tokens of a batch (rows times longest row); one longer row is alone.
 
     Longest first, so that memory runs out in the first batch or not at all; equal lengths in the
-    order of their numbers. A batch ends early once its padding is 1/32 of the budget: few rows with
-    a large budget would otherwise be mostly padding.
+    order of their numbers. A batch ends early once its padding is 1/32 of the budget.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
@@ -96,7 +95,6 @@ def map_batches(
     lengths, max_tokens : as in `token_budget_batches`.
     on_batch : called with the row numbers and results of each finished batch.
     on_halved : called with the new budget whenever memory ran out.
-    progress : a bar in tokens, with tokens a second and time left.
 
     When memory runs out (GPU or CPU) the batch is cut in two and every later one keeps to the
     smaller size. A row that does not fit alone gives `Failed(reason)`; the others go on.
@@ -147,12 +145,9 @@ def free_bytes(device: str) -> int:
 def fitting_tokens(config, itemsize: int, free: float, logit_rows: float) -> int:
     """Padded tokens of a batch that `free` bytes hold, at least 1.
 
-    config : of the decoder, with `vocab_size`; `hidden_size` is taken for 4,096 where it is unnamed
-    itemsize : bytes of one weight
-    logit_rows : tokens whose logits are made at once; infinite where a batch's are made together
-
-    Each token takes hidden states and MLP activations, and as long as the tokens are fewer than
-    `logit_rows` a row of logits, of their float32 copy and of its log-softmax.
+    config : of the decoder; itemsize : bytes of one weight; logit_rows : tokens whose logits are
+    made at once. Each token takes hidden states and MLP activations, and as long as the tokens are
+    fewer than `logit_rows` a row of logits, of their float32 copy and of its log-softmax.
     """
     hidden = getattr(config, "hidden_size", None) or 4096
     mlp = getattr(config, "intermediate_size", None) or 4 * hidden

@@ -159,8 +159,8 @@ class LM(LoadedModel):
         return getattr(self.config, "max_position_embeddings", None) or float("inf")
 
     def in_batches(
-        self, fn: Callable, lengths: Sequence[int], desc: str, *, tokens: int | None = None,
-        progress: bool = False, on_batch: Callable | None = None,
+        self, fn: Callable, lengths: Sequence[int], desc: str, on_batch: Callable, *,
+        tokens: int | None = None, progress: bool = False,
     ) -> None:  # fmt: skip
         """`map_batches` with the model in evaluation mode, at `tokens` or what memory holds."""
         self.model.eval()
@@ -180,7 +180,6 @@ def load_lm(
 def response_nll(
     lm: LM, rows: Sequence[Encoded], *, batch_tokens: int | None = None, progress: bool = False,
     padding_side: str = "right",
-    on_batch: Callable[[np.ndarray, Sequence[tuple]], None] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Negative log-likelihood of each row's target tokens.
 
@@ -188,7 +187,6 @@ def response_nll(
     batch_tokens : padded tokens of a batch, halved when memory runs out; None takes
         `LM.batch_tokens`, or fewer where the free memory holds fewer.
     padding_side : "right"; "left" is there to show that it does not matter.
-    on_batch : called with row numbers and their tuples (in the order of `COLUMNS`) of each batch.
 
     Returns one row for each of `rows`, in their order:
         nll : float64, sum over target tokens, nats; NaN with a `reason` where it cannot be had.
@@ -215,15 +213,12 @@ def response_nll(
         return [_summary(row, one, ends) for row, one in zip(part, each, strict=True)]
 
     def keep(numbers: np.ndarray, results: Sequence) -> None:
-        results = [_nan(r.reason) if isinstance(r, Failed) else r for r in results]
         for row, result in zip(chosen[numbers], results, strict=True):
-            found[row] = result
-        if on_batch is not None:
-            on_batch(chosen[numbers], results)
+            found[row] = _nan(result.reason) if isinstance(result, Failed) else result
 
     if len(chosen):
-        lm.in_batches(batch, [len(rows[i]) for i in chosen], f"loss of {len(rows)} rows",
-                      tokens=batch_tokens, progress=progress, on_batch=keep)  # fmt: skip
+        lm.in_batches(batch, [len(rows[i]) for i in chosen], f"loss of {len(rows)} rows", keep,
+                      tokens=batch_tokens, progress=progress)  # fmt: skip
     return pd.DataFrame(found, columns=list(COLUMNS))
 
 
@@ -274,7 +269,14 @@ def token_nll(lm: LM, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> 
         (never in the first column). Returns float32, shape (number of wanted tokens,), nats.
     """
     device = next(lm.model.parameters()).device
-    inputs = _inputs(ids, mask, device)
+    inputs = {"input_ids": torch.from_numpy(ids).to(device), "use_cache": False}
+    # With padding at the right no real token can see it: the causal mask alone is exact, and
+    # without a padding mask attention takes its fast path.
+    if not mask[:, 0].all():
+        # At the left real tokens would see it, and their positions would be shifted.
+        inputs["attention_mask"] = torch.from_numpy(mask).to(device)
+        positions = (mask.cumsum(1) - 1).clip(min=0)
+        inputs["position_ids"] = torch.from_numpy(positions).to(device)
     before = torch.from_numpy(np.roll(wanted, -1, axis=1)).to(device)
     goal = torch.from_numpy(ids[wanted]).to(device)
     if lm.head.way == "forward":
@@ -291,18 +293,6 @@ def target_nll(lm: LM, hidden: Tensor, goal: Tensor) -> Tensor:
         for h, g in zip(hidden.split(step), goal.split(step), strict=True)
     ]
     return torch.cat(parts)
-
-
-def _inputs(ids: np.ndarray, mask: np.ndarray, device) -> dict:
-    inputs = {"input_ids": torch.from_numpy(ids).to(device), "use_cache": False}
-    if not mask[:, 0].all():
-        # Padding at the left: real tokens would see it, and their positions would be shifted.
-        inputs["attention_mask"] = torch.from_numpy(mask).to(device)
-        positions = (mask.cumsum(1) - 1).clip(min=0)
-        inputs["position_ids"] = torch.from_numpy(positions).to(device)
-    # With padding at the right no real token can see it: the causal mask alone is exact, and
-    # without a padding mask attention takes its fast path.
-    return inputs
 
 
 def _forward_nll(lm: LM, inputs: dict, before: Tensor, goal: Tensor) -> Tensor:

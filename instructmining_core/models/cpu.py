@@ -87,8 +87,8 @@ def attend_short_rows(module, query, key, value, attention_mask, scaling=None, *
 def using(model: nn.Module, name: str, function) -> Iterator[None]:
     """Have a model attend by a function of this package inside the block.
 
-    name : under which transformers knows it. A function gets no mask, padding included, unless its
-        name has one registered in `AttentionMaskInterface`.
+    name : under which transformers knows it; the function gets no mask unless the name has one
+        registered in `AttentionMaskInterface`
     """
     AttentionInterface.register(name, function)
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()

@@ -85,7 +85,12 @@ def resolve(ref: ModelRef, *, standins: Path | None = None) -> Resolved:
     if ref.id.startswith(HEAD_PREFIX):
         return _head(ref.id)
     if ref.id.startswith("standin:"):
-        return _folder(ref.id, _standin_folder(ref.id, standins), standins)
+        folder = Path(standins or "none") / ref.id.removeprefix("standin:")
+        if not folder.is_dir():
+            raise HubError(
+                f"{ref.id}: no stand-in there (looked in {standins}). Build the stand-ins first "
+                "(instructmining.embedded.standins.build_standins) and give their folder.")
+        return _folder(ref.id, folder, standins)
     path = Path(ref.id).expanduser()
     if path.is_dir():
         return _folder(ref.id, path.resolve(), standins)
@@ -123,7 +128,7 @@ def adapter_base(folder: Path) -> ModelRef | None:
 
 
 def model_sha256(folder: Path, standins: Path | None = None) -> str:
-    """sha256 over all that makes a model: weights, configuration, tokenizer, chat template.
+    """sha256 over weights, configuration, tokenizer and chat template.
 
     Of JSON files the values count, less the fields that tell where they were saved. An adapter
     counts with its base's revision.
@@ -145,8 +150,8 @@ def model_sha256(folder: Path, standins: Path | None = None) -> str:
 def weight_files(folder: Path) -> list[Path]:
     """A model's weight files: its own, and those of its sentence-transformers modules.
 
-    Safetensors of a folder where there are any, else its pytorch_model*.bin, of which transformers
-    reads tensors only (`torch.load(weights_only=True)`). Raises HubError where there are neither.
+    Safetensors where there are any, else pytorch_model*.bin, of which transformers reads tensors
+    only. Raises HubError where there are neither.
     """
     found = []
     for name in module_folders(folder):
@@ -188,10 +193,9 @@ def pick_device() -> str:
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype:
-    """The torch dtype for `dtype`, "auto" being bfloat16 where the hardware computes in it.
+    """The torch dtype for "float32", "bfloat16", "float16" or "auto".
 
-    dtype : "auto", "float32", "bfloat16" or "float16". Emulated bfloat16 (a T4, an older CPU) is
-    slower than float32, so "auto" does not take it.
+    "auto" is bfloat16 where the hardware computes in it: emulated it is slower than float32.
     """
     import torch
 
@@ -213,16 +217,6 @@ def _has_bfloat16(device: str) -> bool:
         return bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"))
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(probe and probe())
-
-
-def _standin_folder(model_id: str, standins: Path | None) -> Path:
-    part = model_id.removeprefix("standin:")
-    if standins is None or not (Path(standins) / part).is_dir():
-        raise HubError(
-            f"{model_id}: no stand-in there (looked in {standins}). Build the stand-ins first "
-            "(instructmining.embedded.standins.build_standins) and give their folder."
-        )
-    return Path(standins) / part
 
 
 def _folder(model_id: str, folder: Path, standins: Path | None) -> Resolved:
@@ -264,10 +258,11 @@ def _hub_commit(name: str, revision: str) -> str:
     if _COMMIT.fullmatch(revision):
         return revision
     import httpx
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-    cached = _cached_commit(name, revision)
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    cached = Path(found).parent.name if isinstance(found, str) else None
     if _offline():
         if cached:
             return cached
@@ -287,13 +282,6 @@ def _hub_commit(name: str, revision: str) -> str:
 
 def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def _cached_commit(name: str, revision: str) -> str | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _explained(name: str, revision: str, error: Exception) -> HubError:

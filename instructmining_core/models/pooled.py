@@ -64,11 +64,9 @@ class OpenHead(LoadedModel):
 
 
 def open_head(ref: ModelRef, columns: Sequence[str], *, device: str | None = None) -> OpenHead:
-    """Open `head:NAME` and its base, whose dtype is the reference's.
+    """Open `head:NAME` and its base, whose dtype is the reference's; columns : it must give.
 
-    columns : that the head must give
-    Raises InstructMiningError for another head, or where the base is not the one that it was
-    trained on.
+    Raises InstructMiningError for another head, or another base than it was trained on.
     """
     resolved = hub.resolve(ref)
     head = read_head(head_path(ref.id))
@@ -131,10 +129,8 @@ class Pooled:
         return np.concatenate(found)[1:], reasons
 
     def mean_nll(self, rows: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Mean negative log-likelihood of answers' tokens, the one that ends an answer left out.
-
-        Returns it after what was said before, and with nothing before (shape (n,), nats a token),
-        NaN where the reason beside them is not "".
+        """Mean nll of answers' tokens, the one that ends an answer left out: after what was said
+        before, and with nothing before (shape (n,), nats a token), NaN where a reason is not "".
         """
         found, reasons = self.features(rows)
         given, alone = (-found[:, READINGS.index(name) - len(READINGS)].astype(np.float64)
@@ -157,8 +153,8 @@ class Pooled:
 
         self.lm.in_batches(
             lambda numbers: self._computed([rows[lacking[i]] for i in numbers], ends),
-            [len(rows[name]) for name in lacking], f"pooled states of {len(lacking)} rows",
-            progress=progress, on_batch=keep)  # fmt: skip
+            [len(rows[name]) for name in lacking], f"pooled states of {len(lacking)} rows", keep,
+            progress=progress)  # fmt: skip
         return failed
 
     @torch.inference_mode()
@@ -168,11 +164,14 @@ class Pooled:
         passed = self._passed(rows, self.trunk)
         bare = [Encoded((start, *text), (False, *(True for _ in text))) for text in texts]
         alone = [ll.mean() for _, ll in self._passed(bare)]
-        return [
-            np.concatenate([states[:, : len(text)].mean(1).flatten().cpu().numpy(),
-                            _readings(ll, len(text), bare_ll)]).astype(np.float32)
-            for (states, ll), text, bare_ll in zip(passed, texts, alone, strict=True)
-        ]  # fmt: skip
+        found = []
+        for (states, ll), text, bare_ll in zip(passed, texts, alone, strict=True):
+            n, own = len(text), ll[: len(text)]
+            readings = [np.log(n), own.mean(), own.std(), own.min(), (own > -_EASY).mean(), own[0],
+                        ll[n] if len(ll) > n else 0.0, bare_ll]  # fmt: skip
+            means = states[:, :n].mean(1).flatten().cpu().numpy()
+            found.append(np.concatenate([means, readings]).astype(np.float32))
+        return found
 
     def _passed(
         self, rows: Sequence[Encoded], trunk: Trunk | None = None
@@ -203,9 +202,3 @@ def _answer(row: Encoded, ends: frozenset[int]) -> list[int]:
     """The answer's tokens without the one that ends it."""
     ids = [token for token, target in zip(row.ids, row.targets, strict=True) if target]
     return ids[:-1] if ids and row.targets[-1] and ids[-1] in ends else ids
-
-
-def _readings(ll: np.ndarray, tokens: int, alone: float) -> list[float]:
-    text = ll[:tokens]
-    return [np.log(tokens), text.mean(), text.std(), text.min(), (text > -_EASY).mean(), text[0],
-            ll[tokens] if len(ll) > tokens else 0.0, alone]  # fmt: skip

@@ -21,10 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class GPTNeoXRewardConfig(GPTNeoXConfig):
-    """A GPT-NeoX configuration and the pooling of the reward head.
-
-    pooling : "last" (hidden state of the last real token) or "mean" (over the real tokens).
-    """
+    """pooling : "last" (hidden state of the last real token) or "mean" (over the real tokens)."""
 
     model_type = "gpt_neox_reward_model"
     pooling: str | None = "last"
@@ -52,11 +49,9 @@ class GPTNeoXRewardModel(GPTNeoXPreTrainedModel):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_
     ) -> SequenceClassifierOutput:
-        """Reward of each row.
+        """Reward of each row: `logits`, shape (rows, 1); a larger value is a better answer.
 
-        input_ids : int tensor, shape (rows, tokens)
-        attention_mask : same shape, 1 for real tokens, on either side of the padding
-        returns : output with `logits`, shape (rows, 1); a larger value is a better answer
+        input_ids : shape (rows, tokens); attention_mask : same shape, 1 for real tokens
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -69,11 +64,9 @@ class GPTNeoXRewardModel(GPTNeoXPreTrainedModel):
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """One vector per row from the hidden states of its real tokens.
+    """One vector per row, shape (rows, dim), from the hidden states of its real tokens.
 
     hidden : shape (rows, tokens, dim); mask : shape (rows, tokens), 1 for real tokens
-    pooling : "last" or "mean"
-    returns : shape (rows, dim)
     """
     if pooling == "mean":
         weights = mask.to(hidden.dtype).unsqueeze(-1)

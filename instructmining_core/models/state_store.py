@@ -1,10 +1,9 @@
 """Arrays on disk under a budget: what a frozen model says of a row, computed once.
 
 One folder holds segments (plain files, appended to) and an index (SQLite). An array is found by a
-digest of what it belongs to; it is read through a memory map, so a process holds only what it
-looks at and several processes share the pages. When the budget is passed the oldest segment goes.
-A segment that was cut off, or bytes that rotted, are noticed (length, CRC-32): such an array counts
-as missing and is computed anew.
+digest of what it belongs to and read through a memory map, whose pages processes share. When the
+budget is passed the oldest segment goes. A segment that was cut off, or bytes that rotted, are
+noticed (length, CRC-32): such an array counts as missing and is computed anew.
 """
 
 from __future__ import annotations
@@ -23,11 +22,7 @@ SEGMENT = 256 << 20  # bytes at which a new segment begins
 
 
 class StateStore:
-    """Arrays of shape (n, width), one each digest.
-
-    folder : of the store, made if need be; width : of every array
-    dtype : numpy dtype of the stored numbers; bfloat16 is stored as its 16 bits (uint16)
-    """
+    """Arrays of shape (n, width), one each digest; folder : made if need be."""
 
     def __init__(self, folder: str | Path, width: int, dtype: np.dtype | type) -> None:
         self.folder, self.width, self.dtype = Path(folder), width, np.dtype(dtype)
@@ -91,19 +86,16 @@ class StateStore:
             # the index names bytes only after they lie in the file
             with index:
                 index.executemany("INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?, ?)", rows)
-            self._make_room(index)
+            segments = self._segments()
+            while len(segments) > 1 and self.bytes() > BUDGET:
+                oldest = segments.pop(0)
+                with index:
+                    index.execute("DELETE FROM states WHERE segment = ?", (oldest,))
+                self._path(oldest).unlink(missing_ok=True)
 
     def bytes(self) -> int:
         """Bytes of all segments."""
         return sum(self._path(n).stat().st_size for n in self._segments())
-
-    def _make_room(self, index: sqlite3.Connection) -> None:
-        segments = self._segments()
-        while len(segments) > 1 and self.bytes() > BUDGET:
-            oldest = segments.pop(0)
-            with index:
-                index.execute("DELETE FROM states WHERE segment = ?", (oldest,))
-            self._path(oldest).unlink(missing_ok=True)
 
     def _places(self, digests: Sequence[bytes]) -> dict[bytes, tuple[int, int, int, int]]:
         found = {}

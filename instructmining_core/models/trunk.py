@@ -1,8 +1,8 @@
 """The frozen layers below the adapters, computed once a row and kept.
 
 LoRA on the top layers leaves every layer below the same for all runs. So what enters the lowest
-adapted layer is computed once for each row, kept on disk, and every run trains and evaluates on the
-layers above alone. The numbers are those of the whole model, to rounding.
+adapted layer is computed once for each row, kept on disk, and every run computes the layers above
+alone. The numbers are those of the whole model, to rounding.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ class Trunk:
         self.layers = decoder_layers(unwrapped(lm.model))
         what = json.dumps([lm.resolved.id, lm.resolved.revision, cut, str(lm.dtype)])
         folder = files.cache() / "trunk" / hashlib.sha256(what.encode()).hexdigest()[:16]
-        narrow = lm.dtype in (torch.bfloat16, torch.float16)
-        kind = np.int16 if narrow else np.float32
+        kind = np.float32 if lm.dtype == torch.float32 else np.int16  # bfloat16's or float16's bits
         self.store = StateStore(folder, int(lm.config.hidden_size), kind)
 
     def fill(self, rows: Iterable[Encoded]) -> int:
@@ -58,7 +57,7 @@ class Trunk:
 
         self.lm.in_batches(
             batch, [len(row) for row in lacking], "states of rows",
-            on_batch=lambda numbers, states: self.keep([lacking[i] for i in numbers], states))
+            lambda numbers, states: self.keep([lacking[i] for i in numbers], states))
         return len(lacking)
 
     def keep(self, rows: Sequence[Encoded], states: Sequence[Tensor]) -> None:
@@ -130,8 +129,7 @@ def open_trunk(lm: LM, layers: int) -> Trunk | None:
 def on_trunk(lm: LM, layers: int, rows: Iterable[Encoded]) -> Iterator[None]:
     """Inside the block these rows are computed by the top `layers` alone, from kept states.
 
-    rows : all that will be trained on or evaluated; what is not kept yet is computed first
-    layers : 0 for all of them, which keeps nothing
+    rows : all that will be trained on or evaluated; layers : 0 for all of them, which keeps nothing
     """
     trunk = open_trunk(lm, layers)
     if trunk is not None:

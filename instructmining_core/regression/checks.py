@@ -14,10 +14,8 @@ from .run_table import DESIGNED, EQUAL_TOKENS, RunsError, Standardizer
 
 def univariate(runs: pd.DataFrame, columns: Sequence[str],
                standardizer: Standardizer | None = None) -> pd.DataFrame:
-    """Each indicator alone, beside the source shares.
-
-    Columns of RuleFit.table, r2 (beyond the shares) with r2_low and r2_high (these sources),
-    p_holm (Holm 1979, over all the indicators).
+    """Each indicator alone, beside the source shares: RuleFit.table, r2 (beyond the shares) with
+    r2_low and r2_high (these sources), p_holm (Holm 1979, over all the indicators).
     """
     from statsmodels.stats.multitest import multipletests
 
@@ -36,9 +34,8 @@ def baseline_comparison(runs: pd.DataFrame, columns: Sequence[str], baselines: S
     """How much of the loss is mere vocabulary and token count.
 
     baselines : columns of `runs`, of any unit, such as a unigram model's losses.
-    One row a model (shares, + each baseline, + all baselines, + indicators, + both): terms, r2
-    beyond the shares with r2_low and r2_high (these sources), and adjusted r2 on the residual
-    degrees of freedom. `baseline_slopes` of it has the slopes.
+    One row a model (+ each baseline, + all baselines, + indicators, + both): terms, r2 beyond the
+    shares with r2_low and r2_high (these sources), r2_adjusted. `baseline_slopes` has the slopes.
     """
     both = [*baselines, *columns]
     plain = Standardizer.fit(runs, list(baselines))
@@ -65,10 +62,9 @@ def baseline_comparison(runs: pd.DataFrame, columns: Sequence[str], baselines: S
 
 
 def baseline_slopes(compared: pd.DataFrame) -> pd.DataFrame:
-    """The indicators' slopes without and with the baselines beside them, each with its interval.
-
-    compared : from `baseline_comparison`. By column: without, without_low, without_high, with,
-    with_low, with_high (log loss per sd; these sources).
+    """The indicators' slopes without and with the baselines beside them, from
+    `baseline_comparison`, by column: without, without_low, without_high, with, with_low, with_high
+    (log loss per sd; these sources).
     """
     return pd.DataFrame(compared.attrs.get("slopes", {}))
 
@@ -91,10 +87,9 @@ def sign_flags(first: RuleFit, second: RuleFit) -> pd.DataFrame:
 
 
 def transfer_slope(score: pd.Series, runs: pd.DataFrame, outcome: str = "log_loss") -> RuleFit:
-    """Loss of base B on the score of base A's rule, beside source shares: does the rule carry?
+    """Loss of base B on the score of base A's rule, beside source shares: 1 carries over whole.
 
-    score : mean predicted log loss of each set by rule A, index as `runs`. A slope of 1 carries
-    over whole, 0 not at all; `RuleFit.table()` has its interval.
+    score : mean predicted log loss of each set by rule A, index as `runs`
     """
     return fit_rule(runs.assign(score=score), ["score"], outcome=outcome)
 
@@ -112,12 +107,11 @@ VARIANTS = {
 
 def variant_table(runs: pd.DataFrame, columns: Sequence[str],
                   standardizer: Standardizer | None = None) -> pd.DataFrame:
-    """The within-source slopes under every loss at hand, each against the study's own.
+    """The within-source slopes under every loss that all runs have, each against the study's own.
 
-    runs : as for `fit_rule`, with the ledger's losses (nats per token, > 0); a loss counts where
-    every run has it
+    runs : as for `fit_rule`, with the ledger's losses (nats per token, > 0)
     returns : one row a variant and indicator: loss, column, estimate, low, high (these sources),
-        sign_differs, contradicts (see `sign_flags`; both False for the study's own loss)
+        sign_differs, contradicts (see `sign_flags`)
     """
     names = {c: name for c, name in VARIANTS.items() if c in runs and runs[c].notna().all()}
     logs = runs.assign(**{f"log {c}": np.log(runs[c].astype(float)) for c in names})
@@ -140,25 +134,22 @@ def variant_page(table: pd.DataFrame) -> pd.DataFrame:
     marks = np.select([table["contradicts"], table["sign_differs"]], [" !!", " !"], "")
     text = [f"{r.estimate:+.4f} [{r.low:+.4f}, {r.high:+.4f}]{mark}"
             for r, mark in zip(table.itertuples(), marks, strict=True)]
-    losses, columns = list(dict.fromkeys(table["loss"])), list(dict.fromkeys(table["column"]))
     page = table.assign(text=text).pivot(index="column", columns="loss", values="text")
-    return page.loc[columns, losses]
+    return page.loc[table["column"].unique(), table["loss"].unique()]
 
 
 def effective_n(runs: pd.DataFrame) -> dict[str, float]:
     """Prompts that the token mean of each evaluation set rests on, (Σt)²/Σt² for t tokens."""
-    columns = [c for c in runs if str(c).startswith("effective_n_")]
-    return {c.removeprefix("effective_n_"): float(runs[c].dropna().median())
-            for c in columns if runs[c].notna().any()}
+    found = runs.filter(like="effective_n_").median().dropna()
+    return found.rename(lambda c: c.removeprefix("effective_n_")).to_dict()
 
 
 def length_slopes(runs: pd.DataFrame, standardizer: Standardizer) -> pd.DataFrame:
     """The slope of `len_out` alone, beside source shares: at equal rows and at equal tokens.
 
-    At equal rows the mean response length *is* the number of training tokens; sets with as many
-    tokens each tell the two apart. One row a design: sets, tokens (mean that a set was trained on)
-    and tokens_cv (sd over mean), estimate, low, high (these sources), new_low, new_high (new
-    sources). Empty where the study has no equal-token arm, or too few sets to fit it.
+    At equal rows the mean response length *is* the number of training tokens. One row a design:
+    sets, tokens (mean of a set) and tokens_cv (sd over mean), estimate, low, high (these sources),
+    new_low, new_high (new sources). Empty where the equal-token arm has too few sets to fit it.
     """
     rows = {}
     for name, arms in (("equal rows", DESIGNED), ("equal tokens", (EQUAL_TOKENS,))):

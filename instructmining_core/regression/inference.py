@@ -12,15 +12,7 @@ from scipy import optimize, special, stats
 
 from .paper_rule import SubsetSearch
 from .rule import LEVEL, NEW_SOURCES, RuleFit, interval_table, residualise, slope_map
-from .run_table import (
-    DESIGNED,
-    RankError,
-    RunsError,
-    Standardizer,
-    pick_arms,
-    share_matrix,
-    standardised,
-)
+from .run_table import DESIGNED, RankError, RunsError, Standardizer, within_sources
 
 MIN_SETS = 6  # of a source, for its held-out fit to say anything
 TAIL = (1 - LEVEL) / 2
@@ -29,9 +21,7 @@ POWER = 0.8
 
 @dataclass(frozen=True)
 class Jackknife:
-    """Delete-one-source jackknife of the within-source slopes.
-
-    table : columns of interval_table and `interval` (what the bounds speak of)
+    """table : columns of interval_table and `interval` (what the bounds speak of)
     covariance : (p, p), by column; replicates : index the deleted source, one slope a column
     """
 
@@ -60,13 +50,10 @@ def jackknife_sources(runs: pd.DataFrame, columns: Sequence[str],
     A mixed set is deleted with each of its sources, which widens the interval a little.
     Errors: RunsError where a deletion leaves too little to fit.
     """
-    runs = pick_arms(runs, arms)
-    shares, sources = share_matrix(runs)
+    _, shares, sources, X, y = within_sources(runs, columns, standardizer, arms)
     if len(sources) < 3:
         raise RunsError(f"{len(sources)} sources say nothing about new ones: at least 3, "
                         "better 8 or more")
-    X = standardised(runs, columns, standardizer)
-    y = runs["log_loss"].to_numpy(float)
     beta = slope_map(X, shares) @ y
     replicates = deletion_maps(shares, X) @ y
     gaps = replicates - beta
@@ -89,10 +76,7 @@ def held_out(runs: pd.DataFrame, columns: Sequence[str],
     effects are of the right size, with t(n_sets − 2) bounds for this source's sets. r2 has bounds
     only over sources: `over_sources(frame)`. Sources with too few sets are in `.attrs["too_few"]`.
     """
-    runs = pick_arms(runs, DESIGNED)
-    shares, sources = share_matrix(runs)
-    X = standardised(runs, columns, standardizer)
-    y = runs["log_loss"].to_numpy(float)
+    _, shares, sources, X, y = within_sources(runs, columns, standardizer)
     rows, too_few = [], {}
     for s, name in enumerate(sources):
         inside = np.flatnonzero(shares[:, s] == 1)
@@ -139,10 +123,7 @@ class SeedVariance:
 
 
 def seed_variance(runs: pd.DataFrame) -> SeedVariance:
-    """From sets that were run on several seeds: the pooled sd inside a set_id.
-
-    8 anchors on 3 seeds give 16 degrees of freedom, a pilot of 4 sets on 3 seeds gives 8.
-    """
+    """From sets that were run on several seeds: the pooled sd inside a set_id."""
     repeated = runs.groupby("set_id")["log_loss"].transform("size") > 1
     if not repeated.any():
         raise RunsError("no set was run on more than one seed: add anchors")
@@ -155,10 +136,9 @@ def seed_variance(runs: pd.DataFrame) -> SeedVariance:
 
 
 def lack_of_fit(fit: RuleFit, seeds: SeedVariance) -> dict[str, float]:
-    """F test of the fit's residual variance over the seed variance: is a line enough?
+    """F test, one-sided, of the fit's residual variance over the seed variance.
 
-    ratio : residual sd / seed sd, with ratio_low and ratio_high (95 %, from F); f, df1, df2,
-    p : one-sided.
+    ratio : residual sd / seed sd, with ratio_low and ratio_high (95 %, from F)
     """
     ratio = float(fit.sigma / seeds.sd)
     low, high = sd_ratio_interval(ratio, fit.df, seeds.df)
@@ -170,15 +150,10 @@ def lack_of_fit(fit: RuleFit, seeds: SeedVariance) -> dict[str, float]:
 def bootstrap_choice(runs: pd.DataFrame, columns: Sequence[str],
                      standardizer: Standardizer | None = None, *, n: int = 1000,
                      size: int = 4) -> pd.DataFrame:
-    """How often the procedure chooses each indicator when the runs are drawn again.
-
-    By column: frequency (share of n draws), sign_positive (share of its choices with a slope
-    above 0). `.attrs["sets"]` counts whole choices.
+    """How often the procedure chooses each indicator when the runs are drawn again, by column:
+    frequency (share of n draws), sign_positive (of its choices). `.attrs["sets"]` counts choices.
     """
-    runs = pick_arms(runs, DESIGNED)
-    X = standardised(runs, columns, standardizer)
-    y = runs["log_loss"].to_numpy(float)
-    controls = share_matrix(runs)[0]
+    _, controls, _, X, y = within_sources(runs, columns, standardizer)
     rng = np.random.default_rng(0)
     chosen, positive, sets = np.zeros(X.shape[1]), np.zeros(X.shape[1]), Counter()
     for _ in range(n):
@@ -216,10 +191,7 @@ def effective_dimensions(X: np.ndarray, controls: np.ndarray | None = None) -> p
 
 
 def influence_table(fit: RuleFit) -> pd.DataFrame:
-    """One row a run: fitted, residual, studentised, leverage, cook, and set_id, arm, source.
-
-    To look at; no run is dropped for what it shows.
-    """
+    """One row a run: fitted, residual, studentised, leverage, cook, and set_id, arm, source."""
     labels = fit.runs[[c for c in ("set_id", "arm", "source") if c in fit.runs]]
     found = fit.ols.get_influence()
     return labels.assign(fitted=fit.ols.fittedvalues, residual=fit.ols.resid,
@@ -282,10 +254,7 @@ def sd_ratio_interval(ratio: float, df1: int, df2: int) -> tuple[float, float]:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Bounds of a median by order statistics: no assumption but independent draws.
-
-    NaN where there are too few values for the level.
-    """
+    """Bounds of a median by order statistics; NaN where there are too few values for the level."""
     found = np.asarray(values, float)
     test = stats.quantile_test(found[~np.isnan(found)], p=0.5)
     return tuple(map(float, test.confidence_interval(LEVEL)))
@@ -293,8 +262,6 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def significant(frame: pd.DataFrame) -> pd.DataFrame:
     """The table with its floats as text of three significant digits.
-
-    Rounding to places prints 0.0000 for the slope of a quantity whose unit is small.
 
     >>> significant(pd.DataFrame({"raw": [0.00001234, -2.0], "n": [3, 4]}))["raw"].tolist()
     ['1.23e-05', '-2']

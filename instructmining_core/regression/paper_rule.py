@@ -36,8 +36,7 @@ class SubsetSearch:
     """All regressions of one size on a fixed design, projectors computed once.
 
     X : (n, p) indicators; controls : (n, m) columns always in the model (a constant, or the
-    source shares); size : most terms in a rule, lowered to p where p is smaller; smaller : also
-    all rules with fewer terms, as the paper's procedure may choose (v1 has three, v3 four).
+    source shares); size : most terms in a rule; smaller : also all rules with fewer terms.
     subsets : (G, size) column positions; p stands for "no term".
     """
 

@@ -67,10 +67,7 @@ def row_share(y: np.ndarray, X: np.ndarray, K: np.ndarray) -> tuple[float, float
 
 
 def whitener(share: float, K: np.ndarray) -> np.ndarray:
-    """The symmetric matrix P, (n, n), with P V P = 1 for V = share · K + (1 − share) · 1.
-
-    P y has unrelated errors where y's have covariance V.
-    """
+    """The symmetric matrix P, (n, n), with P V P = 1 for V = share · K + (1 − share) · 1."""
     values, vectors = np.linalg.eigh(share * K + (1 - share) * np.eye(len(K)))
     return (vectors / np.sqrt(np.maximum(values, 1e-9))) @ vectors.T
 
@@ -105,9 +102,8 @@ def freedman_lane(search: SubsetSearch, y: np.ndarray, n_permutations: int,
                   rng: np.random.Generator) -> tuple[float, np.ndarray]:
     """Observed max R² of `search` and its values with the residuals of the controls permuted.
 
-    y : (n,). Freedman & Lane 1983, as in Winkler et al. 2014, section "Freedman–Lane": the part
-    of y that the controls explain drops out of R² beyond the controls, so that only the
-    residuals are permuted and taken clear of the controls again.
+    y : (n,). Freedman & Lane 1983, as in Winkler et al. 2014: the part of y that the controls
+    explain drops out of R² beyond the controls.
     """
     e = residualise(y[:, None], search.controls)[:, 0]
     order = np.argsort(rng.random((n_permutations, len(e))), axis=1)

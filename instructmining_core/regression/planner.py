@@ -22,9 +22,8 @@ BAND = 0.80  # of studies whose half-width lies in the planned band
 
 @dataclass(frozen=True)
 class Precision:
-    """table : one row a number of runs and a coefficient: runs, coefficient, half_width, low,
-    high (80 % band, log loss per sd); sources : how many
-    """
+    """table : runs, coefficient, half_width, low, high (80 % band, log loss per sd); sources : how
+    many"""
 
     table: pd.DataFrame
     sources: int
@@ -54,9 +53,7 @@ def half_widths(M: np.ndarray, sigma: float) -> np.ndarray:
 
 def sigma_band(sigma: float, df_pilot: int, df_study: int,
                level: float = BAND) -> tuple[float, float]:
-    """Bounds for the residual sd that the study will have, given the pilot's.
-
-    Both are estimates of one σ, so that their squared ratio is F(df_study, df_pilot).
+    """Bounds for the residual sd that the study will have: (study/pilot)² is F(df_study, df_pilot).
     """
     tail = (1 - level) / 2
     low, high = fisher.ppf([tail, 1 - tail], df_study, df_pilot)
@@ -83,9 +80,7 @@ def plan_runs(shares: np.ndarray, X: np.ndarray, columns: Sequence[str], pilot: 
 
 
 def replan(pilot: SeedVariance, fit: RuleFit) -> SeedVariance:
-    """The noise to plan with once runs are in: the fit's residual sd where it has more degrees
-    of freedom than the pilot, since it also holds what a straight line misses.
-    """
+    """The noise to plan with once runs are in: the fit's where it has more degrees of freedom."""
     if fit.df <= pilot.df:
         return pilot
     low, high = sigma_band(fit.sigma, fit.df, 10**6, LEVEL)

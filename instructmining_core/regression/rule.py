@@ -21,8 +21,8 @@ from .run_table import (
     RunsError,
     Standardizer,
     pick_arms,
-    share_matrix,
     standardised,
+    within_sources,
 )
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ def ols(X: np.ndarray, y: np.ndarray, names: Sequence[str]) -> RegressionResults
 def hc3(fit: RegressionResults) -> np.ndarray:
     """HC3 covariance of the coefficients, (k, k): MacKinnon & White 1985; Long & Ervin 2000.
 
-    As statsmodels', but a run with leverage 1 is fitted exactly and says nothing of the noise: its
-    term is 0 instead of 0/0.
+    As statsmodels', but the term of a run with leverage 1, which is fitted exactly, is 0, not 0/0.
     """
     room = 1 - fit.get_influence().hat_matrix_diag
     if (room > 1e-9).all():
@@ -115,9 +114,8 @@ def vif(X: np.ndarray, controls: np.ndarray | None = None) -> np.ndarray:
 class RuleFit:
     """A fitted rule. Slopes are changes of log loss per sd of the indicator over the pool's rows.
 
-    kind : "within" or "pooled"; columns : indicators in the rule, in order, the last coefficients
-    of `ols`, which is statsmodels' result; sources : names of the share columns, () where the fit
-    has a constant instead; runs : the table that the fit saw, one row a set
+    kind : "within" or "pooled"; columns : of the indicators, the last coefficients of `ols`;
+    sources : of the share columns, () where the fit has a constant; runs : one row a set
     """
 
     kind: str
@@ -206,11 +204,8 @@ def fit_rule(runs: pd.DataFrame, columns: Sequence[str], standardizer: Standardi
     delete-one-source fit; None takes all at equal rows). Without `standardizer` the columns are
     taken as standardised. Errors: RunsError, RankError (set means that can't be told apart).
     """
-    runs = pick_arms(runs, arms)
-    shares, sources = share_matrix(runs)
-    X = standardised(runs, columns, standardizer)
-    names = [f"share_{s}" for s in sources] + list(columns)
-    fitted = ols(np.hstack([shares, X]), runs[outcome].to_numpy(float), names)
+    runs, shares, sources, X, y = within_sources(runs, columns, standardizer, arms, outcome)
+    fitted = ols(np.hstack([shares, X]), y, [*(f"share_{s}" for s in sources), *columns])
     return RuleFit("within", tuple(columns), sources, fitted,
                    standardizer or Standardizer.identity(columns), runs)
 
@@ -252,8 +247,7 @@ def mundlak_test(runs: pd.DataFrame, columns: Sequence[str], source_means: pd.Da
     (standardised units without `standardizer`). Needs more sources than columns + 1, since B has
     only S − 1 dimensions: otherwise a RunsError that says to name fewer columns or add sources.
     """
-    runs = pick_arms(runs, None)
-    shares, sources = share_matrix(runs)
+    runs, shares, sources, X, y = within_sources(runs, columns, standardizer, None)
     if len(sources) <= len(columns) + 1:
         raise RunsError(f"{len(sources)} sources span {len(sources) - 1} dimensions, too few for "
                         f"{len(columns)} slopes between sources: name at most "
@@ -262,11 +256,10 @@ def mundlak_test(runs: pd.DataFrame, columns: Sequence[str], source_means: pd.Da
     missing = sorted(set(sources) - set(source_means.index))
     if missing:
         raise RunsError(f"source_means has no row for {missing}")
-    X = standardised(runs, columns, standardizer)
     B = shares @ standardised(source_means.loc[list(sources)], columns, standardizer)
     p, df = len(columns), len(X) - 2 * len(columns) - 1
     names = ["constant", *(f"within_{c}" for c in columns), *(f"between_{c}" for c in columns)]
-    fit = ols(np.hstack([np.ones((len(X), 1)), X - B, B]), runs["log_loss"].to_numpy(float), names)
+    fit = ols(np.hstack([np.ones((len(X), 1)), X - B, B]), y, names)
     errors = hc3(fit)
     contrast = np.hstack([np.zeros((p, 1)), -np.eye(p), np.eye(p)])
     cov = contrast @ errors @ contrast.T

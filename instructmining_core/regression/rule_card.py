@@ -288,7 +288,8 @@ class RuleCard(_Part):
         model = next((m for m in self.models if m.role == one.model_role), None)
         if model:
             # a folder is known by the hash of its weights: it may lie elsewhere on this machine
-            moved = _by_weights(model.revision) and _by_weights(here.get("revision"))
+            moved = all(str(one).startswith("sha256:")
+                        for one in (model.revision, here.get("revision")))
             pairs += [] if moved else [("model", model.id, here.get("model"))]
             pairs += [("revision", model.revision, here.get("revision")),
                       ("stand-in", model.stand_in, here.get("stand_in"))]
@@ -311,16 +312,11 @@ class RuleCard(_Part):
 
     def save(self, path: str | Path) -> None:
         """Write rule.json whole or not at all."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, self.to_json())
 
 
 def _indicator_of(column: str) -> Indicator | None:
     return next((i for i in INDICATORS.values() if column in i.columns), None)
-
-
-def _by_weights(revision: Any) -> bool:
-    return isinstance(revision, str) and revision.startswith("sha256:")
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -471,7 +467,7 @@ def _design(fit: RuleFit) -> dict[str, Any]:
 
 
 def _uncertainty(fit: RuleFit, new: Jackknife | None) -> dict[str, Any]:
-    from .rule import hc3
+    from .rule import hc3  # late: reading a card needs no scipy
 
     m = fit.controls.shape[1]
     p = len(fit.columns)

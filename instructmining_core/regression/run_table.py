@@ -84,8 +84,7 @@ def run_table(ledger: pd.DataFrame, means: pd.DataFrame, loss: str) -> pd.DataFr
 def one_per_set(runs: pd.DataFrame) -> pd.DataFrame:
     """The run with the lowest seeds of each set_id; all rows where there is no set_id.
 
-    Repeats serve the seed variance only: all sets share the first seed's adapter and order, and
-    mixing in other seeds would put those seeds' own effects into a few sets.
+    Repeats serve the seed variance only: other seeds would put their own effects into a few sets.
     """
     if "set_id" not in runs:
         return runs
@@ -97,9 +96,8 @@ def one_per_set(runs: pd.DataFrame) -> pd.DataFrame:
 def pick_arms(runs: pd.DataFrame, arms: Sequence[str] | None) -> pd.DataFrame:
     """One run a set, of the given arms (no `arm` column: all).
 
-    None takes every arm at equal rows: the equal-token arm answers another question, and enters a
-    fit only where it is named. DESIGNED takes the fusion sets of a study that has no others, as the
-    paper's has.
+    None takes every arm at equal rows: the equal-token arm enters a fit only where it is named.
+    DESIGNED takes the fusion sets of a study that has no others, as the paper's has.
     """
     runs = one_per_set(runs)
     if "arm" not in runs:
@@ -135,3 +133,14 @@ def standardised(runs: pd.DataFrame, columns: Sequence[str],
     if standardizer is None:
         return runs[list(columns)].to_numpy(float)
     return standardizer.transform(runs, columns).to_numpy(float)
+
+
+def within_sources(
+    runs: pd.DataFrame, columns: Sequence[str], standardizer: Standardizer | None,
+    arms: Sequence[str] | None = DESIGNED, outcome: str = "log_loss",
+) -> tuple[pd.DataFrame, np.ndarray, tuple[str, ...], np.ndarray, np.ndarray]:  # fmt: skip
+    """What a fit beside source shares takes: one run a set of the arms, `share_matrix`, indicators
+    (n, p), outcome (n,)."""
+    runs = pick_arms(runs, arms)
+    X = standardised(runs, columns, standardizer)
+    return (runs, *share_matrix(runs), X, runs[outcome].to_numpy(float))

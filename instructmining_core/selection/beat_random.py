@@ -35,7 +35,7 @@ _INDEX = ["pool", "method", "size"]
 
 
 def compare_with_random(
-    runs: pd.DataFrame, *, loss: str = LOSS, primary_size: int | Mapping[str, int] | None = None,
+    runs: pd.DataFrame, *, loss: str = LOSS, primary_size: int | None = None,
     per_example: PER_EXAMPLE | None = None, selected: str = "selected", random: str = "random",
 ) -> pd.DataFrame:  # fmt: skip
     """Every contrast of a set of comparison runs, the primary one of each pool first.
@@ -100,13 +100,17 @@ def _groups(runs: pd.DataFrame, loss: str) -> tuple[dict[tuple, np.ndarray], dic
 
 
 def _contrasts(
-    groups: dict[tuple, np.ndarray], primary_size: int | Mapping[str, int] | None, selected: str,
-    random: str,
-) -> Iterator[tuple[str, tuple, tuple]]:  # fmt: skip
+    groups: dict[tuple, np.ndarray], primary_size: int | None, selected: str, random: str
+) -> Iterator[tuple[str, tuple, tuple]]:
     """(role, key of a group, key of what it is held against), the primary ones first."""
     later = []
     for pool in dict.fromkeys(key[0] for key in groups):
-        main = _primary_size(groups, pool, primary_size, selected)
+        sizes = [size for p, method, size in groups if (p, method) == (pool, selected)]
+        main = sizes[0] if primary_size is None and len(sizes) == 1 else primary_size
+        if main not in sizes:
+            raise InstructMiningError(
+                f"pool {pool!r}: primary size {main} is not among the {selected!r} sizes {sizes}; "
+                "name it by primary_size (it is to be fixed before the runs are seen)")
         if (pool, random, main) not in groups:
             raise InstructMiningError(f"pool {pool!r} has no {random!r} runs at size {main}")
         yield "primary", (pool, selected, main), (pool, random, main)
@@ -120,19 +124,6 @@ def _contrasts(
                 rival = mine if mine in groups else (pool, selected, main)
                 later.append(("secondary", rival, key))
     yield from later
-
-
-def _primary_size(groups: dict, pool: str, wanted: int | Mapping | None, selected: str) -> int:
-    sizes = [size for p, method, size in groups if (p, method) == (pool, selected)]
-    size = wanted.get(pool) if isinstance(wanted, Mapping) else wanted
-    if size is None and len(sizes) == 1:
-        return sizes[0]
-    if size not in sizes:
-        raise InstructMiningError(
-            f"pool {pool!r}: primary size {size} is not among the {selected!r} sizes {sizes}; "
-            "name it by primary_size (it is to be fixed before the runs are seen)"
-        )
-    return size
 
 
 def by_budget(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -83,9 +83,7 @@ def detectable_shift(se: float, df: float, alpha: float = ALPHA) -> float:
 def verdict(difference: float, p: float, p_margin: float) -> str:
     """"better", "worse", "within ±1 %", both ("better, and within ±1 %") or "undecided".
 
-    p_margin : of "outside the margin", by two one-sided tests; below 5 % the difference is
-    smaller than the margin, whatever its sign. A difference that is real *and* that small is
-    called by its sign first. A missing p-value is "undecided".
+    p_margin : of "outside the margin", by two one-sided tests. A missing p-value is "undecided".
     """
     inside = f"within ±{100 * MARGIN:g} %" if p_margin < ALPHA else ""
     if p < ALPHA:

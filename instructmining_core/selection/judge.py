@@ -89,10 +89,9 @@ def judge_pairs(
     pair : names the two models.
 
     Returns one row a prompt: pair, prompt_id, prompt (hash of its messages), a_first, a_second
-    (preference for A when shown first and second), score (their mean, so an inconsistent pair is ½;
-    of likelihoods, whose mean says little, the side that it is on), outcome ("win", "tie", "lose"
-    of A; "none" without a verdict), consistent (both orders agree; False without a verdict),
-    a_length, b_length (characters).
+    (preference for A when shown first and second), score (their mean; of likelihoods, whose mean
+    says little, the side that it is on), outcome ("win", "tie", "lose" of A; "none" without a
+    verdict), consistent (both orders agree), a_length, b_length (characters).
     """
     asked = list(zip(prompts, answers_a, answers_b, strict=True))
     said = judge([one for prompt, a, b in asked for one in ((prompt, a, b), (prompt, b, a))])
@@ -117,9 +116,8 @@ def judge_pairs(
 def reward_judge(score: Callable[[list[Messages]], Sequence[float]]) -> Judge:
     """A judge that prefers the answer with the higher reward.
 
-    score : conversations that end with the answer -> their rewards; each is given once, however
-    often it is compared. Equal rewards are a tie; NaN rewards give no verdict. A reward model
-    reads one answer at a time, so order can't sway it.
+    score : conversations that end with the answer -> their rewards, each given once. Equal rewards
+    are a tie; NaN rewards give no verdict.
     """
 
     def judge(comparisons: Sequence[Comparison]) -> list[float]:
@@ -248,11 +246,10 @@ def length_controlled(judged: pd.DataFrame) -> NetWin:
 
     Source: AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475). A logistic regression of the score
     on the pair of models and on tanh(difference in characters / its standard deviation), read off
-    where that difference is 0. Without their term for an instruction's difficulty, which takes
-    many models to know, and without their penalty: instead each pair has one tie more, half of it
-    at either end of the length term, so that no coefficient is infinite. The interval is that of
-    `net_win` on the estimate's influence values, so it has the doubt of the length term in it; the
-    p-value is that of t.
+    where that difference is 0. Without their term for an instruction's difficulty and their
+    penalty: instead each pair has one tie more, half of it at either end of the length term, so
+    that no coefficient is infinite. The interval is that of `net_win` on the estimate's influence
+    values; the p-value is that of t.
     """
     decided = judged.dropna(subset=["score"]).reset_index(drop=True)
     apart = decided["a_length"] - decided["b_length"]
@@ -307,10 +304,8 @@ def judge_quality(judged: pd.DataFrame) -> dict[str, float | str]:
 
 
 def _share(values: pd.Series, clusters: pd.Series) -> tuple[float, float, float]:
-    """Mean of values in [0, 1] and its 95 % interval, with clusters drawn at random.
-
-    The exact binomial one at the effective sample size (Korn and Graubard 1998): it holds near 0
-    and 1 too, where a normal one has no width.
+    """Mean of values in [0, 1] and its 95 % interval, with clusters drawn at random: the exact
+    binomial one at the effective sample size (Korn and Graubard 1998).
     """
     mean, count, groups = float(values.mean()), len(values), clusters.nunique()
     if groups < 2:

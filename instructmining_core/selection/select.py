@@ -46,10 +46,9 @@ class Selection:
     """What was kept and what was not.
 
     kept : the score table's rows, best first, with `score` (predicted log loss, lower is better),
-        `rank` (1-based among all rows with a score) and `percentile` (share of rows with a score
-        that are no better, in %, 100 is best).
-    dropped : all other rows, with `score`, `rank`, `why` ("no score", "near duplicate", "below
-        the cut") and `reason` in words.
+        `rank` (from 1, among all rows with a score) and `percentile` (100 is best)
+    dropped : all other rows, with `score`, `rank`, `why` (`NO_SCORE`, `DUPLICATE`, `BELOW`) and
+        `reason` in words
     """
 
     kept: pd.DataFrame
@@ -81,7 +80,7 @@ def rank(scores: pd.DataFrame, rule: RuleCard) -> pd.DataFrame:
 
 
 def _why_unscored(row: Mapping[str, Any], columns: Sequence[str]) -> str:
-    """Why a row has no score: each missing indicator of the rule with its recorded reason."""
+    """Each missing indicator of the rule with its recorded reason."""
     recorded = json.loads(row.get("reasons") or "{}")
     if "row" in recorded:
         return recorded["row"]
@@ -91,9 +90,7 @@ def _why_unscored(row: Mapping[str, Any], columns: Sequence[str]) -> str:
 
 
 def top_rows(rule: RuleCard, top_k: int | str) -> int:
-    """How many rows to keep: the number itself, or for "auto" the size that the rule's search
-    found (`auto_size` on its card). Raises InstructMiningError.
-    """
+    """How many rows to keep: the number itself, or for "auto" the card's `auto_size`."""
     if top_k == "auto":
         if not rule.auto_size:
             raise InstructMiningError(
@@ -101,7 +98,7 @@ def top_rows(rule: RuleCard, top_k: int | str) -> int:
                 "(notebook 09) and write it on the card, or name a number"
             )
         return rule.auto_size
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+    if not isinstance(top_k, int) or top_k < 1:
         raise InstructMiningError(f"top_k is {top_k!r}; it is a number of rows above 0, or 'auto'")
     return top_k
 
@@ -187,9 +184,8 @@ def choose_rows(
     """`size` rows of a pool by one method: "selected" or "worst" (need `rule`), or a baseline.
 
     method : "selected", "worst" (the rule's last rows), "random" (by `seed`), a name of
-        `BASELINES`, or "full" (every row; `size` is not asked). For every method exact
-        duplicates count once and unreadable rows not at all; rows without a value are left to
-        "random" and "full".
+        `BASELINES`, or "full" (every row; `size` is not asked). Exact duplicates count once and
+        unreadable rows not at all; rows without a value are left to "random" and "full".
     Raises InstructMiningError where the pool has fewer rows with a value.
     """
     pool = _distinct(scores)
@@ -207,13 +203,9 @@ def choose_tokens(
 ) -> pd.DataFrame:
     """A pool's rows by one baseline until they hold `tokens` target tokens, as nearly as possible.
 
-    At a fixed number of rows a method that likes long answers trains on more tokens; this is the
-    comparison without that advantage. method : as for `choose_rows`, but "selected" and "full".
-    tokens : target tokens of one pass over the rows; tokens_of : rows -> target tokens of each,
-    asked for a few rows at a time.
-
-    The last row is kept where that comes nearer to `tokens`; at least one row is chosen. Raises
-    InstructMiningError where all the method's rows together hold fewer.
+    method : as for `choose_rows`, but "selected" and "full"; tokens : of one pass over the rows;
+    tokens_of : rows -> target tokens of each, asked for a few rows at a time. At least one row is
+    chosen. Raises InstructMiningError where all the method's rows together hold fewer.
     """
     rows = _in_order(_distinct(scores), method, None, seed)
     summed, batch = np.zeros(1), 64  # tokens of the first 0, 1, 2, ... rows
@@ -260,10 +252,9 @@ def compare_rules(rules: Mapping[str, RuleCard], scores: pd.DataFrame,
     """Rank correlations of the rules, and the rows they disagree on most.
 
     First frame: pairs of names with spearman, jaccard (of the `top` best rows) and notes (what
-    differs from the rule's own models; a rule with notes is "published form, other models").
-    Second: the `top` rows with the largest gap between any two rules' ranks: id where there is
-    one, row_hash, a rank in [0, 1] by rule (0 is best) and the gap. Rows with a missing
-    indicator under any rule are left out.
+    differs from the rule's own models). Second: the `top` rows with the largest gap between any two
+    rules' ranks: id, row_hash, a rank in [0, 1] by rule (0 is best) and the gap. Rows with a
+    missing indicator under any rule are left out.
     """
     predicted = pd.DataFrame({name: rule.predict(scores) for name, rule in rules.items()})
     ranks = predicted.dropna().rank(method="first")

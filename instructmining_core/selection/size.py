@@ -63,8 +63,7 @@ def size_curve_test(runs: pd.DataFrame, loss: str, *, seed: int = 0) -> SizeCurv
 
     Null: the curve is anything else. At the boundary one of the three steps is nil over a flat
     stretch while the other two are as large as you like; the critical value is the greatest of
-    those of all such shapes, so the test holds its level at every curve that is not of the shape
-    (shown by simulation, for equal numbers of draws).
+    those of all such shapes.
     """
     sizes, means, counts, variance, df = _curve(runs, loss)
     quads = np.array(list(combinations(range(len(sizes)), 4)))
@@ -179,15 +178,11 @@ def blendsearch(evaluate: Evaluate, low: int, high: int, trials: int, seed: int)
     """Search the set size with the lowest loss, between `low` and `high` rows, both included.
 
     evaluate : size in rows -> loss in nats (NaN or inf: the run diverged, kept as the worst); it
-    should remember what it has trained, as the ledger does: then a stopped search goes on where it
-    was, since its path depends on seed and losses alone. trials : the most sizes tried; fewer when
-    the range holds fewer. Half of them, from two to `SPAN`, span the range.
+    should remember what it has trained, so that a stopped search goes on where it was. trials : the
+    most sizes tried. Half of them, from two to `SPAN`, span the range.
 
     Returns one row a trial, in order: search, trial (from 1), size, loss (nats), best_loss,
-    best_size (so far), cost (rows trained so far).
-
-    The best loss of a search is the least of many noisy ones: it flatters. Evaluate the size found
-    anew, on other seeds and the other evaluation set, before reporting it: `search_report`.
+    best_size (so far), cost (rows trained so far). The best loss flatters: see `search_report`.
     """
     _check(low, high, trials)
     rows: list[dict[str, float]] = []

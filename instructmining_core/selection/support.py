@@ -17,15 +17,12 @@ def support(card: RuleCard, scores: pd.DataFrame, *, strict: bool = False) -> pd
     """One row a source, and "all": how far the rows lie from what the rule has seen.
 
     rows : number; missing : share of rows that lack an indicator, which count as outside below;
-    outside_range : share with any indicator outside the range of the fitted *set means* (most
-    single rows are: the rule carries from sets to rows by its straight line);
-    outside_rows : share with two or more indicators outside the 1–99 % range of the fitting
-    pool's *rows* (with nine indicators up to 17 % of the pool's own rows leave it in one);
-    distance : Mahalanobis distance of the data set's mean from the design's centre;
-    row_distance_median, row_distance_95 : of the rows themselves, which lie further out than
-    means do; largest_distance : of the fitted sets; verdict : "inside", "far" (mean further out
-    than any fitted set, or outside_rows > 10 %) or "unknown" (a card without ranges, as the
-    published ones); a source of a few rows is easily "far", since the mean of few rows is.
+    outside_range : share with any indicator outside the range of the fitted *set means*, as most
+    single rows are; outside_rows : share with two or more indicators outside the 1–99 % range of
+    the fitting pool's *rows*; distance : Mahalanobis distance of the data set's mean from the
+    design's centre; row_distance_median, row_distance_95 : of the rows themselves;
+    largest_distance : of the fitted sets; verdict : "inside", "far" (mean further out than any
+    fitted set, or outside_rows > 10 %) or "unknown" (a card without ranges, as the published ones).
     strict : raise InstructMiningError naming every source that is not inside.
     """
     values = card.standardise(scores)
@@ -57,10 +54,10 @@ def _in_words(name: str, one: pd.Series) -> str:
 def _one(card: RuleCard, raw: pd.DataFrame, values: pd.DataFrame) -> dict:
     coefficients, design = card.coefficients, card.design
     missing = raw.isna().any(axis=1).to_numpy()
-    result = {"rows": len(raw), "missing": float(missing.mean()) if len(raw) else np.nan,
-              "outside_range": np.nan, "outside_rows": np.nan, "distance": np.nan,
-              "row_distance_median": np.nan, "row_distance_95": np.nan,
-              "largest_distance": np.nan, "verdict": "unknown"}
+    result = {"rows": len(raw), "missing": float(missing.mean()) if len(raw) else np.nan}
+    result |= dict.fromkeys(("outside_range", "outside_rows", "distance", "row_distance_median",
+                             "row_distance_95", "largest_distance"), np.nan)  # fmt: skip
+    result["verdict"] = "unknown"
     if design is None or any(c.range is None for c in coefficients) or raw.empty:
         return result
     beyond = _beyond(raw, [c.range for c in coefficients]) > 0

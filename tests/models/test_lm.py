@@ -303,15 +303,6 @@ def test_tokens_that_fit():
     assert free_bytes("cpu") > 0
 
 
-def test_on_batch_gets_what_the_frame_holds():
-    lm = wrapped(build(tf.LlamaConfig(**GROUPED, **IDS)))
-    rows, stored = [Encoded((1, 5), (False, False)), *some_rows()], {}
-    frame = response_nll(lm, rows, batch_tokens=200,
-                         on_batch=lambda n, done: stored.update(zip(n, done, strict=True)))
-    assert sorted(stored) == list(range(1, len(rows)))
-    assert all(stored[i][0] == frame["nll"][i] for i in stored)
-
-
 def test_load_from_a_folder(tiny_lm_folder):
     lm = load_lm(ModelRef(str(tiny_lm_folder), dtype="float32"), device="cpu")
     assert lm.dtype == torch.float32 == next(lm.model.parameters()).dtype
