@@ -95,7 +95,7 @@ def mtld_vs_lexicalrichness(rows: int = 5000, repeats: int = 5) -> list[dict]:
     """MTLD of the responses of contiguous rows."""
     from lexicalrichness import LexicalRichness
 
-    from instructmining_core.indicators.mtld import mtld, mtld_words
+    from instructmining_core.indicators.surface import mtld, mtld_words
 
     found, origin = data.conversations(rows)
     texts = [messages[-1]["content"] for messages in found]

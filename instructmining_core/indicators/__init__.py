@@ -85,7 +85,8 @@ INDICATORS: dict[str, Indicator] = {
     entry.name: entry
     for entry in (
         _LENGTH,
-        _entry("mtld", "1", ("mtld",), "McCarthy & Jarvis 2010, doi 10.3758/BRM.42.2.381"),
+        _entry("mtld", "1", ("mtld",), "McCarthy & Jarvis 2010, doi 10.3758/BRM.42.2.381",
+               where="surface:compute_mtld"),
         _entry("compression", "1", ("compression",), "Yin et al. 2024, arXiv 2407.06645",
                where="surface:compute_compression"),
         _entry("script", "1", ("script",), "Unicode UAX 24; Kreutzer et al., arXiv 2103.12028",

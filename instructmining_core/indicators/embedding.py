@@ -22,7 +22,8 @@ from ..config import ModelRef
 from ..models import hub
 from ..models.batching import Failed, keep_freed_memory, map_batches, pad
 from ..models.loading import UNLIMITED, LoadedModel
-from .turns import CheckedConversation, cut_note
+from .surface import count_tokens
+from .turns import CheckedConversation, cut_note, first_kept
 
 
 def load_encoder(
@@ -65,7 +66,7 @@ def encoder_texts(
     cuts = _first_messages(model, conversations)
     texts = [text_of(c, cut) for c, cut in zip(conversations, cuts, strict=True)]
     longest = 64 * model.max_tokens
-    counts = token_counts(model, [text[:longest] for text in texts], truncation=False)
+    counts = count_tokens([text[:longest] for text in texts], model.tokenizer)
     return texts, [
         cut_note(cut, count > model.max_tokens or len(text) > longest)
         for text, cut, count in zip(texts, cuts, counts, strict=True)
@@ -77,15 +78,13 @@ def _first_messages(model: LoadedModel, conversations: Sequence[CheckedConversat
     several = [i for i, c in enumerate(conversations) if len(c.messages) > 2]
     longest = 64 * model.max_tokens  # characters: as good as all of them where a message has more
     parts = [[m["content"][:longest] + "\n" for m in conversations[i].messages] for i in several]
-    counts = iter(token_counts(model, [p for row in parts for p in row], special=False,
-                               truncation=False))  # fmt: skip
+    counts = iter(count_tokens([part for row in parts for part in row], model.tokenizer,
+                               add_special_tokens=False))  # fmt: skip
     room = model.max_tokens - model.tokenizer.num_special_tokens_to_add(pair=False)
     cuts = [0] * len(conversations)
     for i, row in zip(several, parts, strict=True):
-        lengths = [next(counts) for _ in row]
-        last = max(0, (conversations[i].ends or (0,))[-1] - 1)
-        while cuts[i] < last and sum(lengths[cuts[i] :]) > room:
-            cuts[i] += 1
+        last = (conversations[i].ends or (0,))[-1] - 1
+        cuts[i] = first_kept([next(counts) for _ in row], room, last)
     return cuts
 
 
@@ -103,7 +102,8 @@ def embed(
     longest = 64 * model.max_tokens  # characters; what comes later never reaches the model
     texts = [text[:longest] for text in texts]
     read = _read_once(model, texts)
-    lengths = token_counts(model, texts) if read is None else [len(r["input_ids"]) for r in read]
+    lengths = np.minimum(count_tokens(texts, model.tokenizer), model.max_tokens) \
+        if read is None else [len(row["input_ids"]) for row in read]
 
     def batch(rows: np.ndarray) -> list[np.ndarray]:
         if read is None:
@@ -118,24 +118,6 @@ def embed(
         if not isinstance(vector, Failed):
             out[row] = vector
     return out
-
-
-def token_counts(
-    model: LoadedModel, texts: Sequence[str], *, special: bool = True, truncation: bool = True
-) -> np.ndarray:
-    """Tokens of each text, int64, as the encoder sees it: at most its `max_seq_length`.
-
-    special : with the tokens that open and close a row; truncation : False counts all tokens
-    """
-    counts: list[int] = []
-    for start in range(0, len(texts), 4096):
-        ids = model.tokenizer(
-            list(texts[start : start + 4096]), add_special_tokens=special,
-            truncation=truncation, max_length=model.max_tokens if truncation else None,
-            return_attention_mask=False, verbose=False,
-        )["input_ids"]  # fmt: skip
-        counts.extend(map(len, ids))
-    return np.array(counts, dtype=np.int64)
 
 
 def _read_once(model: LoadedModel, texts: Sequence[str]) -> list[dict[str, np.ndarray]] | None:

@@ -22,15 +22,7 @@ from ..data.tokenization import Encoded, encode_many
 from ..models.causal_lm import LM, response_nll
 from ..models.loading import token_limit
 from ..models.pooled import OpenHead, start_token
-from .turns import (
-    EMPTY,
-    CheckedConversation,
-    Column,
-    Turn,
-    cut_note,
-    each_turn,
-    mean_over_turns,
-)
+from .turns import EMPTY, CheckedConversation, Column, Turn, cut_note, each_turn, mean_over_turns
 
 
 def compute_perplexity(

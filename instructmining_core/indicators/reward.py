@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
@@ -31,7 +30,9 @@ from .turns import (
     Turn,
     cut_note,
     each_turn,
+    first_kept,
     mean_over_turns,
+    settled,
 )
 
 FORMS = ("oasst", "pair")
@@ -109,20 +110,15 @@ def compute_reward(
     turns = list(each_turn(conversations))
     oasst = model.form == "oasst"
     side = padding_side if oasst else "right"
-    rows = (_oasst_rows if oasst else _pair_rows)(turns, model)
+    rows = (_oasst_rows if oasst else _pair_rows)(turns, model) if turns else []
     filled = [row for row in rows if row["input_ids"]]
     lengths = [len(row["input_ids"]) for row in filled]
     scores = iter(map_batches(
         lambda numbers: _forward(model, [filled[i] for i in numbers], side),
         lengths, model.first_batch(batch_tokens), on_halved=model.halved,
     ))  # fmt: skip
-    scores = [next(scores) if row["input_ids"] else Failed(NO_TOKEN) for row in rows]
-    values = [np.nan if isinstance(score, Failed) else score for score in scores]
-    reasons = [
-        score.reason if isinstance(score, Failed) else row["note"]
-        for score, row in zip(scores, rows, strict=True)
-    ]
-    return {"reward": mean_over_turns(conversations, values, reasons)}
+    found = [(next(scores) if row["input_ids"] else Failed(NO_TOKEN), row["note"]) for row in rows]
+    return {"reward": mean_over_turns(conversations, *settled(found))}
 
 
 @torch.inference_mode()
@@ -143,13 +139,12 @@ def _oasst_rows(turns: Sequence[Turn], model: LoadedModel) -> list[dict]:
         for turn in turns
     ]  # fmt: skip
     distinct = list(dict.fromkeys(text for texts in written for text in texts))
-    ids = model.tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"] \
-        if distinct else []
+    ids = model.tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"]
     known = dict(zip(distinct, ids, strict=True))
     rows = []
     for turn, texts in zip(turns, written, strict=True):
         parts = [known[text] for text in texts]
-        cut = _first_kept([len(part) for part in parts], model.max_tokens)
+        cut = first_kept(list(map(len, parts)), model.max_tokens, len(parts) - 2)
         whole = [token for part in parts[cut:] for token in part]
         kept = whole[: model.max_tokens]
         rows.append({"input_ids": kept, "note": _note(turn, cut, len(whole) > len(kept))})
@@ -157,32 +152,22 @@ def _oasst_rows(turns: Sequence[Turn], model: LoadedModel) -> list[dict]:
 
 
 def _pair_rows(turns: Sequence[Turn], model: LoadedModel) -> list[dict]:
-    rows: list[dict | None] = [None] * len(turns)
-    cut = [0] * len(turns)
-    waiting = list(range(len(turns)))
-    while waiting:
-        found = _pairs([turns[i] for i in waiting], [cut[i] for i in waiting], model)
-        longer = []
-        for i, row in zip(waiting, found, strict=True):
-            if len(row["input_ids"]) > model.max_tokens and cut[i] < len(turns[i].context) - 1:
-                cut[i] += 1
-                longer.append(i)
-            else:
-                rows[i] = row
-        waiting = longer
-    for i, row in enumerate(rows):
+    rows = []
+    for turn, row in zip(turns, _pairs(turns, model), strict=True):
+        cut = 0
+        while len(row["input_ids"]) > model.max_tokens and cut < len(turn.context) - 1:
+            cut += 1
+            row = _pairs([turn], model, cut)[0]
         over = len(row["input_ids"]) > model.max_tokens
         if over:
-            row.update(_pairs([turns[i]], [cut[i]], model, truncation=True)[0])
-        row["note"] = _note(turns[i], cut[i], over)
+            row = _pairs([turn], model, cut, truncation=True)[0]
+        rows.append({**row, "note": _note(turn, cut, over)})
     return rows
 
 
-def _pairs(turns, cuts, model: LoadedModel, truncation: bool = False) -> list[dict]:
-    before = [
-        "\n\n".join(m["content"] for m in turn.context[cut:])
-        for turn, cut in zip(turns, cuts, strict=True)
-    ]
+def _pairs(turns: Sequence[Turn], model: LoadedModel, cut: int = 0, truncation: bool = False
+           ) -> list[dict]:  # fmt: skip
+    before = ["\n\n".join(m["content"] for m in turn.context[cut:]) for turn in turns]
     batch = model.tokenizer(
         before, [turn.response for turn in turns], verbose=False, return_attention_mask=False,
         truncation=truncation, max_length=model.max_tokens if truncation else None,
@@ -192,14 +177,6 @@ def _pairs(turns, cuts, model: LoadedModel, truncation: bool = False) -> list[di
         {"input_ids": ids, "token_type_ids": kinds}
         for ids, kinds in zip(batch["input_ids"], types, strict=True)
     ]
-
-
-def _first_kept(lengths: Sequence[int], most: int) -> int:
-    """The first message kept so that the rest fits, the last question and answer always."""
-    first = 0
-    while sum(lengths[first:]) > most and first < len(lengths) - 2:
-        first += 1
-    return first
 
 
 def _note(turn: Turn, cut: int, truncated: bool) -> str:

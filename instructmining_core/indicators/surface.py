@@ -1,9 +1,14 @@
-"""What is read off the text itself: length, compression, script, number of turns.
+"""What is read off the text itself: length, MTLD, compression, script, number of turns.
 
 Length (InstructMining v3, Table 1: Len_in, Len_out): the paper's tokenizer is unknown; ours is the
 base model's, without special tokens. Without a model words and punctuation marks are counted, and
 the version says so; there a run of letters is a word, so in scripts without spaces (Chinese,
 Japanese, Thai) a whole clause is one word: use a tokenizer.
+
+MTLD, the measure of textual lexical diversity (McCarthy & Jarvis 2010): the mean number of running
+words over which the type-token ratio stays above 0.72, read forwards and backwards. It needs words
+set apart by spaces: in Chinese, Japanese or Thai the value says little. Our own code; the values
+equal those of the package `lexicalrichness` (with its default preprocessing) wherever it gives one.
 
 Compression: Yin et al. 2024, "Entropy Law" (arXiv 2407.06645) rank data by raw / compressed bytes,
 and Shaib et al. 2024 (arXiv 2403.00553) recommend it as a diversity score. Theirs is taken over
@@ -21,11 +26,13 @@ change the model's dialogues; the InstructMining paper leaves dialogue to future
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import itemgetter
 
 import numpy as np
 
@@ -35,6 +42,10 @@ _WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 _ASCII_LETTER = re.compile("[A-Za-z]")
 _TWO_WORDS = ("OLD", "LINEAR", "MEETEI", "PHAISTOS", "SYLOTI", "TAI", "NEW")  # a script's name
 _CHUNK = 4096  # texts handed to the tokenizer at once
+
+THRESHOLD = 0.72  # of MTLD
+_DELETED = dict.fromkeys(map(ord, string.digits + "-\N{EN DASH}\N{EM DASH}"))
+_TABLE = {**dict.fromkeys(map(ord, string.punctuation), " "), **_DELETED}
 
 
 def compute_length(conversations: Sequence[CheckedConversation], model=None) -> dict[str, Column]:
@@ -46,7 +57,9 @@ def compute_length(conversations: Sequence[CheckedConversation], model=None) -> 
     """
     texts, pieces_in = _texts(conversations)
     tokenizer = getattr(model, "tokenizer", model)
-    lengths = count_words(texts) if tokenizer is None else count_tokens(texts, tokenizer)
+    lengths = count_words(texts) if tokenizer is None else count_tokens(
+        texts, tokenizer, add_special_tokens=False, split_special_tokens=True
+    )
     len_in, len_out, position = [], [], 0
     for pieces in pieces_in:
         len_in.append(sum(lengths[position : position + pieces]))
@@ -68,13 +81,13 @@ def count_words(texts: Sequence[str]) -> list[int]:
     return [len(find(text)) for text in texts]
 
 
-def count_tokens(texts: Sequence[str], tokenizer) -> list[int]:
-    """Tokens of each text, no special tokens added, and "</s>" in a text counted as text."""
+def count_tokens(texts: Sequence[str], tokenizer, **options) -> list[int]:
+    """Tokens of each text, all of them; options : of the tokenizer's call"""
     lengths: list[int] = []
     for start in range(0, len(texts), _CHUNK):
         ids = tokenizer(
-            list(texts[start : start + _CHUNK]), add_special_tokens=False,
-            split_special_tokens=True, return_attention_mask=False, verbose=False,
+            list(texts[start : start + _CHUNK]), truncation=False, return_attention_mask=False,
+            verbose=False, **options,
         )["input_ids"]  # fmt: skip
         lengths.extend(map(len, ids))
     return lengths
@@ -91,6 +104,73 @@ def _texts(conversations: Sequence[CheckedConversation]) -> tuple[list[str], lis
             pieces_in.append(end - start)
             start = end + 1
     return texts, pieces_in
+
+
+def compute_mtld(conversations: Sequence[CheckedConversation], model=None) -> dict[str, Column]:
+    """MTLD of each response, in words; mean over the assistant's turns."""
+    values = [mtld(mtld_words(turn.response)) for turn in each_turn(conversations)]
+    reasons = ["no word in the response" if value != value else "" for value in values]
+    return {"mtld": mean_over_turns(conversations, values, reasons)}
+
+
+def mtld_words(text: str) -> list[str]:
+    """Lower-case words: digits and dashes are deleted, other ASCII punctuation parts words.
+
+    >>> mtld_words("A well-known 3rd fact: it's so.")
+    ['a', 'wellknown', 'rd', 'fact', 'it', 's', 'so']
+    """
+    return text.lower().translate(_TABLE).split()
+
+
+def mtld(tokens: Sequence[str]) -> float:
+    """MTLD of a list of words.
+
+    tokens : words in reading order
+    returns : words per factor, mean of both directions. A factor ends where types / tokens <=
+        THRESHOLD; the rest at the end counts as the part of a factor that it has come, `(1 -
+        ratio) / (1 - THRESHOLD)`. Where no word comes twice there is no factor at all: the value
+        is the number of words, a lower bound. NaN with no word.
+    """
+    if not tokens:
+        return float("nan")
+    repeats = _repeats(tokens)
+    if not repeats:
+        return float(len(tokens))
+    last = len(tokens) - 1
+    backwards = [(last - late, last - early) for early, late in repeats]
+    backwards.sort(key=itemgetter(1))
+    size = len(tokens)
+    return (size / _factors(repeats, size) + size / _factors(backwards, size)) / 2
+
+
+def _repeats(tokens: Sequence[str]) -> list[tuple[int, int]]:
+    """(earlier, later) positions of neighbouring uses of one word, by the later one."""
+    seen: dict[str, int] = {}
+    pairs = []
+    for position, token in enumerate(tokens):
+        if token in seen:
+            pairs.append((seen[token], position))
+        seen[token] = position
+    return pairs
+
+
+def _factors(repeats: Sequence[tuple[int, int]], size: int) -> float:
+    """Factors in one direction.
+
+    Only repeats are visited: a new word raises the ratio, so a factor always ends at a repeat.
+    """
+    factors, start, doubles = 0.0, 0, 0
+    for early, late in repeats:
+        if early < start:
+            continue
+        doubles += 1
+        count = late - start + 1
+        if (count - doubles) / count <= THRESHOLD:
+            factors, start, doubles = factors + 1, late + 1, 0
+    rest = size - start
+    if rest:
+        factors += (1 - (rest - doubles) / rest) / (1 - THRESHOLD)
+    return factors
 
 
 def compute_compression(

@@ -6,8 +6,9 @@ a `problem`, and so ends as NaN with that reason in every column.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -100,6 +101,24 @@ def cut_note(dropped: int, truncated: bool, what: str = "text") -> str:
     """What a model was not given of a row, as its reason: first messages, or the end of `what`."""
     notes = [f"{dropped} earlier messages cut to fit the model"] if dropped else []
     return "; ".join([*notes, f"end of the {what} cut to fit the model"] if truncated else notes)
+
+
+def first_kept(lengths: Sequence[int], room: int, last: int) -> int:
+    """The first message that is kept so that the rest fits into `room` tokens, `last` at most."""
+    first = 0
+    while first < last and sum(lengths[first:]) > room:
+        first += 1
+    return first
+
+
+def settled(found: Iterable[tuple[Any, str]]) -> tuple[list[float], list[str]]:
+    """Values and reasons from pairs of what `map_batches` gave and a note: `Failed` is NaN."""
+    values, reasons = [], []
+    for score, note in found:
+        why = getattr(score, "reason", "")
+        values.append(np.nan if why else score)
+        reasons.append(why or note)
+    return values, reasons
 
 
 def _reasons_of_rows(conversations, counts, rows, reasons) -> list[str]:

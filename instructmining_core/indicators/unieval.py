@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
@@ -30,6 +29,7 @@ from .turns import (
     cut_note,
     each_turn,
     mean_over_turns,
+    settled,
 )
 
 MAX_TOKENS = 1024
@@ -82,14 +82,18 @@ def compute_unieval(
     """
     if isinstance(model, OpenHead):
         return compute_by_head(conversations, model)
-    turns = [turn for turn in each_turn(conversations) if turn.response]
-    questions = [(name, turn) for turn in turns for name in QUESTIONS]
-    ids, notes = _encode(questions, model)
+    asked = [(name, turn) for turn in each_turn(conversations) for name in QUESTIONS]
+    ids, notes = _encode([(name, turn) for name, turn in asked if turn.response], model)
     scores = map_batches(
         lambda rows: yes_share(model, [ids[i] for i in rows], padding_side),
         [len(row) for row in ids], model.first_batch(batch_tokens), on_halved=model.halved,
     )  # fmt: skip
-    return _columns(conversations, scores, notes)
+    found = zip(scores, notes, strict=True)
+    told = [next(found) if turn.response else (Failed(EMPTY), "") for _, turn in asked]
+    return {
+        name: mean_over_turns(conversations, *settled(told[i :: len(QUESTIONS)]))
+        for i, name in enumerate(QUESTIONS)
+    }
 
 
 def prompt(name: str, turn: Turn, cut: int = 0) -> str:
@@ -141,20 +145,3 @@ def _tokens(texts: list[str], model: LoadedModel) -> list[list[int]]:
     if not texts:
         return []
     return model.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def _columns(conversations, scores, notes) -> dict[str, Column]:
-    """Back from pooled questions to one column a question."""
-    empty = [not turn.response for turn in each_turn(conversations)]
-    columns = {}
-    for number, name in enumerate(QUESTIONS):
-        values = np.full(len(empty), np.nan)
-        reasons = [EMPTY if nothing else "" for nothing in empty]
-        places = [i for i, nothing in enumerate(empty) if not nothing]
-        mine = slice(number, None, len(QUESTIONS))
-        for place, score, note in zip(places, scores[mine], notes[mine], strict=True):
-            failed = isinstance(score, Failed)
-            values[place] = np.nan if failed else score
-            reasons[place] = score.reason if failed else note
-        columns[name] = mean_over_turns(conversations, values, reasons)
-    return columns

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, BertModel
 
 from instructmining_core.config import ModelRef
 from instructmining_core.indicators import embedding
+from instructmining_core.indicators.surface import count_tokens
 from instructmining_core.indicators.turns import read
 from instructmining_core.models import hub
 from instructmining_core.models.hub import model_sha256
@@ -88,7 +89,7 @@ def test_a_conversation_of_exactly_the_limit_is_whole(minilm):
     rows = [read(single("sort " * n, "list") + single("poem", "rain")) for n in (251, 252)]
     texts, notes = embedding.encoder_texts(minilm, rows)  # 251 + 3 words and 2 marks are 256
     assert notes == ["", "1 earlier messages cut to fit the model"]
-    assert embedding.token_counts(minilm, texts).tolist() == [256, 5]
+    assert count_tokens(texts, minilm.tokenizer) == [256, 5]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from instructmining_core.indicators.mtld import compute_mtld, mtld, mtld_words
+from instructmining_core.indicators.surface import compute_mtld, mtld, mtld_words
 from instructmining_core.indicators.turns import read
 
 

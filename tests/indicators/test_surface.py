@@ -45,11 +45,13 @@ def test_tokens_equal_one_call_a_text(tiny_tokenizer):
     texts = ["Return the list", "", "</s> is text here", "naïve 你"]
     slow = [len(tiny_tokenizer.backend_tokenizer.encode(t, add_special_tokens=False).ids)
             for t in texts if "</s>" not in t]
-    fast = count_tokens(texts, tiny_tokenizer)
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    fast = count_tokens(texts, tiny_tokenizer, **options)
     assert [n for n, t in zip(fast, texts, strict=True) if "</s>" not in t] == slow
     assert fast[2] > slow[0]  # "</s>" is not one special token
     columns = compute_length([read(CHAT[1:3])], tiny_tokenizer)
-    assert columns["len_out"].values[0] == count_tokens(["Hello!"], tiny_tokenizer)[0]
+    assert columns["len_out"].values[0] == count_tokens(
+        ["Hello!"], tiny_tokenizer, **options)[0]
 
 
 def test_rows_that_cannot_be_read_are_nan():

@@ -78,7 +78,7 @@ def test_a_stage_depends_on_the_modules_that_it_imports_and_on_no_others(house):
             "instructmining/figures/style.py",
             "instructmining_core/finetuning/run.py",  # through study, which imports it late
             "instructmining_core/selection/select.py",  # a public name of the core
-            "instructmining_core/indicators/mtld.py"} <= used()  # by name, from the registry
+            "instructmining_core/indicators/surface.py"} <= used()  # by name, from the registry
     assert not {"instructmining/book.py", "instructmining/claims.py",
                 "instructmining/tables.py"} & used()
     assert used() - used(figures=False) >= {"instructmining/figures/style.py"}
