@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from instructmining_core.finetuning.archive import RunArchive
-from instructmining_core.finetuning.ledger import Ledger
+from instructmining_core.finetuning.ledger import Ledger, RunArchive
 
 from .pairs import Skipped, limit_row
 

@@ -122,7 +122,7 @@ def products(adapters, lm, rows, config) -> tuple[float, float]:
     """FLOP and seconds of the frozen products of a whole training, and of nothing else."""
     import torch
 
-    from instructmining_core.finetuning.cross_entropy import CHUNK_LOGITS
+    from instructmining_core.finetuning.packing import CHUNK_LOGITS
 
     steps = -(-len(rows) // config.batch_size)
     tokens, targets = sum(map(len, rows)) // steps, _targets(rows) // steps

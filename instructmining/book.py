@@ -28,8 +28,7 @@ from pathlib import Path
 import instructmining_core
 from instructmining_core import files
 from instructmining_core.config import InstructMiningError
-from instructmining_core.finetuning.archive import RunArchive
-from instructmining_core.finetuning.ledger import Ledger
+from instructmining_core.finetuning.ledger import Ledger, RunArchive
 from instructmining_core.indicators.score_table import read_scores, write_scores
 
 from .profile import Profile, load_profile, profile_path

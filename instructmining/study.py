@@ -20,8 +20,13 @@ import pandas as pd
 from instructmining_core import files
 from instructmining_core.config import FinetuneConfig, InstructMiningError, ModelRef
 from instructmining_core.data.choices import Question
-from instructmining_core.finetuning.archive import ContinuedLedger, RunArchive
-from instructmining_core.finetuning.ledger import RELEVANCE, Ledger, tidy
+from instructmining_core.finetuning.ledger import (
+    RELEVANCE,
+    ContinuedLedger,
+    Ledger,
+    RunArchive,
+    tidy,
+)
 from instructmining_core.finetuning.run_spec import EvalSets, RunSpec
 from instructmining_core.finetuning.sets import (
     TrainingSet,

@@ -21,6 +21,7 @@ from .run_table import (
     RunsError,
     Standardizer,
     pick_arms,
+    share_matrix,
     standardised,
     within_sources,
 )
@@ -247,7 +248,8 @@ def mundlak_test(runs: pd.DataFrame, columns: Sequence[str], source_means: pd.Da
     (standardised units without `standardizer`). Needs more sources than columns + 1, since B has
     only S − 1 dimensions: otherwise a RunsError that says to name fewer columns or add sources.
     """
-    runs, shares, sources, X, y = within_sources(runs, columns, standardizer, None)
+    runs = pick_arms(runs, None)
+    shares, sources = share_matrix(runs)
     if len(sources) <= len(columns) + 1:
         raise RunsError(f"{len(sources)} sources span {len(sources) - 1} dimensions, too few for "
                         f"{len(columns)} slopes between sources: name at most "
@@ -256,10 +258,11 @@ def mundlak_test(runs: pd.DataFrame, columns: Sequence[str], source_means: pd.Da
     missing = sorted(set(sources) - set(source_means.index))
     if missing:
         raise RunsError(f"source_means has no row for {missing}")
+    X = standardised(runs, columns, standardizer)
     B = shares @ standardised(source_means.loc[list(sources)], columns, standardizer)
     p, df = len(columns), len(X) - 2 * len(columns) - 1
     names = ["constant", *(f"within_{c}" for c in columns), *(f"between_{c}" for c in columns)]
-    fit = ols(np.hstack([np.ones((len(X), 1)), X - B, B]), y, names)
+    fit = ols(np.hstack([np.ones((len(X), 1)), X - B, B]), runs["log_loss"].to_numpy(float), names)
     errors = hc3(fit)
     contrast = np.hstack([np.zeros((p, 1)), -np.eye(p), np.eye(p)])
     cov = contrast @ errors @ contrast.T

@@ -98,7 +98,7 @@ def top_rows(rule: RuleCard, top_k: int | str) -> int:
                 "(notebook 09) and write it on the card, or name a number"
             )
         return rule.auto_size
-    if not isinstance(top_k, int) or top_k < 1:
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
         raise InstructMiningError(f"top_k is {top_k!r}; it is a number of rows above 0, or 'auto'")
     return top_k
 

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from instructmining_core.config import FinetuneConfig, ModelRef
-from instructmining_core.finetuning.archive import ContinuedLedger, RunArchive
-from instructmining_core.finetuning.ledger import Ledger
+from instructmining_core.finetuning.ledger import ContinuedLedger, Ledger, RunArchive
 from instructmining_core.finetuning.run import without_paths
 from instructmining_core.finetuning.run_spec import RunSpec, hash_rows
 

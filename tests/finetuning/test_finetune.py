@@ -14,14 +14,13 @@ from torch import nn
 from instructmining_core.config import FinetuneConfig, InstructMiningError, ModelRef
 from instructmining_core.data.tokenization import Encoded
 from instructmining_core.finetuning import packing
-from instructmining_core.finetuning.cross_entropy import weighted_nll
 from instructmining_core.finetuning.finetune import (
     finetune,
     in_order,
     release,
     train_by_trainer,
 )
-from instructmining_core.finetuning.packing import pack, pad_right
+from instructmining_core.finetuning.packing import pack, pad_right, weighted_nll
 from instructmining_core.finetuning.trainer import (
     TrainingJob,
     learning_rates,

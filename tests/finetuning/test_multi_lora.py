@@ -24,7 +24,7 @@ from transformers import (
 
 from instructmining_core.config import FinetuneConfig, InstructMiningError, ModelRef
 from instructmining_core.data.tokenization import Encoded
-from instructmining_core.finetuning import cross_entropy, packing
+from instructmining_core.finetuning import packing
 from instructmining_core.finetuning.finetune import finetune
 from instructmining_core.finetuning.lora import MultiLoRA, set_first_values
 from instructmining_core.finetuning.packing import PackedModel
@@ -319,7 +319,7 @@ def test_a_capped_head_in_chunks_is_the_model_s_own_loss(tiny_tokenizer, monkeyp
     body.packed = False
     batch = body.batch(rows)
     weights = torch.rand(len(batch.labels), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(cross_entropy, "KEPT_LOGITS", 1)
+    monkeypatch.setattr(packing, "KEPT_LOGITS", 1)
     assert len(batch.labels) > 3 * 16  # so four chunks at least
     total, each = body.loss(batch, weights)
     total.backward()

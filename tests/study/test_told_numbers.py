@@ -9,7 +9,7 @@ import pandas as pd
 
 from instructmining.plan import STAGES, expected_runs
 from instructmining.profile import load_profile
-from instructmining_core.finetuning.archive import RunArchive
+from instructmining_core.finetuning.ledger import RunArchive
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIDENCE = ROOT / "evidence" / "laptop"
