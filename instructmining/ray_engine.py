@@ -137,7 +137,7 @@ class Crew:
                 self._idle.append(actor)
             if job is None:
                 self._unopened = self._unopened + 1 if lost else 0
-                self.told = result or self.told
+                self.told = self.told if lost else result
             elif lost and job[2] + 1 < TRIES:
                 self.ray.kill(actor)
                 self._jobs.appendleft((*job[:2], job[2] + 1))
@@ -145,7 +145,9 @@ class Crew:
                 found.append((job[0], result))
             if self._unopened > TRIES:
                 why = str(lost).strip().rpartition("\n")[2]
-                raise InstructMiningError(f"the cluster's workers end before they work: {why}")
+                raise InstructMiningError(
+                    f"the cluster's workers end before they are at work: {why}"
+                )
         return found
 
     def _outcome(self, ref: Any) -> tuple[Exception | None, Any]:

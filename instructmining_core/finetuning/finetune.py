@@ -43,7 +43,7 @@ from ..models.causal_lm import LM
 from ..models.trunk import on_trunk
 from .lora import MultiLoRA, peft_config, set_first_values
 from .packing import PackedModel
-from .trainer import Schedule, Trained, TrainingJob, schedule, train
+from .trainer import Schedule, TrainingJob, schedule, train
 
 OnEpoch = Callable[[LM, int], bool | None]
 IGNORED = -100  # the label of what is no target
@@ -54,7 +54,7 @@ FILLING = Encoded((0, 0), (False, False))  # fills a step up to as many micro-ba
 class Finetuned:
     """A finetuned model.
 
-    lm : for `response_nll`, generation and the like, until `close`; curve : of `Trained.curve`
+    lm : for `response_nll`, generation and the like, until `close`; curve : `Schedule.curve`
     seconds : of training, wall clock; peak_memory_bytes : of the process, or of the GPU
     diverged : a step's loss was not a number, and training ended there
     save : writes the adapter into a folder as peft does, a fully trained model as transformers
@@ -90,8 +90,8 @@ def finetune(
         return _by_multi_lora(lm, job, config, on_epoch)
     meter = Meter(lm.device)
     tuned, trained, save = train_by_trainer(lm, job, config, on_epoch=on_epoch)
-    return Finetuned(tuned, trained.curve(0), *meter.read(), trained.schedules[0].diverged,
-                     save, lambda: release(tuned.model))
+    return Finetuned(tuned, trained.curve(), *meter.read(), trained.diverged, save,
+                     lambda: release(tuned.model))  # fmt: skip
 
 
 def can_share_a_pass(config: FinetuneConfig) -> bool:
@@ -119,9 +119,9 @@ def _by_multi_lora(lm, job, config, on_epoch) -> Finetuned:
     with ExitStack() as stack:
         stack.enter_context(adapters.attached())
         with on_trunk(lm, config.layers, job.rows):
-            trained = train(adapters, PackedModel(lm), [job], on_epoch=after_epoch)
+            trained = train(adapters, PackedModel(lm), [job], on_epoch=after_epoch)[0]
         adapters.use(0)
-        return Finetuned(tuned, trained.curve(0), *meter.read(), trained.schedules[0].diverged,
+        return Finetuned(tuned, trained.curve(), *meter.read(), trained.diverged,
                          lambda folder: adapters.save(0, folder, lm.resolved.id),
                          stack.pop_all().close)
 
@@ -154,7 +154,7 @@ def _peak() -> int:
 
 def train_by_trainer(
     lm: LM, job: TrainingJob, config: FinetuneConfig, *, on_epoch: OnEpoch | None = None
-) -> tuple[LM, Trained, Callable[[Path], None]]:
+) -> tuple[LM, Schedule, Callable[[Path], None]]:
     """Train all weights or a peft adapter; on_epoch : as in `finetune`.
 
     returns : the trained model (`release` gives the base back), its losses, and what saves it
@@ -169,7 +169,7 @@ def train_by_trainer(
         steps = _Steps(tuned, schedule(job, config), on_epoch)
         try:
             save = _train(tuned, config, steps, at_once, processes)
-            return tuned, Trained([steps.schedule], steps.losses[None]), save
+            return tuned, steps.schedule, save
         except BaseException as error:
             release(tuned.model)
             anew = at_once > 1 and processes == 1 and not steps.epochs_told
@@ -299,13 +299,13 @@ class _Steps(TrainerCallback):
 
     def __init__(self, tuned: LM, plan: Schedule, on_epoch: OnEpoch | None) -> None:
         self.tuned, self.schedule, self.on_epoch = tuned, plan, on_epoch
-        self.losses, self.epochs_told = np.zeros(len(plan.steps)), 0
+        self.epochs_told = 0
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
         if "loss" not in logs:  # the Trainer's summary
             return
         step, plan = state.global_step - 1, self.schedule
-        self.losses[step] = logs["loss"]
+        plan.losses[step] = logs["loss"]
         if not np.isfinite(logs["loss"]):
             plan.ended, plan.diverged = step + 1, True
         elif plan.epoch_ends(step) and self.on_epoch is not None:

@@ -107,17 +107,17 @@ def run_together(
             seconds = meter.read()[0] - sum(one.seconds for one in epochs)
             begun = time.perf_counter()
             found = []
-            for adapter, plan in enumerate(trained.schedules):
+            for adapter, plan in enumerate(trained):
                 adapters.use(adapter)
                 found.append(_evaluated(lm, EvalSets() if plan.diverged else evals))
         evaluated = (time.perf_counter() - begun) / len(specs)
         _, peak = meter.read()
     tokens = [sum(len(row) for row in job.rows) for job in jobs]
     return [
-        _record(spec, lm, trained.curve(k), found[k], epochs[k], started,
+        _record(spec, lm, trained[k].curve(), found[k], epochs[k], started,
                 {"train": seconds * tokens[k] / sum(tokens),
                  "evaluate": evaluated + epochs[k].seconds},
-                peak, trained.schedules[k].diverged, len(specs), base)
+                peak, trained[k].diverged, len(specs), base)
         for k, spec in enumerate(specs)
     ]  # fmt: skip
 

@@ -43,6 +43,7 @@ class Schedule:
 
     steps : row positions of each step; epoch : epoch of each step, from 0
     rates : learning rate of each step; tokens : target tokens of each step
+    losses : of each step before its update, nats per target token
     ended : steps taken when it ended early (NaN, or `on_epoch` said so), else None
     """
 
@@ -51,6 +52,7 @@ class Schedule:
     epoch: np.ndarray
     rates: np.ndarray
     tokens: np.ndarray
+    losses: np.ndarray = field(repr=False)
     ended: int | None = None
     diverged: bool = False
 
@@ -63,22 +65,12 @@ class Schedule:
         last = step + 1 == len(self.steps)
         return last or self.epoch[step + 1] != self.epoch[step]
 
-
-@dataclass
-class Trained:
-    """losses : shape (K, steps), each step's loss before its update, nats per target token;
-    schedules : K, each with how it ended"""
-
-    schedules: list[Schedule]
-    losses: np.ndarray = field(repr=False)
-
-    def curve(self, adapter: int) -> pd.DataFrame:
+    def curve(self) -> pd.DataFrame:
         """step (from 1), epoch (from 1), lr, loss (nats per target token), tokens (targets)."""
-        plan = self.schedules[adapter]
-        n = len(plan.steps) if plan.ended is None else plan.ended
+        n = len(self.steps) if self.ended is None else self.ended
         return pd.DataFrame({
-            "step": np.arange(1, n + 1), "epoch": plan.epoch[:n] + 1, "lr": plan.rates[:n],
-            "loss": self.losses[adapter, :n], "tokens": plan.tokens[:n],
+            "step": np.arange(1, n + 1), "epoch": self.epoch[:n] + 1, "lr": self.rates[:n],
+            "loss": self.losses[:n], "tokens": self.tokens[:n],
         })
 
 
@@ -90,6 +82,7 @@ def schedule(job: TrainingJob, config: FinetuneConfig) -> Schedule:
     return Schedule(
         job, steps, np.repeat(np.arange(config.epochs), [len(e) for e in by_epoch]),
         learning_rates(config, len(steps)), np.array([counts[step].sum() for step in steps]),
+        np.zeros(len(steps)),
     )
 
 
@@ -186,8 +179,8 @@ def adapters_per_pass(lm: LM, config: FinetuneConfig) -> int:
 def train(
     adapters: MultiLoRA, model: PackedModel, jobs: Sequence[TrainingJob], *,
     on_epoch: Callable[[int, int], bool | None] | None = None,
-) -> Trained:  # fmt: skip
-    """Train adapters that are attached to the model, each on its job.
+) -> list[Schedule]:  # fmt: skip
+    """Train adapters that are attached to the model, each on its job; how each went.
 
     on_epoch : called with adapter and epoch (from 1) after each; a true answer ends the adapter
 
@@ -215,7 +208,9 @@ def train(
             epoch = int(schedules[k].epoch[step]) + 1
             if schedules[k].ended is None and on_epoch is not None and on_epoch(k, epoch):
                 schedules[k].ended = step + 1
-    return Trained(schedules, losses.double().cpu().numpy())
+    for plan, own in zip(schedules, losses.double().cpu().numpy(), strict=True):
+        plan.losses = own
+    return schedules
 
 
 def _gradients(adapters, model, schedules, active, step, losses, micro) -> None:

@@ -65,7 +65,11 @@ def size_curve_test(runs: pd.DataFrame, loss: str, *, seed: int = 0) -> SizeCurv
     stretch while the other two are as large as you like; the critical value is the greatest of
     those of all such shapes.
     """
-    sizes, means, counts, variance, df = _curve(runs, loss)
+    logs, variance, df = _pooled(runs.dropna(subset=[loss]), loss)
+    sizes, means, counts = logs.index, logs["mean"].to_numpy(), logs["count"].to_numpy()
+    if len(sizes) < 4 or df < 2:
+        raise InstructMiningError(f"the test needs at least 4 sizes and repeats at them, got "
+                                  f"{len(sizes)} sizes and {counts.sum()} runs")
     quads = np.array(list(combinations(range(len(sizes)), 4)))
     scale = np.sqrt(variance)
     statistic, where = _max_min(means[None] / scale, counts, quads)
@@ -112,31 +116,22 @@ def size_means(runs: pd.DataFrame, loss: str) -> pd.DataFrame:
     """
     rows = []
     for (pool, method), part in runs.groupby(["pool", "method"], sort=False):
-        logs = np.log(part[loss]).groupby(part["size"]).agg(["mean", "count", "var"])
-        df = int((logs["count"] - 1).sum())
-        pooled = ((logs["count"] - 1) * logs["var"].fillna(0)).sum() / df if df else np.nan
-        reach = stats.t.isf((1 - LEVEL) / 2, max(df, 1)) * np.sqrt(pooled / logs["count"])
+        logs, variance, df = _pooled(part, loss)
+        reach = stats.t.isf((1 - LEVEL) / 2, max(df, 1)) * np.sqrt(variance / logs["count"])
         rows.append(pd.DataFrame({
-            "pool": pool, "method": method, "size": logs.index, "n": logs["count"].to_numpy(),
-            "mean": np.exp(logs["mean"]).to_numpy(),
-            "low": np.exp(logs["mean"] - reach).to_numpy(),
-            "high": np.exp(logs["mean"] + reach).to_numpy(),
+            "pool": pool, "method": method, "size": logs.index, "n": logs["count"],
+            "mean": np.exp(logs["mean"]), "low": np.exp(logs["mean"] - reach),
+            "high": np.exp(logs["mean"] + reach),
         }))
     return pd.concat(rows, ignore_index=True)
 
 
-def _curve(runs: pd.DataFrame, loss: str) -> tuple:
-    kept = runs.dropna(subset=[loss])
-    groups = np.log(kept[loss]).groupby(kept["size"])
-    counts = groups.count().to_numpy()
-    df = int((counts - 1).sum())
-    if len(counts) < 4 or df < 2:
-        raise InstructMiningError(
-            f"the test needs at least 4 sizes and repeats at them, got {len(counts)} sizes and "
-            f"{len(kept)} runs"
-        )
-    variance = float(((counts - 1) * groups.var().fillna(0).to_numpy()).sum() / df)
-    return groups.mean().index.to_numpy(), groups.mean().to_numpy(), counts, variance, df
+def _pooled(runs: pd.DataFrame, loss: str) -> tuple[pd.DataFrame, float, int]:
+    """By size mean, count and var of the log loss; the variance over all sizes, and its df."""
+    logs = np.log(runs[loss]).groupby(runs["size"]).agg(["mean", "count", "var"])
+    df = int((logs["count"] - 1).sum())
+    total = ((logs["count"] - 1) * logs["var"].fillna(0)).sum()
+    return logs, float(total / df) if df else np.nan, df
 
 
 def _max_min(

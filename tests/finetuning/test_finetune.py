@@ -62,7 +62,7 @@ def by_peft(lm, job, config=CONFIG, look=lambda lm: None):
     tuned, trained, _ = train_by_trainer(lm, job, config)
     seen = look(tuned)
     release(tuned.model)
-    return trained.curve(0)["loss"].to_numpy(), seen
+    return trained.curve()["loss"].to_numpy(), seen
 
 
 def test_weighted_nll_is_the_hand_computed_sum_with_its_gradient():

@@ -79,7 +79,7 @@ def together(lm, jobs, config=CONFIG, *, padded=False):
         for k in range(len(jobs)):
             adapters.use(k)
             after.append(seen(lm))
-    return [trained.curve(k)["loss"].to_numpy() for k in range(len(jobs))], after, adapters
+    return [trained[k].curve()["loss"].to_numpy() for k in range(len(jobs))], after, adapters
 
 
 def seen(lm):
@@ -165,10 +165,10 @@ def test_a_diverging_neighbour_does_no_harm(lm):
     adapters.work.copy_(adapters.values)
     with adapters.attached():
         trained = train(adapters, PackedModel(lm), [first, second])
-    assert trained.schedules[1].diverged and trained.schedules[1].ended == 1
-    assert not trained.schedules[0].diverged
+    assert trained[1].diverged and trained[1].ended == 1
+    assert not trained[0].diverged
     expected = alone(lm, first)[0]
-    assert trained.curve(0)["loss"].to_numpy() == pytest.approx(expected, rel=TOLERANCE)
+    assert trained[0].curve()["loss"].to_numpy() == pytest.approx(expected, rel=TOLERANCE)
 
 
 def test_steps_are_torch_s_adamw_with_its_clipping(lm):
@@ -364,11 +364,11 @@ def test_numbers_that_are_none_stay_with_their_adapter(lm, padded):
     adapters.work.copy_(adapters.values)
     with adapters.attached():
         trained = train(adapters, PackedModel(lm), jobs)
-    assert [c.diverged for c in trained.schedules] == [True, False, False]
-    assert trained.schedules[0].ended == 1
+    assert [c.diverged for c in trained] == [True, False, False]
+    assert trained[0].ended == 1
     for k in (1, 2):
         expected = alone(lm, jobs[k])[0]
-        assert trained.curve(k)["loss"].to_numpy() == pytest.approx(expected, rel=TOLERANCE)
+        assert trained[k].curve()["loss"].to_numpy() == pytest.approx(expected, rel=TOLERANCE)
 
 
 def test_an_epoch_s_end_can_end_one_of_three(lm):
@@ -378,7 +378,7 @@ def test_an_epoch_s_end_can_end_one_of_three(lm):
         trained = train(adapters, PackedModel(lm), jobs,
                         on_epoch=lambda k, epoch: seen.append((k, epoch)) or k == 1)
     assert sorted(seen) == [(0, 1), (0, 2), (1, 1), (2, 1), (2, 2)]
-    assert [len(trained.curve(k)) for k in range(3)] == [4, 3, 8]
+    assert [len(trained[k].curve()) for k in range(3)] == [4, 3, 8]
     for k, job in enumerate(jobs):
         expected = alone(lm, job)[0][: 3 if k == 1 else None]
-        assert trained.curve(k)["loss"].to_numpy() == pytest.approx(expected, rel=TOLERANCE)
+        assert trained[k].curve()["loss"].to_numpy() == pytest.approx(expected, rel=TOLERANCE)

@@ -45,7 +45,7 @@ def trained(lm, jobs, evaluated):
         for k in range(len(jobs)):
             adapters.use(k)
             losses.append(response_nll(lm, evaluated)["nll"].to_numpy())
-    curves = [done.curve(k)["loss"].to_numpy() for k in range(len(jobs))]
+    curves = [done[k].curve()["loss"].to_numpy() for k in range(len(jobs))]
     return curves, gradients[0], losses
 
 
