@@ -18,12 +18,11 @@ import pandas as pd
 from instructmining_core.data.duplicates import RUN, THRESHOLD
 from instructmining_core.data.export import SourceRows, keys_of, output_format, write_rows
 from instructmining_core.files import file_sha256, refuse_overwrite
-from instructmining_core.indicators.score_table import read_scores
+from instructmining_core.indicators.score_table import ScoreTable
 from instructmining_core.models.hub import HubError
 from instructmining_core.regression.rule_card import RuleCard, load_rule
 from instructmining_core.selection.select import (
     BASELINES,
-    BELOW,
     TOKENS,
     Selection,
     choose_rows,
@@ -75,13 +74,15 @@ def select_to(
     study : whose base model is finetuned to verify the selection; None leaves that out
     """
     output_format(out)
-    scores, rule = read_scores(table), load_rule(rule_name)
+    scores, rule = ScoreTable(table), load_rule(rule_name)
     differences = rule.check(
-        scores.attrs, sources=sorted(set(scores["source"])), allow_mismatch=allow_mismatch
-    )
+        scores.attrs, sources=scores.distinct(["source"])["source"].tolist(),
+        allow_mismatch=allow_mismatch,
+    )  # fmt: skip
     reach = support(rule, scores, strict=strict)
     _warn(rule_name, differences, reach)
-    sources = SourceRows(scores, beside=Path(table).parent, moved=moved)
+    files = scores.distinct(["file", "file_sha256"])
+    sources = SourceRows(files, beside=Path(table).parent, moved=moved)
     refuse_overwrite(out, (table, rule_name, *sources.files.values()))
     selection = select_rows(scores, rule, top, texts=sources.fetch)
     column, spelt_out = _write(out, selection, sources)
@@ -105,7 +106,8 @@ def select_to(
         "dropped": _dropped(selection),
     }  # fmt: skip
     if study is not None:
-        report["verdict"], page = verified(study, scores, rule, selection, sources, show=show)
+        pool = scores.rows()
+        report["verdict"], page = verified(study, pool, rule, selection, sources, show=show)
         Path(f"{out}.verdict.md").write_text(page, encoding="utf-8")
     Path(f"{out}.report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     _tell(report)
@@ -153,8 +155,7 @@ def _kept(selection: Selection, rule: RuleCard) -> list[dict]:
 
 def _dropped(selection: Selection) -> list[dict]:
     """Rows dropped for another reason than their rank; those below the cut are only counted."""
-    told = selection.dropped[selection.dropped["why"] != BELOW]
-    return _plain(told, [*IDENTITY, "why", "reason"])
+    return _plain(selection.dropped, [*IDENTITY, "why", "reason"])
 
 
 def _plain(frame: pd.DataFrame, columns: list[str]) -> list[dict]:

@@ -8,7 +8,7 @@ dropping repeats among them is ours.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -19,6 +19,7 @@ import pandas as pd
 from ..config import InstructMiningError
 from ..data.duplicates import Kept
 from ..data.fields import Messages
+from ..indicators.score_table import ScoreTable, parts_of
 from ..regression.rule_card import RuleCard
 
 BATCH_ROWS = 1024  # rows whose texts are fetched at a time, at least
@@ -35,7 +36,7 @@ BASELINES = {
 }
 METHODS = ("selected", "worst", "random", *BASELINES, "full")
 TOKENS = "_tokens"  # ends a method's name where its rows hold the selected rows' tokens
-NO_SCORE, DUPLICATE, BELOW = "no score", "near duplicate", "below the cut"
+NO_SCORE, DUPLICATE = "no score", "near duplicate"
 
 Texts = Callable[[pd.DataFrame], Sequence[Messages]]
 TokensOf = Callable[[pd.DataFrame], Sequence[float]]
@@ -47,18 +48,49 @@ class Selection:
 
     kept : the score table's rows, best first, with `score` (predicted log loss, lower is better),
         `rank` (from 1, among all rows with a score) and `percentile` (100 is best)
-    dropped : all other rows, with `score`, `rank`, `why` (`NO_SCORE`, `DUPLICATE`, `BELOW`) and
-        `reason` in words
+    dropped : the rows dropped for another reason than their rank, with `score`, `rank`, `why`
+        (`NO_SCORE`, `DUPLICATE`) and `reason` in words
+    rows : of the whole table; the others lie below the cut
     """
 
     kept: pd.DataFrame
     dropped: pd.DataFrame
+    rows: int
 
     def counts(self) -> dict[str, int]:
         """Rows kept and rows dropped by reason."""
-        why = self.dropped["why"].value_counts()
-        found = {name: int(why.get(name, 0)) for name in (NO_SCORE, DUPLICATE, BELOW)}
-        return {"rows": len(self.kept) + len(self.dropped), "kept": len(self.kept), **found}
+        found = {name: int((self.dropped["why"] == name).sum()) for name in (NO_SCORE, DUPLICATE)}
+        below = self.rows - len(self.kept) - len(self.dropped)
+        return {"rows": self.rows, "kept": len(self.kept), **found, "below the cut": below}
+
+
+class _Ranking:
+    """A score table's rows by their place, of which some are looked up at a time."""
+
+    def __init__(self, scores: pd.DataFrame | ScoreTable, rule: RuleCard) -> None:
+        self.scores, self.columns = scores, rule.columns
+        found = [rule.predict(part).to_numpy(float) for part in parts_of(scores, rule.columns)]
+        score = np.concatenate(found) if found else np.zeros(0)
+        self.score = np.where(np.isfinite(score), score, np.nan)
+        self.order = np.argsort(self.score, kind="stable")  # NaN last
+        self.scored = int(np.isfinite(self.score).sum())
+
+    def places(self, start: int, stop: int | None = None) -> pd.DataFrame:
+        """Rows from a place on, counted from 0, with `score`, `rank`, `percentile` and `reason`."""
+        where = self.order[start:stop]
+        whole = isinstance(self.scores, ScoreTable)
+        frame = self.scores.rows(where) if whole else self.scores.iloc[where]
+        rank = np.arange(start + 1.0, start + len(where) + 1)
+        rank[rank > self.scored] = np.nan
+        unscored = frame.iloc[max(self.scored - start, 0) :].to_dict(orient="records")
+        reason = [""] * (len(frame) - len(unscored))
+        ranked = frame.assign(
+            score=self.score[where], rank=rank,
+            percentile=100 * (self.scored - rank + 1) / max(self.scored, 1),
+            reason=[*reason, *(_why_unscored(row, self.columns) for row in unscored)],
+        )  # fmt: skip
+        ranked.attrs = dict(self.scores.attrs)
+        return ranked
 
 
 def rank(scores: pd.DataFrame, rule: RuleCard) -> pd.DataFrame:
@@ -67,16 +99,7 @@ def rank(scores: pd.DataFrame, rule: RuleCard) -> pd.DataFrame:
     Ties keep the table's order. Rows without a score come last, their rank NaN and the reason in
     words: which indicator is missing and why.
     """
-    score = rule.predict(scores).astype(float)
-    ranked = scores.assign(score=score.where(np.isfinite(score)))
-    ranked.attrs = dict(scores.attrs)
-    ranked = ranked.sort_values("score", kind="stable", na_position="last")
-    scored = int(ranked["score"].notna().sum())
-    ranked["rank"] = np.where(ranked["score"].notna(), np.arange(1, len(ranked) + 1.0), np.nan)
-    ranked["percentile"] = 100 * (scored - ranked["rank"] + 1) / max(scored, 1)
-    unscored = ranked.iloc[scored:].to_dict(orient="records")
-    ranked["reason"] = [""] * scored + [_why_unscored(row, rule.columns) for row in unscored]
-    return ranked
+    return _Ranking(scores, rule).places(0)
 
 
 def _why_unscored(row: Mapping[str, Any], columns: Sequence[str]) -> str:
@@ -103,11 +126,14 @@ def top_rows(rule: RuleCard, top_k: int | str) -> int:
     return top_k
 
 
-def select(scores: pd.DataFrame, rule: RuleCard, top_k: int | str, texts: Texts) -> Selection:
+def select(
+    scores: pd.DataFrame | ScoreTable, rule: RuleCard, top_k: int | str, texts: Texts
+) -> Selection:
     """The best `top_k` rows without near duplicates (`data.duplicates.Kept`).
 
     scores : a score table, columns as `scorer.score` gives them; rows of one `row_hash`, where it
-        is there, count once
+        is there, count once. Of a table on disk only the rule's columns are gone through, and the
+        rows that are looked at.
     top_k : rows to keep, or "auto" (see `top_rows`)
     texts : rows of the ranking -> their conversations; asked for a few rows at a time, from the
         best on
@@ -116,66 +142,47 @@ def select(scores: pd.DataFrame, rule: RuleCard, top_k: int | str, texts: Texts)
     has a score.
     """
     wanted = top_rows(rule, top_k)
-    ranked = rank(scores, rule).reset_index(drop=True)
-    scored = ranked[ranked["score"].notna()]
-    if scored.empty:
-        example = f", for example {ranked['reason'].iloc[0]}" if len(ranked) else ""
-        raise InstructMiningError(f"none of the {len(ranked)} rows has a score{example}")
-    kept, twins = _distinct_from_the_top(scored, wanted, texts)
-    # One change at a time to a column of strings copies all of it: fill arrays of objects.
-    ids = ranked["id"].to_numpy(object)
-    unscored = ranked["score"].isna().to_numpy()
-    why = np.where(unscored, NO_SCORE, BELOW).astype(object)
-    reason = np.where(unscored, ranked["reason"], f"rank below the best {wanted}").astype(object)
-    for row, twin in twins.items():
-        why[row] = DUPLICATE
-        reason[row] = f"near duplicate of {ids[twin]}, which ranks {twin + 1}"
-    left = ranked.assign(why=why, reason=reason).drop(index=kept)
-    return Selection(ranked.loc[kept].drop(columns="reason"), left)
-
-
-def _distinct_from_the_top(
-    scored: pd.DataFrame, wanted: int, texts: Texts
-) -> tuple[list[int], dict[int, int]]:
-    """Down the ranking until `wanted` rows are kept: (kept labels, {dropped label: kept label})."""
-    firsts, repeats = _exact_duplicates(scored)
-    kept: list[int] = []
-    twins: dict[int, int] = {}
-    near = Kept()
-    for label, messages in _with_texts(scored.loc[firsts], wanted, texts):
-        twin = near.add(label, messages)
-        if twin is None:
-            kept.append(label)
-        else:
-            twins[label] = twin
-        if len(kept) == wanted:
-            break
-    # Labels are positions in the ranking: what lies below the last kept row was not looked at.
-    for label, first in repeats.items():
-        if label < kept[-1] or len(kept) < wanted:
-            twins[label] = twins.get(first, first)
-    return kept, twins
-
-
-def _exact_duplicates(scored: pd.DataFrame) -> tuple[list[int], dict[int, int]]:
-    """Labels of the first row of each row hash, and {label of a repeat: label of the first}."""
-    if "row_hash" not in scored:
-        return list(scored.index), {}
-    hashes = scored["row_hash"]
-    repeated = hashes.duplicated() & hashes.ne("")
-    first = scored.index.to_series().groupby(hashes).transform("first")
-    return list(scored.index[~repeated]), first[repeated].to_dict()
-
-
-def _with_texts(
-    rows: pd.DataFrame, wanted: int, texts: Texts
-) -> Iterator[tuple[int, Messages]]:
+    ranking = _Ranking(scores, rule)
+    unscored = ranking.places(ranking.scored)
+    if not ranking.scored:
+        example = f", for example {unscored['reason'].iloc[0]}" if len(scores) else ""
+        raise InstructMiningError(f"none of the {len(scores)} rows has a score{example}")
+    kept, twins, near, seen = [], [], Kept(), {}
     # Fetching may mean reading a file again, so the first batch should do and the next ones double.
-    start, size = 0, max(BATCH_ROWS, wanted + wanted // 4)
-    while start < len(rows):
-        batch = rows.iloc[start : start + size]
-        yield from zip(batch.index, texts(batch), strict=True)
-        start, size = start + size, 2 * size
+    start, size, room = 0, max(BATCH_ROWS, wanted + wanted // 4), wanted
+    while room and start < ranking.scored:
+        batch = ranking.places(start, min(start + size, ranking.scored))
+        found = _near_duplicates(batch, room, texts, near, seen)
+        batch = batch.iloc[: len(found)].assign(reason=found, why=DUPLICATE)
+        kept.append(batch[batch["reason"] == ""].drop(columns=["reason", "why"]))
+        twins.append(batch[batch["reason"] != ""])
+        start, size, room = start + size, 2 * size, room - len(kept[-1])
+    dropped = pd.concat([*twins, unscored.assign(why=NO_SCORE)])
+    return Selection(pd.concat(kept), dropped, len(scores))
+
+
+def _near_duplicates(
+    batch: pd.DataFrame, room: int, texts: Texts, near: Kept, seen: dict[str, str]
+) -> list[str]:
+    """Why each row is a near duplicate of a better one, "" where it is kept; until `room` are kept.
+
+    near : the kept rows so far; seen : row hash -> the kept row that stands for it
+    """
+    hashes = batch["row_hash"] if "row_hash" in batch else pd.Series("", batch.index)
+    first = hashes.eq("") | ~(hashes.duplicated() | hashes.isin(list(seen)))
+    conversations = iter(texts(batch[first]))
+    found = []
+    rows = zip(batch["id"], batch["rank"], hashes, first, strict=True)
+    for row_id, place, own, new in rows:
+        name = f"{row_id}, which ranks {place:.0f}"
+        twin = near.add(name, next(conversations)) if new else seen[own]
+        if own:
+            seen[own] = twin or name
+        found.append(f"near duplicate of {twin}" if twin else "")
+        room -= not twin
+        if not room:
+            break
+    return found
 
 
 def choose_rows(

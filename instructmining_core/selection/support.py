@@ -7,13 +7,16 @@ import pandas as pd
 from scipy.stats import t as student
 
 from ..config import InstructMiningError
+from ..indicators.score_table import ScoreTable, parts_of
 from ..regression.rule_card import RuleCard, Uncertainty
 
 LEVEL = 0.95  # of the prediction intervals
 FAR_ROWS = 0.10  # share of rows outside the pool's 1–99 % ranges above which a set counts as far
 
 
-def support(card: RuleCard, scores: pd.DataFrame, *, strict: bool = False) -> pd.DataFrame:
+def support(
+    card: RuleCard, scores: pd.DataFrame | ScoreTable, *, strict: bool = False
+) -> pd.DataFrame:
     """One row a source, and "all": how far the rows lie from what the rule has seen.
 
     rows : number; missing : share of rows that lack an indicator, which count as outside below;
@@ -25,13 +28,16 @@ def support(card: RuleCard, scores: pd.DataFrame, *, strict: bool = False) -> pd
     fitted set, or outside_rows > 10 %) or "unknown" (a card without ranges, as the published ones).
     strict : raise InstructMiningError naming every source that is not inside.
     """
-    values = card.standardise(scores)
-    names = scores["source"].astype(str) if "source" in scores else pd.Series("all", scores.index)
-    parts = {"all": np.full(len(scores), True)}
-    if names.nunique() > 1:
-        parts |= {s: (names == s).to_numpy() for s in sorted(names.unique())}
-    raw = scores[card.columns].astype(float)
-    frame = pd.DataFrame([_one(card, raw[m], values[m]) for m in parts.values()],
+    names = {name for part in parts_of(scores, ["source"]) for name in _sources(part).unique()}
+    kind = pd.CategoricalDtype(sorted(names))  # a byte a row, not a name
+    found = [_measured(card, part, kind) for part in parts_of(scores, ["source", *card.columns])]
+    rows = pd.concat([rows for rows, _ in found])
+    sums = sum(sums for _, sums in found)
+    parts = {"all": (rows, sums.sum())}
+    if len(names) > 1:
+        by_source = rows.groupby("source", observed=True)
+        parts |= {name: (own, sums.loc[name]) for name, own in by_source}
+    frame = pd.DataFrame([_one(card, *part) for part in parts.values()],
                          index=pd.Index(parts, name="source"))
     outside = frame[frame["verdict"] != "inside"]
     if strict and len(outside):
@@ -51,29 +57,50 @@ def _in_words(name: str, one: pd.Series) -> str:
             f"{one['rows']:,} rows leave the fitting pool's range or lack an indicator")
 
 
-def _one(card: RuleCard, raw: pd.DataFrame, values: pd.DataFrame) -> dict:
-    coefficients, design = card.coefficients, card.design
+def _ranges_known(card: RuleCard) -> bool:
+    return card.design is not None and all(c.range is not None for c in card.coefficients)
+
+
+def _sources(scores: pd.DataFrame) -> pd.Series:
+    return scores["source"].astype(str) if "source" in scores else pd.Series("all", scores.index)
+
+
+def _measured(
+    card: RuleCard, scores: pd.DataFrame, kind: pd.CategoricalDtype
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What is kept of each row, and by source the sum of the whole rows' gaps to the design."""
+    values = card.standardise(scores).to_numpy(float)
+    raw = scores[card.columns].astype(float)
     missing = raw.isna().any(axis=1).to_numpy()
-    result = {"rows": len(raw), "missing": float(missing.mean()) if len(raw) else np.nan}
+    rows = pd.DataFrame({"source": _sources(scores).astype(kind), "missing": missing})
+    if not _ranges_known(card):
+        return rows, pd.DataFrame(0.0, index=kind.categories, columns=[])
+    beyond = _beyond(raw, [c.row_range or c.range for c in card.coefficients])
+    gaps = values - np.array(card.design.mean)
+    inverse = np.linalg.pinv(np.array(card.design.covariance))
+    rows["outside_range"] = (_beyond(raw, [c.range for c in card.coefficients]) > 0) | missing
+    rows["outside_rows"] = (beyond >= min(2, len(card.coefficients))) | missing
+    rows["distance"] = np.sqrt(np.maximum(_quadratic(gaps, inverse), 0))
+    whole = pd.DataFrame(np.where(missing[:, None], 0.0, gaps), scores.index)
+    return rows, whole.groupby(rows["source"], observed=False).sum()
+
+
+def _one(card: RuleCard, rows: pd.DataFrame, sums: pd.Series) -> dict:
+    result = {"rows": len(rows), "missing": float(rows["missing"].mean())}
     result |= dict.fromkeys(("outside_range", "outside_rows", "distance", "row_distance_median",
                              "row_distance_95", "largest_distance"), np.nan)  # fmt: skip
     result["verdict"] = "unknown"
-    if design is None or any(c.range is None for c in coefficients) or raw.empty:
+    if not _ranges_known(card) or rows.empty:
         return result
-    beyond = _beyond(raw, [c.range for c in coefficients]) > 0
-    result["outside_range"] = float((beyond | missing).mean())
-    beyond = _beyond(raw, [c.row_range or c.range for c in coefficients])
-    result["outside_rows"] = float(((beyond >= min(2, len(coefficients))) | missing).mean())
-    gaps = values.to_numpy(float) - np.array(design.mean)
-    whole = gaps[~missing]
-    if len(whole):
-        inverse = np.linalg.pinv(np.array(design.covariance))
-        rows = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", whole, inverse, whole), 0))
-        middle = whole.mean(axis=0)
+    result |= {name: float(rows[name].mean()) for name in ("outside_range", "outside_rows")}
+    distances = rows["distance"].dropna()
+    if len(distances):
+        middle = sums.to_numpy() / len(distances)
+        inverse = np.linalg.pinv(np.array(card.design.covariance))
         result["distance"] = float(np.sqrt(max(middle @ inverse @ middle, 0)))
-        result["row_distance_median"] = float(np.median(rows))
-        result["row_distance_95"] = float(np.quantile(rows, 0.95))
-    result["largest_distance"] = design.largest_distance
+        result["row_distance_median"] = float(distances.median())
+        result["row_distance_95"] = float(distances.quantile(0.95))
+    result["largest_distance"] = card.design.largest_distance
     near = result["distance"] <= result["largest_distance"]
     result["verdict"] = "inside" if near and result["outside_rows"] <= FAR_ROWS else "far"
     return result

@@ -416,7 +416,7 @@ def test_the_commands_show_a_rows_interval(card, study):
     pool.loc[pool.index[20:], "source"] = "elsewhere"
     ranked = rank(pool, card)
     shown = row_intervals(card, ranked)
-    kept = _kept(Selection(ranked, ranked.head(0)), card)
+    kept = _kept(Selection(ranked, ranked.head(0), len(ranked)), card)
     assert [row["low"] for row in kept] == pytest.approx(shown["low"].tolist())
     assert {row["interval"] for row in kept} == {"its own source", "a new source"}
     assert all(row["low"] < row["predicted"] < row["high"] for row in kept)
