@@ -107,8 +107,9 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write one JSON object by `write_atomic`. NaN and infinities become null."""
-    write_atomic(path, json.dumps(_finite(content), allow_nan=False))
+    """Write one JSON object by `write_atomic`; NaN and infinities, which JSON lacks, as null."""
+    text = json.dumps(content, default=lambda array: array.tolist())  # NumPy's
+    write_atomic(path, json.dumps(json.loads(text, parse_constant=lambda name: None)))
 
 
 def clear_leftovers(folder: Path, name: str = "") -> None:
@@ -126,16 +127,3 @@ def clear_leftovers(folder: Path, name: str = "") -> None:
             old = time.time() - path.stat().st_mtime > OLD
             if (not psutil.pid_exists(int(pid))) if here else old:
                 path.unlink()
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinities as null: JSON has neither."""
-    import numpy as np
-
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return _finite(value.tolist())
-    return None if isinstance(value, float) and not np.isfinite(value) else value

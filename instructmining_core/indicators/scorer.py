@@ -35,7 +35,6 @@ from .turns import CheckedConversation, Column, read
 if TYPE_CHECKING:
     from ..config import ModelRef
     from ..models.causal_lm import LM
-    from ..models.hub import Resolved
     from .neighbours import Reference
 
 BLOCK_SECONDS = 10  # of work between two writes to the cache: what a kill may cost
@@ -190,19 +189,17 @@ class Models:
         if role == "ppl":
             tokenizer = open_tokenizer(ref, standins=self.standins).tokenizer
             about["template"] = template_version(tokenizer, self.template)
-        return about | self._about_form(resolved) if role == "reward" else about
+        if role == "reward":
+            from transformers import AutoConfig
 
-    def _about_form(self, resolved: Resolved) -> dict[str, str]:
-        from transformers import AutoConfig
+            from .reward import form_of, note_of
 
-        from ..models import hub
-        from .reward import form_of, note_of
-
-        folder = hub.fetch(resolved).folder
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        own = self.reward_form in ("", form_of(config))
-        form = {} if own else {"form": self.reward_form}
-        return {"note": note_of(config, self.reward_form)} | form
+            folder = hub.fetch(resolved).folder
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            about["note"] = note_of(config, self.reward_form)
+            if self.reward_form not in ("", form_of(config)):
+                about["form"] = self.reward_form
+        return about
 
 
 class Scorer:
@@ -213,7 +210,7 @@ class Scorer:
         those of the paper whose model is there
     bank : folder of the score cache, None to keep nothing
     reference : for pool-relative indicators; None until `make_reference`
-    standins, device, reward_form, template, keep_layers : as in `Models`
+    options : of `Models`
     """
 
     def __init__(
@@ -223,13 +220,9 @@ class Scorer:
         indicators: Sequence[str] | None = None,
         bank: str | Path | None = None,
         reference: Reference | None = None,
-        standins: str | Path | None = None,
-        device: str | None = None,
-        reward_form: str = "",
-        template: str = "auto",
-        keep_layers: int = 0,
+        **options,
     ) -> None:
-        self.models = Models(models or {}, standins, device, reward_form, template, keep_layers)
+        self.models = Models(models or {}, **options)
         self.indicators = chosen_indicators(indicators, self.models.refs)
         self.models.asked = frozenset(one.role for one in self.indicators) & set(self.models.refs)
         self.bank = Path(bank) if bank is not None else None
@@ -509,18 +502,8 @@ def blocks(sizes: np.ndarray) -> Iterator[np.ndarray]:
         seconds = time.perf_counter() - start
         first += len(block)
         affordable = BLOCK_SECONDS * int(sizes[block].sum()) / max(seconds, 1e-9)
-        rows = rows_within(sizes[order[first:]], affordable, min(BLOCK_ROWS, 4 * len(block)))
-
-
-def rows_within(sizes: np.ndarray, affordable: float, most: int) -> int:
-    """How many of the next rows to take: as many as are affordable, at least 1, at most `most`.
-
-    sizes : shape (n,), characters of the rows in order; affordable : characters
-
-    >>> rows_within(np.array([50, 30, 30, 10]), 100, 8)
-    2
-    """
-    return int(np.clip(np.searchsorted(np.cumsum(sizes), affordable, side="right"), 1, most))
+        fitting = np.searchsorted(np.cumsum(sizes[order[first:]]), affordable, side="right")
+        rows = int(np.clip(fitting, 1, min(BLOCK_ROWS, 4 * len(block))))
 
 
 def characters(conversation: CheckedConversation) -> int:
@@ -581,13 +564,11 @@ def _shares(
     passes: Sequence[Pass], seconds: Mapping[str, float] | None = None
 ) -> dict[str, float]:
     """Each pass's part of a row, by its measured time or by a rough guess; they sum to 1."""
-    if seconds and sum(seconds.values()) > 0:
-        least = _LEAST * sum(seconds.values())
-        cost = {name: max(part, least) for name, part in seconds.items()}
-    else:
-        free = [each[0].role is None or each[0].role_optional for each in passes]
-        cost = {_name(each): _MODEL_FREE if one else 1.0
-                for each, one in zip(passes, free, strict=True)}  # fmt: skip
+    if not (seconds and sum(seconds.values()) > 0):
+        seconds = {_name(each): 1.0 if each[0].role and not each[0].role_optional else _MODEL_FREE
+                   for each in passes}  # fmt: skip
+    least = _LEAST * sum(seconds.values())
+    cost = {name: max(part, least) for name, part in seconds.items()}
     whole = sum(cost.values())
     return {name: part / whole for name, part in cost.items()}
 

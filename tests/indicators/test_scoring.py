@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,7 @@ from instructmining_core.data.records import row_hash
 from instructmining_core.indicators import INDICATORS, chosen_indicators, perplexity, scorer, turns
 from instructmining_core.indicators.bank import ScoreCache
 from instructmining_core.indicators.score_table import ScoreWriter, read_scores
-from instructmining_core.indicators.scorer import Scorer, job_bar, read_rows, rows_within, score
+from instructmining_core.indicators.scorer import Scorer, job_bar, read_rows, score
 from instructmining_core.indicators.turns import Column
 from instructmining_core.models import causal_lm
 
@@ -189,9 +191,12 @@ def test_interrupted_it_resumes_at_the_block(models, tmp_path, monkeypatch, bloc
 
 
 def test_blocks_are_as_large_as_the_time_allows(models, tmp_path, monkeypatch):
-    assert rows_within(np.array([50, 30, 30, 10]), 100, 8) == 2
-    assert rows_within(np.array([50, 30]), 0.0, 8) == 1, "a row too dear is a block"
-    assert rows_within(np.array([1] * 9), 1e9, 8) == 8 and rows_within(np.array([]), 5, 4) == 1
+    with monkeypatch.context() as clock:  # each block takes BLOCK_SECONDS
+        ticks = itertools.count(0, scorer.BLOCK_SECONDS)
+        clock.setattr(scorer, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+        clock.setattr(scorer, "FIRST_ROWS", 2)
+        found = [block.tolist() for block in scorer.blocks(np.array([30, 60, 20, 50, 40, 30]))]
+    assert found == [[1, 3], [4, 0, 5], [2]], "40 + 30 + 30 fit where 60 + 50 did, 20 more do not"
     table, sizes, add = table_of(sample_messages(60)), [], ScoreCache.add
     monkeypatch.setattr(ScoreCache, "add", lambda self, key, scores: (
         sizes.append(len(scores)), add(self, key, scores)))
