@@ -187,16 +187,13 @@ def _score(
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Compute indicators of every row."""
-    from .models import asked_form, asked_models
     from .score import Inputs, open_scorer, reference_of, score_files
 
     names = indicators.split(",") if indicators else None
     rows = chunk_rows or {"local": 10_000, "ray": 1_000}[engine]
     with Inputs(files, out, paths, revision, on_error, rows, columns, encoding) as inputs:
-        scorer = open_scorer(
-            asked_models(profile, models), names, profile=profile, bank=bank,
-            form=asked_form(profile, reward_form), allow_standins=allow_standins,
-        )  # fmt: skip
+        scorer = open_scorer(models, names, profile=profile, bank=bank, form=reward_form,
+                             allow_standins=allow_standins)  # fmt: skip
         if any(one.pool_relative for one in scorer.indicators):
             reference_of(scorer, inputs, reference, profile, show=not quiet)
         score_files(scorer, inputs, show=not quiet, engine=engine)

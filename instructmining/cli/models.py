@@ -38,16 +38,6 @@ def asked_models(profile: str | None, pairs: Sequence[str]) -> dict[str, ModelRe
     return roles
 
 
-def asked_form(profile: str | None, form: str | None) -> str:
-    """The reward model's input form: the one asked for, else the profile's, "" for its own."""
-    return form or (load_profile(profile).models.reward_form if profile else "")
-
-
-def asked_template(profile: str | None) -> str:
-    """The template that perplexity reads rows in: the profile's, "auto" without one."""
-    return load_profile(profile).finetune.template if profile else "auto"
-
-
 def standin_folder(roles: Mapping[str, ModelRef], allowed: bool) -> Path | None:
     """The folder of the stand-ins among `roles`, built if need be; None where there are none.
 

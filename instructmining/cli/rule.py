@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from instructmining_core.config import InstructMiningError
 from instructmining_core.indicators.score_table import read_scores
-from instructmining_core.regression.rule_card import RuleCard, load_rule
+from instructmining_core.regression.inference import held_out
+from instructmining_core.regression.permutation import permutation
+from instructmining_core.regression.rule import fit_rule
+from instructmining_core.regression.rule_card import RuleCard, load_rule, make_card
+from instructmining_core.regression.run_table import Standardizer
 from instructmining_core.selection.select import rank
 from instructmining_core.selection.support import intervals
 
-if TYPE_CHECKING:
-    from ..study import Study
+from ..experiments import pilot
+from ..study import Study
 
 
 def explanation(row_id: str, table: str, rule_name: str, allow_mismatch: bool) -> str:
@@ -103,8 +107,6 @@ class Material(NamedTuple):
 
 def study_material(profile: str, names: list[str]) -> Material:
     """The sweep of a profile's study; `names` in place of the profile's own columns."""
-    from ..study import Study
-
     study = Study.open(profile)
     columns = names or study.profile.rule_columns()
     origin = {"profile": study.profile.name, "set_size": study.profile.design.size}
@@ -114,14 +116,11 @@ def study_material(profile: str, names: list[str]) -> Material:
 def table_material(runs: str, scores: str | None, names: list[str]) -> Material:
     """A table of runs beside the score table of the pool that their sets were drawn from."""
     if not scores:
-        raise InstructMiningError(
-            "RUNS needs --scores: the rule is standardised on the pool's rows"
-        )
+        raise InstructMiningError("RUNS needs --scores, whose rows standardise the rule")
     path = Path(runs)
     plain = path.name.lower().removesuffix(".gz")
     if plain.endswith((".csv", ".tsv")):
-        packed = "gzip" if path.name.lower().endswith(".gz") else None
-        table = pd.read_csv(path, sep="\t" if plain.endswith(".tsv") else ",", compression=packed)
+        table = pd.read_csv(path, sep="\t" if plain.endswith(".tsv") else ",")
     else:
         table = pd.read_parquet(path)
     pool = read_scores(scores)
@@ -199,20 +198,13 @@ def fitted_card(
     material: Material, not_for: str, permutations: int, auto_size: int | None
 ) -> RuleCard:
     """The within-source rule with its inference, as a card."""
-    from instructmining_core.regression.inference import held_out
-    from instructmining_core.regression.permutation import permutation
-    from instructmining_core.regression.rule import fit_rule
-    from instructmining_core.regression.rule_card import make_card
-    from instructmining_core.regression.run_table import Standardizer
-
     from ..tables import jackknife
 
     runs, scores, columns, origin = material
     constants = Standardizer.fit(scores, columns)
     fitted = fit_rule(runs, columns, constants)
-    test = permutation(
-        runs, columns, constants, size=min(4, len(columns)), n_permutations=permutations
-    )
+    test = permutation(runs, columns, constants, size=min(4, len(columns)),
+                       n_permutations=permutations)  # fmt: skip
     return make_card(
         fitted, scores, not_for=not_for, new_sources=jackknife(runs, columns, constants),
         held_out=held_out(runs, columns, constants), permutation_p=test.p,
@@ -222,9 +214,6 @@ def fitted_card(
 
 def planned(profile: str, by_pilot: bool, sigma: float | None, target: float) -> str:
     """The half-widths of a design's slopes by number of runs, and the runs that a target needs."""
-    from ..experiments import pilot
-    from ..study import Study
-
     study = Study.open(profile)
     frame = study.set_frame()
     if by_pilot and not study.has_own("sets.parquet"):
@@ -248,8 +237,6 @@ def planned(profile: str, by_pilot: bool, sigma: float | None, target: float) ->
 
 
 def _needed(study: Study, frame: pd.DataFrame, noise, target: float) -> list[str]:
-    from ..experiments import pilot
-
     within = pilot.arm_plan(study, frame, noise, every=10)
     needed, most = pilot.runs_needed(within, target), within.table["runs"].max()
     slopes = within.table["coefficient"].nunique()
@@ -268,8 +255,6 @@ def _needed(study: Study, frame: pd.DataFrame, noise, target: float) -> list[str
 
 def _noise(study: Study, by_pilot: bool, sigma: float | None):
     """The noise between seeds, the sweep's fit where there is one, and where they come from."""
-    from ..experiments import pilot
-
     if sigma is not None:
         return pilot.assumed(sigma), None, "assumed by --sigma"
     swept, fit = pilot.sweep_noise(study)

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,14 +19,15 @@ import numpy as np
 import pandas as pd
 
 from instructmining_core import files
-from instructmining_core.config import REFERENCE_ROWS, InstructMiningError, ModelRef
+from instructmining_core.config import REFERENCE_ROWS, InstructMiningError
 from instructmining_core.data.formats import NAMES
 from instructmining_core.data.readers import count_records
 from instructmining_core.data.records import Problem, iter_records
 from instructmining_core.indicators.score_table import ScoreWriter
 from instructmining_core.indicators.scorer import ParsedTable, Scorer, job_bar, read_rows
 
-from .models import asked_template, folder_notes, opened_study, standin_folder
+from ..profile import load_profile
+from .models import asked_models, folder_notes, opened_study, standin_folder
 
 REFERENCE_SEED = 0
 LONG_JOB = 60  # seconds above which the estimate is told before the start
@@ -151,13 +152,19 @@ def _spooled(name: str, folder: Path) -> Path:
 
 
 def open_scorer(
-    roles: Mapping[str, ModelRef], names: Sequence[str] | None, *, profile: str | None,
-    bank: Path | None, form: str, allow_standins: bool,
+    models: Sequence[str], names: Sequence[str] | None, *, profile: str | None, bank: Path | None,
+    form: str | None, allow_standins: bool,
 ) -> Scorer:  # fmt: skip
-    """The scorer of the chosen indicators, stand-ins built where they are needed and allowed."""
+    """The scorer of the chosen indicators, stand-ins built where they are needed and allowed.
+
+    models : "ROLE=ID", in place of the profile's; form : of the reward model's input, likewise
+    """
+    known, roles = load_profile(profile) if profile else None, asked_models(profile, models)
     scorer = Scorer(
-        roles, indicators=names, bank=bank, reward_form=form, template=asked_template(profile)
-    )
+        roles, indicators=names, bank=bank,
+        reward_form=form or (known.models.reward_form if known else ""),
+        template=known.finetune.template if known else "auto",
+    )  # fmt: skip
     needed = {one.role for one in scorer.indicators}
     used = {role: ref for role, ref in roles.items() if role in needed}
     scorer.models.standins = standin_folder(used, allow_standins)

@@ -100,17 +100,15 @@ def rivals(scores: pd.DataFrame, effects: pd.DataFrame) -> dict[str, pd.Series]:
     scores : columns `kind`, and those of len_out, ppl, compression and reward that are there
     effects : as `dose_effects` gives it, for the loss oracle
     returns : "random", "longest", "shortest", "lowest_ppl", "compression", "reward", "oracle" (the
-        true label) and "loss_oracle" (the kind's measured slope where that kind `harms`; 0 for
-        clean rows and for kinds that were not seen to harm, so that it knows the loss and not the
-        label)
+        true label) and "loss_oracle" (the kind's measured slope where that kind `harms`, else 0: it
+        knows the loss and not the label)
     """
     signs = {"longest": ("len_out", -1), "shortest": ("len_out", 1), "lowest_ppl": ("ppl", 1),
              "compression": ("compression", 1), "reward": ("reward", -1)}  # fmt: skip
     draws = np.random.default_rng(0).random(len(scores))
     found = {"random": pd.Series(draws, index=scores.index)}
-    for name, (column, sign) in signs.items():
-        if column in scores:
-            found[name] = sign * scores[column]
+    found |= {name: sign * scores[column] for name, (column, sign) in signs.items()
+              if column in scores}  # fmt: skip
     found["oracle"] = (scores["kind"] != "").astype(float)
     harm = effects["slope"].where(effects["harms"].astype(bool), 0.0)
     found["loss_oracle"] = scores["kind"].map(harm).fillna(0.0)
@@ -124,8 +122,8 @@ def twin_auc(scores: pd.DataFrame, rules: Mapping[str, pd.Series]) -> pd.DataFra
         rows, each id once
     rules : name -> Series on the index of `scores`, lower is better
     returns : one row for each scorer, kind and source: columns scorer, kind, source, pairs, auc
-        (share of pairs won, a tie counts half), missing (pairs left out, as a score is missing) and
-        seen (the stand-in reward and evaluator models learnt from that kind)
+        (share of pairs won, a tie counts half), missing (pairs without a score) and seen (the
+        stand-in models learnt from that kind)
     Raises InstructMiningError where ids repeat or no defective row has its twin in the table.
     """
     if scores["id"].duplicated().any():

@@ -57,12 +57,10 @@ def regime_plans(study: Study, table: pd.DataFrame) -> list[PlannedRun]:
         usual = study.profile.finetune
         setting = dataclasses.replace(usual, learning_rate=rate, layers=layers)
         sets = table[table["size"] == size].groupby(["set", "seed"], sort=False)
-        plans += [
-            PlannedRun(tuple(part["row_hash"]),
-                       {"kind": name, "seed": seed, "layers": layers, "learning_rate": rate},
-                       seed, seed, config=setting, exams=("regime",))
-            for (name, seed), part in sets
-        ]  # fmt: skip
+        for (name, seed), part in sets:
+            label = {"kind": name, "seed": seed, "layers": layers, "learning_rate": rate}
+            plans.append(PlannedRun(tuple(part["row_hash"]), label, seed, seed, config=setting,
+                                    exams=("regime",)))  # fmt: skip
     return interleaved(plans, lambda p: (p.config.learning_rate, p.config.layers,
                                          len(p.row_hashes)))  # fmt: skip
 
@@ -81,8 +79,9 @@ def regime_table(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
     cost_token, cost_se, cost_token_se (answers to other questions minus the mixture); spread (sd
     between collections, less that of draws) and reliability; seconds of a run; admissible; chosen.
     """
-    draws = _draw_variance(runs)
-    base, tokens = _base(study)
+    mixed, (base, tokens) = runs[runs["kind"] == MIXTURE], _base(study)
+    # between draws of the mixture, by number of rows, over settings
+    draws = mixed.groupby(SETTING)["loss_regime"].var().groupby("rows").mean()
     rows = {key: _reading(study, part, base, tokens, draws[key[1]])
             for key, part in runs.groupby(SETTING)}  # fmt: skip
     table = pd.DataFrame.from_dict(rows, orient="index")
@@ -94,16 +93,13 @@ def regime_table(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
 def _reading(
     study: Study, part: pd.DataFrame, base: np.ndarray, tokens: np.ndarray, noise: float
 ) -> dict:
-    ledger = study.ledger
-    nll = {
-        kind: np.mean([body_of(ledger.read(one)["examples"]["regime"], "nll")
-                       for one in own.sort_values("seed")["run_id"]], axis=0)
-        for kind, own in part.groupby("kind")
-    }  # fmt: skip
-    first = part[(part["kind"] == MIXTURE) & (part["seed"] == 0)]["run_id"].iloc[0]
-    mixture = body_of(ledger.read(first)["examples"]["regime"], "nll")
+    by_run = {(one.kind, one.seed): body_of(study.ledger.read(one.run_id)["examples"]["regime"],
+                                            "nll")
+              for one in part.sort_values("seed").itertuples()}  # fmt: skip
+    nll = {kind: np.mean([own for (name, _), own in by_run.items() if name == kind], axis=0)
+           for kind in sorted(set(part["kind"]))}  # fmt: skip
     found = both_means(base - nll[MIXTURE], tokens, "gain")
-    found |= both_means(nll[OTHER] - mixture, tokens, "cost")
+    found |= both_means(nll[OTHER] - by_run[MIXTURE, 0], tokens, "cost")
     gains = [both_means(base - one, tokens, "gain")
              for kind, one in nll.items() if kind not in (MIXTURE, OTHER)]  # fmt: skip
     lower = sum(one["gain"] > 0 and one["gain_token"] > 0 for one in gains)
@@ -117,12 +113,6 @@ def _reading(
         "seconds": part["seconds"].mean(),
         "admissible": sure and sees and 2 * lower >= len(gains),
     }  # fmt: skip
-
-
-def _draw_variance(runs: pd.DataFrame) -> dict[int, float]:
-    """By number of rows, the variance of the loss between draws of the mixture, over settings."""
-    mixed = runs[runs["kind"] == MIXTURE]
-    return mixed.groupby(SETTING)["loss_regime"].var().groupby("rows").mean().to_dict()
 
 
 def _base(study: Study) -> tuple[np.ndarray, np.ndarray]:
