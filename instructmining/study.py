@@ -335,9 +335,8 @@ class Study:
     def encoded_evals(
         self, lm, config: FinetuneConfig, exams: tuple[str, ...] = USUAL
     ) -> EvalSets:
-        """The evaluation sets, tokenised once for each tokeniser, length and template: of USUAL
-        eval_1, eval_2, and eval_1's answers under other prompts (the relevance contrast); and
-        the others of `StudyData.exams`."""
+        """The evaluation sets, tokenised once for each tokeniser, length and template: those of
+        `StudyData.exams`, and of RELEVANCE eval_1's answers under other prompts."""
         from instructmining_core.data.choices import encode_choices
         from instructmining_core.data.tokenization import encode_many
 

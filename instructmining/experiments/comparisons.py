@@ -144,9 +144,8 @@ def size_plans(
 def at_fixed_steps(study: Study, plans: Sequence[PlannedRun]) -> list[PlannedRun]:
     """The same sets, each trained for one number of steps; the label's pool names it.
 
-    At fixed epochs more rows also mean more steps. Here a set is written out again and again, a
-    part of it once more at the end, as one epoch: of as many steps as the gate's sets take, or as
-    the largest set needs to be seen once.
+    Here a set is written out again and again, a part of it once more at the end, as one epoch: of
+    as many steps as the gate's sets take, or as the largest set needs to be seen once.
     """
     usual = study.profile.finetune
     largest = max(len(plan.row_hashes) for plan in plans)
@@ -227,8 +226,8 @@ def ablation(study: Study, rule: RuleCard) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Which indicator carries the rule? Drop one, refit, select anew, finetune (v3, Table 5).
 
     Returns `ablation_overlaps`, and the contrasts (unadjusted) of the full rule, random rows and
-    each smaller rule that selects other rows, on the largest pool: empty where the profile does
-    not ask for the finetunes (`robustness.ablation`) or no selection differs enough.
+    each smaller rule that selects other rows, on the largest pool: empty without
+    `robustness.ablation` or where no selection differs enough.
     """
     smaller = smaller_rules(study.sweep(), study.candidate_scores, study.profile.rule_columns())
     pool, size = size_pool(study), study.profile.selection.size
@@ -252,8 +251,7 @@ def draw_prompts(table: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
     the table's order; all of them where the table has no more than `count`.
     """
     shuffled = table.iloc[np.random.default_rng(seed).permutation(len(table))]
-    # one row of every source, then a second of every source, ...: which sources get one more
-    # is as random as the rows are
+    # one row of every source, then a second of every source, ...
     turn = shuffled.groupby("source", sort=False).cumcount()
     first = shuffled.loc[turn.sort_values(kind="stable").index[:count]]
     return table[table.index.isin(first.index)]

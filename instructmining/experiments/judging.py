@@ -22,7 +22,7 @@ from ..study import PlannedRun, Study
 from ..study_data import read_pairs, read_source, short_prompts
 from .comparisons import draw_prompts, repeated, size_pool
 
-SIDES = ("selected", "random")
+SIDES, PAIR = ("selected", "random"), ("prompt", "chosen", "rejected")  # columns
 PLANTED = "planted defects"  # the check of the embedded corpus: a clean row against its twin
 _COMPARED = 4096  # tokens of a comparison that a likelihood judge reads at most
 _PROMPT_WORDS = 500  # of a prompt that is answered, which may have 1,024 tokens
@@ -80,9 +80,8 @@ def judge_models(judged_by: judge.Judge, pairs: pd.DataFrame) -> pd.DataFrame:
     pairs : from `generate_pairs`; returns the frame of `judge.judge_pairs`, all pairs of models.
     """
     return pd.concat([
-        judge.judge_pairs(part["prompt"].tolist(), part["selected"].tolist(),
-                          part["random"].tolist(), judged_by, pair=pair)
-        for pair, part in pairs.groupby("pair")
+        judge.judge_pairs(*(part[name].tolist() for name in ("prompt", *SIDES)), judged_by,
+                          pair=pair) for pair, part in pairs.groupby("pair")
     ], ignore_index=True)  # fmt: skip
 
 
@@ -92,8 +91,7 @@ def check_judge(study: Study, name: str, judged_by: judge.Judge) -> pd.DataFrame
     rows = []
     for check, pairs in preference_sets(study).items():
         for who, one in ((name, judged_by), ("the longer answer", judge.longer_judge)):
-            judged = judge.judge_pairs(pairs["prompt"].tolist(), pairs["chosen"].tolist(),
-                                       pairs["rejected"].tolist(), one)  # fmt: skip
+            judged = judge.judge_pairs(*(pairs[name].tolist() for name in PAIR), one)
             rows.append({"judge": who, "check": check, **judge.judge_quality(judged)})
     return pd.DataFrame(rows)
 
@@ -123,7 +121,7 @@ def _planted(study: Study) -> pd.DataFrame:
     twins = rows[rows["twin"].isin(clean.index)].drop_duplicates("row_hash")
     pairs = [(bad[:-1], clean[twin][-1]["content"], bad[-1]["content"])
              for twin, bad in zip(twins["twin"], twins["messages"], strict=True)]  # fmt: skip
-    return pd.DataFrame(pairs, columns=["prompt", "chosen", "rejected"])
+    return pd.DataFrame(pairs, columns=PAIR)
 
 
 def generate_pairs(study: Study, rule: RuleCard) -> pd.DataFrame:
@@ -139,9 +137,8 @@ def generate_pairs(study: Study, rule: RuleCard) -> pd.DataFrame:
     pool, size = size_pool(study), study.profile.selection.size
     frames = []
     for pair in range(config.model_pairs):
-        plans = [repeated(study, rule, pool, side, size, 1, first=pair)[0] for side in SIDES]
-        answers = {side: _answers(study, plan, questions)
-                   for side, plan in zip(SIDES, plans, strict=True)}  # fmt: skip
+        answers = {side: _answers(study, repeated(study, rule, pool, side, size, 1, pair)[0],
+                                  questions) for side in SIDES}  # fmt: skip
         told = {"pair": pair, "prompt_id": prompts["id"], "prompt": questions, **answers}
         frames.append(pd.DataFrame(told))
     return pd.concat(frames, ignore_index=True)
