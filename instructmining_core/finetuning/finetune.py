@@ -140,16 +140,14 @@ class Meter:
     def read(self) -> tuple[float, int]:
         """Seconds since the start; peak bytes of the GPU, or of the process."""
         seconds = time.perf_counter() - self.start
-        return seconds, torch.cuda.max_memory_allocated(self.device) if self.gpu else _peak()
-
-
-def _peak() -> int:
-    try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
+        if self.gpu:
+            return seconds, torch.cuda.max_memory_allocated(self.device)
+        try:
+            status = Path("/proc/self/status").read_text()
+            return seconds, 1024 * int(status.split("VmHWM:")[1].split()[0])
+        except (OSError, IndexError):
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return seconds, peak if sys.platform == "darwin" else 1024 * peak
 
 
 def train_by_trainer(

@@ -322,10 +322,7 @@ class RunArchive:
         return tidy([record for _, record in sorted(self.records().items())])
 
     def append(self, records: Iterable[Record]) -> Path | None:
-        """Add the finished runs among `records` that no part holds, as one part; None without any.
-
-        What is there is not touched, and a part is there whole or not at all.
-        """
+        """Add the finished runs that no part holds as one part; None without any."""
         clear_leftovers(self.folder)
         new = {one["run_id"]: one for one in records
                if settled(one) and not self.has(one["run_id"])}  # fmt: skip

@@ -334,9 +334,9 @@ def _weight_patterns(there: Sequence[str], modules: Sequence[str]) -> list[str]:
     """Weight files to download, of the model and its modules: safetensors where there are any."""
     found = []
     for module in modules:
-        names = [f for f in there if str(PurePosixPath(f).parent) == str(PurePosixPath(module))]
-        safe = [f for f in names if f.endswith(".safetensors")]
-        found += safe or [f for f in names if re.search(r"(^|/)pytorch_model[^/]*\.bin$", f)]
+        names = [f for f in there if PurePosixPath(f).parent == PurePosixPath(module)]
+        safe = [f for f in names if PurePosixPath(f).match("*.safetensors")]
+        found += safe or [f for f in names if PurePosixPath(f).match("pytorch_model*.bin")]
     return found
 
 

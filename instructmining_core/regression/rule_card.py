@@ -244,9 +244,8 @@ class RuleCard(_Part):
         values = scores[self.columns].astype(float)
         if not self.standardisation:
             return values
-        scales = {c: self.standardisation[c] for c in self.columns}
-        return ((values - pd.Series({c: one.mean for c, one in scales.items()}))
-                / pd.Series({c: one.sd for c, one in scales.items()}))
+        scales = pd.DataFrame({c: dict(self.standardisation[c]) for c in self.columns})
+        return (values - scales.loc["mean"]) / scales.loc["sd"]
 
     def contributions(self, scores: pd.DataFrame) -> pd.DataFrame:
         """What each indicator adds to a row's predicted log loss; sums to predict − constant."""
