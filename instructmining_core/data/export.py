@@ -56,11 +56,11 @@ def write_rows(
         `columns` as in `formats.conversations`
     Returns the number of texts that had to be spelt out. Raises InstructMiningError.
     """
-    suffix, changed = output_format(path), 0
+    suffix, changed = output_format(path), []
     if suffix == ".parquet" and table is not None:
         content = _parquet_bytes(table)
     else:
-        rows, changed = _spelt_out(list(rows), surrogates=suffix == ".parquet")
+        rows = _spelt_out(list(rows), suffix == ".parquet", changed)
         if suffix in (".csv", ".tsv"):
             content = _csv(rows, "," if suffix == ".csv" else "\t")
         elif suffix == ".parquet":
@@ -70,9 +70,9 @@ def write_rows(
     if str(path).lower().endswith(".gz"):
         content = gzip.compress(content, mtime=0)  # no time stamp: same rows, same bytes
     if any(hashes):
-        _read_back(content, path, hashes, columns, spelt_out=changed)
+        _read_back(content, path, hashes, columns, spelt_out=len(changed))
     write_atomic(path, content)
-    return changed
+    return len(changed)
 
 
 def _read_back(content: bytes, path: str | Path, hashes: Sequence[str],
@@ -154,26 +154,23 @@ def _parquet_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def _spelt_out(value: Any, surrogates: bool) -> tuple[Any, int]:
-    """The value with its bytes as text and, if asked, its lone surrogates spelt out, and how many
-    texts had any (bytes that are UTF-8 are text, and not counted). NaN is null."""
-    if isinstance(value, float) and value != value:
-        return None, 0
-    if isinstance(value, bytes) and not surrogates:
-        spelt = bytes_text(value)
-        return spelt, int(spelt.encode() != value)
-    if isinstance(value, str):
-        if not surrogates:
-            return value, 0
-        spelt = value.encode("utf-8", "backslashreplace").decode()
-        return spelt, int(spelt != value)
+def _spelt_out(value: Any, parquet: bool, changed: list[str]) -> Any:
+    """The value with its bytes as text or, for Parquet, its lone surrogates spelt out.
+
+    Texts that had any go to `changed`; bytes that are UTF-8 are text. NaN is null.
+    """
     if isinstance(value, list):
-        parts = [_spelt_out(part, surrogates) for part in value]
-        return [part for part, _ in parts], sum(count for _, count in parts)
+        return [_spelt_out(part, parquet, changed) for part in value]
     if isinstance(value, dict):
-        parts = {key: _spelt_out(part, surrogates) for key, part in value.items()}
-        return {key: part for key, (part, _) in parts.items()}, sum(c for _, c in parts.values())
-    return value, 0
+        return {key: _spelt_out(part, parquet, changed) for key, part in value.items()}
+    if isinstance(value, float) and value != value:
+        return None
+    if isinstance(value, str if parquet else bytes):
+        spelt = value.encode("utf-8", "backslashreplace").decode() if parquet else bytes_text(value)
+        if value not in (spelt, spelt.encode()):
+            changed.append(spelt)
+        return spelt
+    return value
 
 
 Key = tuple[str, int, int]  # file as it was named, row, part
@@ -215,8 +212,15 @@ class SourceRows:
         found: dict[Key, Messages] = {}
         for name, path in self.files.items():
             wanted = {row for file, row, _ in keys if file == name}
-            if wanted:
-                self._read(name, path, wanted, found)
+            last = max(wanted, default=-1)
+            for _, raw, talks in iter_rows(path, only=wanted, **self.read) if wanted else ():
+                for part, messages in enumerate(talks):
+                    key = (name, raw.row, part)
+                    found[key] = messages
+                    self.records[key] = _one_part(raw.value, part, messages, len(talks))
+                self.parted |= len(talks) > 1
+                if raw.row == last:
+                    break
         hashes = rows["row_hash"] if "row_hash" in rows else [""] * len(rows)
         for key, own in zip(keys, hashes, strict=True):
             if key not in found or (own and row_hash(found[key]) != own):
@@ -258,17 +262,6 @@ class SourceRows:
             features["info"]["features"][column] = {"dtype": "float64", "_type": "Value"}
             kept[b"huggingface"] = json.dumps(features).encode()
         return table.replace_schema_metadata(kept)
-
-    def _read(self, name: str, path: str, wanted: set[int], found: dict[Key, Messages]) -> None:
-        last = max(wanted)
-        for _, raw, conversations in iter_rows(path, only=wanted, **self.read):
-            for part, messages in enumerate(conversations):
-                key = (name, raw.row, part)
-                found[key] = messages
-                self.records[key] = _one_part(raw.value, part, messages, len(conversations))
-            self.parted |= len(conversations) > 1
-            if raw.row == last:
-                return
 
 
 def keys_of(rows: pd.DataFrame) -> list[Key]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
 from .fields import (
@@ -170,11 +171,6 @@ def _other_chat(record: Record, _: str) -> list[Messages] | None:
     return messages and [messages]
 
 
-def _chosen(record: Record, _: str) -> list[Messages] | None:
-    """Preference data: the chosen answer. hh-rlhf marks its turns inside one text."""
-    return [_answered(record, _question(record), "chosen")]
-
-
 def _turns(record: Record, _: str) -> list[Messages] | None:
     """Questions in turn, with the reference answers where they are published, each in its turn."""
     key = "turns" if "turns" in record.there else "prompt"
@@ -189,10 +185,8 @@ def _turns(record: Record, _: str) -> list[Messages] | None:
     if not all(isinstance(text, str) for text in answers):
         raise FormatError("a list of texts in 'reference'", answers)
     record.used.add(key)
-    said = []
-    for i, question in enumerate(questions):
-        said += [question, answers[i] if i < len(answers) else ""]
-    return [in_turn(*said)]
+    pairs = zip_longest(questions, answers[: len(questions)], fillvalue="")
+    return [in_turn(*chain.from_iterable(pairs))]
 
 
 def _instances(record: Record, _: str) -> list[Messages] | None:
@@ -417,7 +411,8 @@ FORMS = (
              {"role": "assistant", "text": "Hello.", "rank": 0, "replies": []}]}}, _tree),
     Form("A preference", ("chosen",), "its question in `prompt`, `instruction` or `question`, or "
          "in `chosen` itself; `rejected` is not read",
-         {"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}, _chosen),
+         {"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"},
+         lambda record, _: [_answered(record, _question(record), "chosen")]),
     Form("A task with instances", ("instances",), "`instruction`, and each `input` and `output`",
          {"instruction": "Greet.", "instances": [{"input": "Ada", "output": "Hi Ada."}]},
          _instances),

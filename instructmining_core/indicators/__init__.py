@@ -74,17 +74,12 @@ def _entry(name: str, version: str, columns: tuple[str, ...], paper: str, **more
     return Indicator(name, version, columns, f"{__name__}.{where}", paper, **more)
 
 
-_LENGTH = _entry(
-    "length", "tokens-1", ("len_in", "len_out"), "InstructMining v3, Table 1 (arXiv 2307.06290)",
-    role="base", role_optional=True, version_without="regex-words-1",
-    where="surface:compute_length",
-)
-_UNIEVAL_COLUMNS = ("naturalness", "coherence", "understandability")
-
 INDICATORS: dict[str, Indicator] = {
     entry.name: entry
     for entry in (
-        _LENGTH,
+        _entry("length", "tokens-1", ("len_in", "len_out"), "InstructMining v3, Table 1 "
+               "(arXiv 2307.06290)", role="base", role_optional=True,
+               version_without="regex-words-1", where="surface:compute_length"),
         _entry("mtld", "1", ("mtld",), "McCarthy & Jarvis 2010, doi 10.3758/BRM.42.2.381",
                where="surface:compute_mtld"),
         _entry("compression", "1", ("compression",), "Yin et al. 2024, arXiv 2407.06645",
@@ -97,8 +92,8 @@ INDICATORS: dict[str, Indicator] = {
                where="perplexity:compute_perplexity", shared=True),
         _entry("reward", "1", ("reward",), "InstructMining v3, Table 1; Open-Assistant, "
                "arXiv 2304.07327", role="reward"),
-        _entry("unieval", "1", _UNIEVAL_COLUMNS, "Zhong et al. 2022 (UniEval), arXiv 2210.07197",
-               role="unieval"),
+        _entry("unieval", "1", ("naturalness", "coherence", "understandability"),
+               "Zhong et al. 2022 (UniEval), arXiv 2210.07197", role="unieval"),
         _entry("knn", "2", ("knn_6",), "InstructMining v3, Table 1; Reimers & Gurevych 2019, "
                "arXiv 1908.10084", role="encoder", pool_relative=True,
                where="neighbours:compute_neighbours", shared=True),
