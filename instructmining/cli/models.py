@@ -73,13 +73,12 @@ def folder_notes(roles: Mapping[str, ModelRef]) -> list[str]:
         with suppress(OSError, ValueError, AttributeError):
             told = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
             named = told.get("tokenizer_class")
-        if isinstance(named, str) and not (
-            hasattr(transformers, named) or hasattr(transformers, named.removesuffix("Fast"))
-        ):
-            notes.append(
-                f"{role}: transformers {transformers.__version__} does not know {named}, which "
-                f"{folder} names as its tokenizer's class: the general one reads tokenizer.json"
-            )
+        known = not isinstance(named, str) or any(
+            hasattr(transformers, one) for one in (named, named.removesuffix("Fast")))
+        if not known:
+            notes.append(f"{role}: transformers {transformers.__version__} does not know {named}, "
+                         f"which {folder} names as its tokenizer's class: the general one reads "
+                         "tokenizer.json")  # fmt: skip
     return notes
 
 
@@ -116,8 +115,10 @@ def pins(root: yaml.Node) -> tuple[list[Edit], list[str]]:
     edits: list[Edit] = []
     told: list[str] = []
     top = _fields(root)
-    for node in _refs(top.get("models")):
-        _pin_model(node, edits, told)
+    for key, node in _fields(top.get("models")).items():
+        if key in (*ROLES, "ladder"):
+            for one in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+                _pin_model(one, edits, told)
     data = _fields(top.get("data"))
     if getattr(data.get("kind"), "value", "") == "hub":
         for key in ("sources", "unseen", "eval_1", "eval_2"):
@@ -133,17 +134,6 @@ def _fields(node: yaml.Node | None) -> dict[str, yaml.Node]:
     if not isinstance(node, yaml.MappingNode):
         return {}
     return {key.value: value for key, value in node.value}
-
-
-def _refs(models: yaml.Node | None) -> list[yaml.Node]:
-    """The nodes of `models` that name a model: a text, or a mapping with an `id`."""
-    found = []
-    for key, node in _fields(models).items():
-        if key in ("base", "ppl", "reward", "unieval", "encoder"):
-            found.append(node)
-        if key == "ladder" and isinstance(node, yaml.SequenceNode):
-            found += node.value
-    return found
 
 
 def _pin_model(node: yaml.Node, edits: list[Edit], told: list[str]) -> None:
