@@ -139,18 +139,15 @@ def correlations(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _correlation(x: pd.Series, y: pd.Series, group: pd.Series) -> dict[str, float]:
-    z, names = _fisher(x, y), group.unique()
-    reach = stats.norm.isf(0.025) / np.sqrt(max(len(x) - 3, 0.1))
-    found = {"r": np.tanh(z), "low": np.tanh(z - reach), "high": np.tanh(z + reach),
-             "groups": len(names), "low_sources": np.nan, "high_sources": np.nan}  # fmt: skip
-    if len(x) < LEAST:
-        return found | dict.fromkeys(("low", "high"), np.nan)
-    if len(names) >= LEAST:
+    z, names, reach, over = _fisher(x, y), group.unique(), np.nan, np.nan
+    if len(x) >= LEAST:
+        reach = stats.norm.isf(0.025) / np.sqrt(len(x) - 3)
+    if min(len(x), len(names)) >= LEAST:
         left = np.array([_fisher(x[group != one], y[group != one]) for one in names])
-        error = np.sqrt((len(left) - 1) / len(left) * ((left - left.mean()) ** 2).sum())
-        reach = stats.t.isf(0.025, len(left) - 1) * error
-        found |= {"low_sources": np.tanh(z - reach), "high_sources": np.tanh(z + reach)}
-    return found
+        over = stats.t.isf(0.025, len(left) - 1) * np.sqrt((len(left) - 1) * left.var())
+    return {"r": np.tanh(z), "low": np.tanh(z - reach), "high": np.tanh(z + reach),
+            "groups": len(names), "low_sources": np.tanh(z - over),
+            "high_sources": np.tanh(z + over)}  # fmt: skip
 
 
 def _fisher(x: pd.Series, y: pd.Series) -> float:
