@@ -28,11 +28,10 @@ def costs(runs: pd.DataFrame) -> pd.DataFrame:
     runs : `Ledger.load`. A run that shared a pass counts its part of the hours; two processes of
     one thread each count two hours an hour.
     """
-    groups = runs[runs["status"].isin(["done", "diverged"])].groupby(
-        ["purpose", "machine", "threads", "dtype"], dropna=False)
-    found = groups.agg(runs=("run_id", "size"), hours=("seconds", "sum"),
-                       commits=("commit", "nunique"))  # fmt: skip
-    return found.assign(hours=found["hours"] / 3600).reset_index()
+    finished = runs[runs["status"].isin(["done", "diverged"])].assign(hours=runs["seconds"] / 3600)
+    groups = finished.groupby(["purpose", "machine", "threads", "dtype"], dropna=False)
+    return groups.agg(runs=("run_id", "size"), hours=("hours", "sum"),
+                      commits=("commit", "nunique")).reset_index()  # fmt: skip
 
 
 def runs_to_repeat(study: Study, count: int) -> pd.DataFrame:

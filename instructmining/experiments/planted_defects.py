@@ -316,8 +316,7 @@ def unseen_kinds(shares: pd.DataFrame) -> list[str]:
 def auc_of_study(study: Study, rule: RuleCard, effects: pd.DataFrame) -> pd.DataFrame:
     """AUC within twins of the rule and its rivals, by kind of defect and library.
 
-    Columns of `twin_auc` and rows: "fitted candidates", from which the rule was
-    fitted, or "unseen pool rows".
+    Columns of `twin_auc` and rows: FITTED, from which the rule was fitted, or UNSEEN.
     """
     told = study.data.everything.drop_duplicates("id").set_index("id")[["kind", "twin"]]
     scores = study.scores.drop_duplicates("id").join(told, on="id").reset_index(drop=True)
