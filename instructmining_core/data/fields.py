@@ -48,6 +48,7 @@ SILENT = {*IDS, "id", "category", "source", "user", "dataset", "data_source", "d
           "language", "type", "kind", "meta", "metadata", "model", "model_id", "model_name", "name",
           "tool_call_id", "tags", "topic", "rejected", "score", "url", "title", "text_id",
           "message_id", "parent_id", "timestamp", "tstamp", "license", "split"}  # fmt: skip
+NO_LOSS = {*SILENT, *NOT_TO_LEARN}  # of a row: not told where it is not read
 LONGEST_LITERAL = 1_000_000  # characters of a Python literal that is tried
 
 
@@ -275,7 +276,7 @@ class Record:
             elif key in CALLS and isinstance(calls := structured(value), list | dict):
                 calls = calls if isinstance(calls, list) else [calls]
                 content = "\n".join([*([content] if content else []), *map(_call, calls)])
-            elif key not in (*ROLE_KEYS, *CONTENT_KEYS):
+            else:
                 self._leave(key, value, unread, " of a message")
         if content is None:
             if role != "assistant" and not unread:
@@ -334,11 +335,10 @@ class Record:
 
     def note_unread(self, messages: Messages) -> None:
         """Note the fields that were not used, and put what is no text into the identity."""
-        for key in _to_check(tuple(self.all)):
-            value = self.all[key]
-            if key not in self.used and filled(value) and (
-                key in MEDIA or not _rendering(value, messages)
-            ):
+        for key, value in self.all.items():
+            if key in NO_LOSS or key in self.used or not filled(value):
+                continue
+            if key in MEDIA or not _rendering(value, messages):
                 self._leave(key, value, self.unread)
 
     def _leave(self, key: str, value: object, unread: list, of: str = "") -> None:
@@ -360,15 +360,9 @@ def fingerprint(value: object) -> str:
 
 
 @lru_cache(4096)
-def _to_check(names: tuple[str, ...]) -> tuple[str, ...]:
-    known = {*SILENT, *NOT_TO_LEARN}
-    return tuple(name for name in names if name not in known)
-
-
-@lru_cache(4096)
 def _others(keys: tuple[str, ...]) -> tuple[str, ...]:
     """Fields of a message beside its role, its content and what is silent, calls last."""
-    known = {*SILENT} if len(keys) > 2 else {*SILENT, *ROLE_KEYS, *CONTENT_KEYS}
+    known = {*SILENT, *ROLE_KEYS, *CONTENT_KEYS}
     return tuple(sorted((key for key in keys if key not in known), key=CALLS.__contains__))
 
 

@@ -80,10 +80,7 @@ def compute_by_head(
     turns = list(each_turn(conversations))
     rows = encode_turns(turns, model.lm)
     scores, failed = model.scores(rows)
-    reasons = [
-        EMPTY if not turn.response else why or cut_note(row.dropped, row.truncated, "response")
-        for turn, row, why in zip(turns, rows, failed, strict=True)
-    ]
+    reasons = list(map(_reason, turns, rows, failed))
     return {
         column: mean_over_turns(conversations, values, reasons)
         for column, values in zip(model.file.columns, np.transpose(scores), strict=True)
