@@ -144,9 +144,11 @@ def size_claim(
         HOLDS if gap > 0 else FAILS)  # fmt: skip
     numbers = percent(*(float(np.expm1(x)) for x in (gap, gap - half, gap + half)))
     se = half / student.isf(0.025, df) if df else float("nan")
+    against = "no larger set was trained to hold it against" if best == largest else (
+        f"the loss at {largest} rows differs from that at {best} by {numbers}")  # fmt: skip
     return {
-        "ours": f"search: {best} of {rows} rows{early}; the loss at {largest} rows differs from "
-        f"that at {best} by {numbers}; epochs are fixed, so more rows also mean more steps",
+        "ours": f"search: {best} of {rows} rows{early}; {against}; epochs are fixed, so more rows "
+        "also mean more steps",
         "detectable": _of_loss(detectable_difference(se, df)),
         "verdict": f"{verdict}: the search ended early" if early else verdict,
     }
