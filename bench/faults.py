@@ -39,6 +39,7 @@ SECRET = "hf_plantedSECRETplantedSECRET"
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ["seconds", "peak_memory_bytes", "attempt"]  # of no two executions the same
 NOT_VALUES = [*TIMES, "commit", "machine", "threads"]  # what a run was made with
+MADE_BY = ["made_at", "fitted_on", "content_hash"]  # of a card: when, and by which profile
 MADE_AT = re.compile(rb'"made_at": ?"[^"]*"')
 WORDS = "sort the list of items and give it back in order write a short poem about rain".split()
 PLACES = ("names", "bank", "results")  # of a stage's folder that are made by it
@@ -576,7 +577,10 @@ def study_kills(own: Campaign, count: int) -> Iterator[Row]:
             yield row
             return
         folder = ROOT / "results" / f"faults-{name}"
+        card = json.loads((folder / "rule.json").read_text())
         results[name] = {p.name: p.read_bytes() for p in sorted(folder.glob("*.csv"))} | {
+            "scores": (folder / "scores.parquet").read_bytes(),
+            "rule": {k: v for k, v in card.items() if k not in MADE_BY},
             "ledger": sorted(p.stem for p in (folder / "ledger").glob("*.json"))}  # fmt: skip
     row.compared = len(results["calm"]["ledger"])
     row.lost = len(set(results["calm"]["ledger"]) - set(results["killed"]["ledger"]))
