@@ -38,14 +38,10 @@ def load_encoder(
     )  # fmt: skip
     dtype = hub.pick_dtype(ref.dtype, device)
     most = int(min(model.max_seq_length or UNLIMITED, UNLIMITED))
-    return LoadedModel(model.eval(), _tokenizer(model), resolved, device, dtype, most)
-
-
-def _tokenizer(model: SentenceTransformer):
-    """The model's tokenizer; that of a table of word vectors can't be called and is wrapped."""
-    if isinstance(model.tokenizer, Tokenizer):
-        return PreTrainedTokenizerFast(tokenizer_object=model.tokenizer)
-    return model.tokenizer
+    tokenizer = model.tokenizer
+    if isinstance(tokenizer, Tokenizer):  # of a table of word vectors: it can't be called
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return LoadedModel(model.eval(), tokenizer, resolved, device, dtype, most)
 
 
 def text_of(conversation: CheckedConversation, first: int = 0) -> str:

@@ -137,7 +137,13 @@ def compute_neighbours(
     A row is one point (`embedding.encoder_texts`); NaN with a reason where the reference is too
     small. Raises InstructMiningError if the reference was embedded by another model.
     """
-    check_encoder(reference, model)
+    who = identity(model)
+    ours, theirs = (who["revision"], who["dtype"]), (reference.revision, reference.dtype)
+    if ours != theirs:
+        raise InstructMiningError(
+            f"the reference was embedded by {reference.model} {' '.join(theirs)}, the rows would "
+            f"be by {who['model']} {' '.join(ours)}: use the same encoder, or a new reference"
+        )
     readable = np.array([not c.problem for c in conversations], dtype=bool)
     texts, cut = embedding.encoder_texts(model, [c for c in conversations if not c.problem])
     vectors = embedding.embed(model, texts, batch_tokens=batch_tokens)
@@ -158,18 +164,6 @@ def compute_neighbours(
         )
         found[name] = Column(values, [c.problem or next(notes) for c in conversations])
     return found
-
-
-def check_encoder(reference: Reference, model: LoadedModel) -> None:
-    """Raise InstructMiningError if the reference was embedded by another model than `model`."""
-    who = identity(model)
-    ours = (who["revision"], who["dtype"])
-    theirs = (reference.revision, reference.dtype)
-    if ours != theirs:
-        raise InstructMiningError(
-            f"the reference was embedded by {reference.model} {' '.join(theirs)}, the rows would "
-            f"be by {who['model']} {' '.join(ours)}: use the same encoder, or a new reference"
-        )
 
 
 def of_set(conversations: Sequence[CheckedConversation], model: LoadedModel) -> dict[str, Any]:

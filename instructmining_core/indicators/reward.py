@@ -32,7 +32,7 @@ from .turns import (
     each_turn,
     first_kept,
     mean_over_turns,
-    settled,
+    values_and_reasons,
 )
 
 FORMS = ("oasst", "pair")
@@ -118,7 +118,7 @@ def compute_reward(
         lengths, model.first_batch(batch_tokens), on_halved=model.halved,
     ))  # fmt: skip
     found = [(next(scores) if row["input_ids"] else Failed(NO_TOKEN), row["note"]) for row in rows]
-    return {"reward": mean_over_turns(conversations, *settled(found))}
+    return {"reward": mean_over_turns(conversations, *values_and_reasons(found))}
 
 
 @torch.inference_mode()

@@ -111,7 +111,7 @@ def first_kept(lengths: Sequence[int], room: int, last: int) -> int:
     return first
 
 
-def settled(found: Iterable[tuple[Any, str]]) -> tuple[list[float], list[str]]:
+def values_and_reasons(found: Iterable[tuple[Any, str]]) -> tuple[list[float], list[str]]:
     """Values and reasons from pairs of what `map_batches` gave and a note: `Failed` is NaN."""
     values, reasons = [], []
     for score, note in found:

@@ -29,7 +29,7 @@ from .turns import (
     cut_note,
     each_turn,
     mean_over_turns,
-    settled,
+    values_and_reasons,
 )
 
 MAX_TOKENS = 1024
@@ -91,7 +91,7 @@ def compute_unieval(
     found = zip(scores, notes, strict=True)
     told = [next(found) if turn.response else (Failed(EMPTY), "") for _, turn in asked]
     return {
-        name: mean_over_turns(conversations, *settled(told[i :: len(QUESTIONS)]))
+        name: mean_over_turns(conversations, *values_and_reasons(told[i :: len(QUESTIONS)]))
         for i, name in enumerate(QUESTIONS)
     }
 
