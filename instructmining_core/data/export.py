@@ -204,9 +204,8 @@ class SourceRows:
         """The conversations of rows of the score table, in their order.
 
         The records are kept in `records` by (file, row, part), in their own fields; of several
-        conversations in one, only this one. Each file is read once
-        a call, as far as its last row asked for. Raises InstructMiningError where a row says
-        something else than when it was scored.
+        conversations in one, only this one. Each file is read once a call, as far as its last row
+        asked for. Raises InstructMiningError where a row says something else than when scored.
         """
         keys = keys_of(rows)
         found: dict[Key, Messages] = {}

@@ -1,4 +1,4 @@
-"""One published record in, conversations out: the shapes of instruction data that people have.
+"""One published record in, conversations out: the names, marks and shapes that people use.
 
 A conversation is a list of `{"role": "user" | "assistant" | "system", "content": str}`; a message
 that holds what is no text (a picture, a tool's definition) has its fingerprint in `unread` too, so

@@ -74,8 +74,7 @@ def compute_by_head(
 ) -> dict[str, Column]:
     """A head's columns for each response given what was said before it; means over the turns.
 
-    An empty response is NaN: there is no token whose state could be read. Over-long conversations
-    lose whole messages from the left, then the response's end, and the reasons say so.
+    Empty responses and over-long conversations are as in `compute_perplexity`.
     """
     turns = list(each_turn(conversations))
     rows = encode_turns(turns, model.lm)

@@ -183,10 +183,7 @@ def compute_compression(
 
 
 def ratio(text: str) -> float:
-    """Raw bytes per compressed byte; larger is more repetitive; NaN for an empty text.
-
-    text : without lone surrogates (`templates.clean_text`)
-    """
+    """Raw bytes per compressed byte; NaN for an empty text. text : without lone surrogates"""
     raw = text.encode("utf-8")
     return len(raw) / len(zlib.compress(raw, 6)) if raw else float("nan")
 
