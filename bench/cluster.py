@@ -73,6 +73,8 @@ class Nodes:
             if node.poll() is None:
                 os.killpg(node.pid, signal.SIGKILL)
                 node.wait()
+        # What `ray start` leaves for later connections; nothing answers there any more.
+        Path(tempfile.gettempdir(), "ray", "ray_current_cluster").unlink(missing_ok=True)
 
 
 @contextmanager
