@@ -40,14 +40,23 @@ CALLS = ("tool_calls", "function_call")
 
 IDS = ("id", "question_id", "message_tree_id", "prompt_id", "conversation_id", "uuid")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios", "tools", "functions")
+# More names of what is no text, in the name of a field or in the type of a part of a content.
+NO_TEXT = re.compile(r"image|img|picture|photo|video|audio|speech|tools|functions")
+# The sides of a talk as fields of one object, in the order in which they speak.
+SIDES = {name: role for role, names in {
+    "system": "system", "user": "user human question instruction input prompt query",
+    "assistant": "assistant gpt bot response output answer completion",
+}.items() for name in names.split()}  # fmt: skip
 # What takes an answer out of training: of a message, or of a row (there also a list, an entry for
 # each message or answer). `label` and `kto_tag` tell that a row's answer is a rejected one.
-MASKS = ("weight", "train", "trainable", "loss", "loss_mask", "loss_scale", "train_detail")
+MASKS = ("weight", "train", "trainable", "loss", "loss_mask", "loss_scale", "train_detail",
+         "output_with_loss")
 NOT_TO_LEARN = (*MASKS, "label", "kto_tag")
 SILENT = {*IDS, "id", "category", "source", "user", "dataset", "data_source", "data_name", "lang",
           "language", "type", "kind", "meta", "metadata", "model", "model_id", "model_name", "name",
           "tool_call_id", "tags", "topic", "rejected", "score", "url", "title", "text_id",
-          "message_id", "parent_id", "timestamp", "tstamp", "license", "split"}  # fmt: skip
+          "message_id", "parent_id", "timestamp", "tstamp", "license", "split",
+          "rejected_response", "non_preferred_output"}  # fmt: skip
 NO_LOSS = {*SILENT, *NOT_TO_LEARN}  # of a row: not told where it is not read
 LONGEST_LITERAL = 1_000_000  # characters of a Python literal that is tried
 
@@ -114,6 +123,14 @@ def _literal(text: str) -> object:
         raise ValueError("texts without commas, which Python would join")
     with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
         return ast.literal_eval(text)
+
+
+def unwrapped(key: str, value: object) -> object:
+    """What an object of one field under `inputs` or `outputs` holds, as traces of runs have it."""
+    if key in ("inputs", "outputs") and isinstance(value, dict) and len(value) == 1:
+        (inner,) = value.values()
+        return value if isinstance(inner, int | float) else inner
+    return value
 
 
 def in_turn(*contents: str) -> Messages:
@@ -219,7 +236,7 @@ class Record:
     def text(self, key: str) -> str:
         """A field as text: numbers and objects as JSON. Raises FormatError for a list of texts."""
         self.used.add(key)
-        value = self.fields[key]
+        value = unwrapped(key, self.fields[key])
         if isinstance(value, list) and value:
             raise FormatError(f"one text in {key!r} (a batch of columns: one row each)", value)
         return as_text(value)
@@ -235,14 +252,20 @@ class Record:
                 raise FormatError(f"a list in {key!r}", entries)
             return None
         entries = structured(entries)
-        if isinstance(entries, dict) and len(entries) == 1:
-            entries = next(iter(entries.values()))
+        if isinstance(entries, dict):
+            inner = next(iter(entries)) if len(entries) == 1 else "messages"
+            for name in entries.keys() - {inner}:
+                if filled(entries[name]) and filled(entries.get(inner)):
+                    self._leave(name, entries[name], self.unread, f" of {key!r}")
+            entries = structured(entries.get(inner))
         if not isinstance(entries, list) or not entries:
             return None
         entries = [structured(entry) for entry in entries]
+        if texts or key == "history":
+            entries = [turn for entry in entries for turn in _sides(entry)]
         if all(isinstance(entry, str) for entry in entries):
             found = in_turn(*entries) if texts else None
-        elif sides := _pairs(entries, texts):
+        elif sides := _pairs(entries):
             found = in_turn(*sides)
         elif not texts and not all(map(is_message, entries)):
             found = None
@@ -261,7 +284,8 @@ class Record:
         folded = named.strip().lower() if isinstance(named, str) else ""
         role = ROLES.get(folded) or ("assistant" if MODEL_ROLE.fullmatch(folded) else None)
         if role is None:
-            raise FormatError(f"a role such as 'user' or 'assistant' in {where}", named)
+            got = entry if named is None else named
+            raise FormatError(f"a role such as 'user' or 'assistant' in {where}", got)
         unread: list = []
         content = self.content(_first_filled(entry, CONTENT_KEYS), where, unread)
         off = ""
@@ -309,15 +333,23 @@ class Record:
                 texts.append(part)
             elif not isinstance(part, dict):
                 raise FormatError(f"text as the content of {where}", content)
-            elif kind == "tool_use":
-                texts.append(("\n" if texts else "") + _call(part))
+            elif called := part if kind == "tool_use" else part.get("functionCall"):
+                texts.append(("\n" if texts else "") + _call(called))
+            elif filled(part.get("functionResponse")):
+                texts.append(json_text(part["functionResponse"]))
+            elif isinstance(kind, str) and NO_TEXT.search(kind):
+                self._left_out(part, unread)
             elif filled(inner := _first_filled(part, (*CONTENT_KEYS, "thinking"))):
                 inner = self.content(inner, where, unread) or ""
                 texts.append(thought(inner) if kind == "thinking" else inner)
             elif kind != "text":
-                unread.append(part)
-                self.notes[f"content of type {kind!r} is not read"] = True
+                self._left_out(part, unread)
         return "".join(texts)
+
+    def _left_out(self, part: dict, unread: list) -> None:
+        unread.append(part)
+        kind = part.get("type") or ", ".join(map(str, part))
+        self.notes[f"content of type {kind!r} is not read"] = True
 
     def mark(self, messages: Messages) -> None:
         """Take the answers out of training that the row's own marks take out."""
@@ -338,12 +370,12 @@ class Record:
         for key, value in self.all.items():
             if key in NO_LOSS or key in self.used or not filled(value):
                 continue
-            if key in MEDIA or not _rendering(value, messages):
+            if _no_text(key, value) or not _rendering(value, messages):
                 self._leave(key, value, self.unread)
 
     def _leave(self, key: str, value: object, unread: list, of: str = "") -> None:
         """Leave a field unread: it is noted where it bears text or is no text at all."""
-        if key in MEDIA:
+        if _no_text(key, value):
             unread.append([key, structured(value)])
         elif key not in MASKS and not bears_text(value):
             return
@@ -380,15 +412,43 @@ def is_answer(message: Mapping) -> bool:
 
 def is_message(entry: object) -> bool:
     """Whether this is an object with a role."""
-    return isinstance(entry, dict) and any(filled(entry.get(key)) for key in ROLE_KEYS)
+    if not isinstance(entry, dict):
+        return False
+    first, second, *names = ROLE_KEYS
+    if filled(entry.get(first)) or filled(entry.get(second)):
+        return True
+    # The author of an answer may be anybody.
+    return any(isinstance(who := entry.get(key), dict) or str(who).strip().lower() in ROLES
+               for key in names)  # fmt: skip
 
 
-def _pairs(entries: list, objects: bool) -> list[str] | None:
-    """The texts of pairs (`[["a", "b"]]`, Capybara's `{"input": .., "output": ..}`), in turn."""
+def _no_text(key: str, value: object) -> bool:
+    """Whether a field holds a picture, a sound or a tool's definition."""
+    if isinstance(value, bytes) or (isinstance(value, dict) and filled(value.get("bytes"))):
+        return True
+    return key in MEDIA or (not isinstance(value, int | float) and bool(NO_TEXT.search(key)))
+
+
+def _sides(entry: object) -> list:
+    """The messages of an object with a field for each side (Capybara's `input` and `output`)."""
+    if not isinstance(entry, dict) or is_message(entry):
+        return [entry]
+    sides = {key: SIDES[name] for key in entry
+             if filled(entry[key]) and (name := str(key).strip().lower()) in SIDES}  # fmt: skip
+    if len(set(sides.values())) < max(len(sides), 1):  # two of one side, or none
+        return [entry]
+    found = [{"role": role, "content": entry[key]} for role in dict.fromkeys(SIDES.values())
+             for key in sides if sides[key] == role]  # fmt: skip
+    beside = {key: value for key, value in entry.items()
+              if key not in sides and key not in CONTENT_KEYS}  # fmt: skip
+    found[-1] |= beside
+    return found
+
+
+def _pairs(entries: list) -> list[str] | None:
+    """The texts of pairs (`[["a", "b"]]`), in turn."""
     found = []
     for entry in entries:
-        if objects and isinstance(entry, dict) and {"input", "output"} <= entry.keys():
-            entry = [entry["input"], entry["output"]]
         if not (isinstance(entry, list) and [type(side) for side in entry] == [str, str]):
             return None
         found += entry
@@ -400,7 +460,8 @@ def _call(call: object) -> str:
     inner = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(inner, dict) or "name" not in inner:
         return json_text(call)
-    arguments = structured(inner.get("arguments", inner.get("input", {})))
+    given = next((inner[key] for key in ("arguments", "input", "args") if key in inner), {})
+    arguments = structured(given)
     return json_text({"name": inner["name"], "arguments": arguments})
 
 

@@ -36,6 +36,7 @@ from .fields import (
     pick,
     structured,
     thought,
+    unwrapped,
 )
 
 CHATS = ("messages", "conversations", "conversation")
@@ -47,7 +48,7 @@ BESIDE = ("input", "context", "passage", "document", "article")  # after a blank
 CHOICES = ("choices", "options")
 ANSWERS = ("response", "output", "completion", "answer", "answers", "target", "targets",
            "target_text", "outputs", "generation", "generations", "assistant", "solution",
-           "answerkey")  # fmt: skip
+           "answerkey", "preferred_output")  # fmt: skip
 ANSWERS_FIRST = {"instruction": "output", "prompt": "completion", "question": "answer",
                  "query": "response", "inputs": "targets", "problem": "solution"}  # fmt: skip
 LISTS = ("answer", "answers", "targets", "outputs", "generations")  # of accepted answers, in CSV
@@ -191,6 +192,8 @@ def _turns(record: Record, _: str) -> list[Messages] | None:
 
 def _instances(record: Record, _: str) -> list[Messages] | None:
     """Self-instruct: one instruction with its instances, each an example of its own."""
+    asked = record.fields.get(record.first(("instruction", "definition")))
+    asked = asked[0] if isinstance(asked, list) and len(asked) == 1 else asked  # SuperNI's
     instances = structured(record.fields["instances"])
     if not isinstance(instances, list):
         raise FormatError("a list in 'instances'", instances)
@@ -198,7 +201,7 @@ def _instances(record: Record, _: str) -> list[Messages] | None:
     for i, instance in enumerate(instances):
         if not isinstance(instance, dict) or "output" not in instance:
             raise FormatError(f"'output' in instances[{i}]", instance)
-        one = Record({"instruction": record.fields.get("instruction"), **instance})
+        one = Record({"instruction": asked, **instance})
         found += _pair(one, "") or []
         record.notes.update(one.notes)
     record.used |= {"instances", "instruction"}
@@ -233,6 +236,8 @@ def _question(record: Record) -> Messages:
     chat = record.chat(main) if main else None
     if chat:
         return chat
+    talks = {key: _talk(record, key, alone=main is None) for key in record.filled(BESIDE)}
+    earlier = [*_history(record), *(turn for talk in talks.values() for turn in talk or ())]
     asked = record.text(main) if main else ""
     turns = marked(asked, whole=False) if main in ("prompt", "instruction", "inputs") else None
     if turns:
@@ -246,10 +251,22 @@ def _question(record: Record) -> Messages:
             parts.append(t)
     for key in record.filled(BESIDE):
         record.used.add(key)
-        parts.append(as_text(record.fields[key]))
+        if not talks[key]:
+            parts.append(as_text(record.fields[key]))
     if record.filled(CHOICES):
         parts += _choices(record)
-    return [*_history(record), *in_turn("\n\n".join(parts) if parts else asked)]
+    if earlier and not parts:
+        return earlier
+    return [*earlier, *in_turn("\n\n".join(parts) if parts else asked)]
+
+
+def _talk(record: Record, key: str, alone: bool) -> Messages | None:
+    """The messages in a field that mostly holds text; its text is decoded where it stands alone."""
+    value = record.fields[key]
+    value = structured(value) if alone else value
+    inner = value.get("messages") if isinstance(value, dict) else value
+    talk = isinstance(inner, list) and inner and all(map(is_message, inner))
+    return record.chat(key) if talk else None
 
 
 def _choices(record: Record) -> list[str]:
@@ -288,7 +305,7 @@ def _answered(record: Record, asked: Messages, key: str) -> Messages:
     Of several answers the first is read, which is noted.
     """
     record.used.add(key)
-    value = record.fields[key]
+    value = unwrapped(key, record.fields[key])
     chat = None
     if isinstance(value, list | dict) or (isinstance(value, str) and value.lstrip()[:1] in "[{"):
         value, chat = _one_answer(record, key, structured(value), value)
@@ -304,7 +321,8 @@ def _answered(record: Record, asked: Messages, key: str) -> Messages:
                 text = text.strip()
             chat = [{"role": "assistant", "content": text}]
     # UltraFeedback, TRL and hh-rlhf repeat the prompt in front of the answer.
-    return chat if any(turn["role"] == "user" for turn in chat) else [*asked, *chat]
+    first = next((turn["role"] for turn in chat if turn["role"] != "system"), None)
+    return chat if first == "user" else [*asked, *chat]
 
 
 def _one_answer(record: Record, key: str, value: object, given: object):
@@ -319,12 +337,15 @@ def _one_answer(record: Record, key: str, value: object, given: object):
     first = next(filter(filled, value), "") if isinstance(value, list) else None
     if isinstance(given, str) and not (isinstance(first, list) and all(map(is_message, first))):
         return given, None
+    if key == "chosen" and isinstance(value, dict) and isinstance(value.get("text"), str):
+        return value["text"], None
     if isinstance(value, dict) and isinstance(value.get("text"), list):  # SQuAD's answers
         return _one_answer(record, key, value["text"], value["text"])
     if isinstance(value, dict) and "aliases" in value:  # TriviaQA's
         return value.get("value"), None
     if isinstance(first, dict):  # answers with their ratings, or one answer that is a list
-        first = next((first[name] for name in ("answer", "response") if name in first), None)
+        first = next((first[name] for name in ("answer", "response", "text")
+                      if name in first), None)  # fmt: skip
     if first is None:
         return value, None
     if sum(map(filled, value)) > 1:
@@ -413,7 +434,8 @@ FORMS = (
          "in `chosen` itself; `rejected` is not read",
          {"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"},
          lambda record, _: [_answered(record, _question(record), "chosen")]),
-    Form("A task with instances", ("instances",), "`instruction`, and each `input` and `output`",
+    Form("A task with instances", ("instances",), "`instruction` or `definition`, and each `input` "
+         "and `output`",
          {"instruction": "Greet.", "instances": [{"input": "Ada", "output": "Hi Ada."}]},
          _instances),
     Form("A question and an answer", QUESTIONS + ANSWERS, "the first filled question and the first "

@@ -1,0 +1,121 @@
+"""More of the forms that exporters and sets have: a value each, as its author meant it."""
+
+from __future__ import annotations
+
+import pytest
+
+from instructmining_core.data.duplicates import Kept
+from instructmining_core.data.fields import FormatError
+from instructmining_core.data.formats import conversations
+from instructmining_core.data.records import row_hash
+
+
+def said(*texts, system=None):
+    turns = [
+        {"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)
+    ]
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+ASKED = said("a b")
+ANSWER = {"role": "assistant", "content": "c d"}
+CALL = {"name": "f", "args": {"x": 1}}
+CALLED = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+          {"role": "tool", "content": "5"}, ANSWER]  # fmt: skip
+READ = {
+    "sides with a system (XTuner)": (
+        {"conversation": [{"system": "s", "input": "a", "output": "b"},
+                          {"input": "c", "output": "d"}]}, said("a", "b", "c", "d", system="s")),
+    "sides in any order (Firefly)": ({"conversation": [{"assistant": "b", "human": "a"}]},
+                                     said("a", "b")),
+    "a side each": ({"messages": [{"user": "a"}, {"assistant": "b"}]}, said("a", "b")),
+    "sides of a history": ({"history": [{"question": "a", "answer": "b"}], "instruction": "c",
+                            "output": "d"}, said("a", "b", "c", "d")),
+    "Gemini's calls": (
+        {"contents": [{"role": "user", "parts": [{"text": "a"}]},
+                      {"role": "model", "parts": [{"functionCall": CALL}]},
+                      {"role": "function", "parts": [{"functionResponse": {"name": "f", "r": 2}}]},
+                      {"role": "model", "parts": [{"text": "b"}]}]},
+        said("a", '{"name":"f","arguments":{"x":1}}', '{"name":"f","r":2}', "b")),
+    "input of messages": ({"input": ASKED, "output": "c d"}, said("a b", "c d")),
+    "input of messages in a cell": ({"input": '[{"role": "user", "content": "a b"}]',
+                                     "output": "c d"}, said("a b", "c d")),
+    "messages as the input of a task": (
+        {"instruction": "To XML.", "input": '[{"role": "user", "content": "a b"}]', "output": "x"},
+        said('To XML.\n\n[{"role": "user", "content": "a b"}]', "x")),
+    "context of messages": ({"context": said("a", "b"), "question": "c", "answer": "d"},
+                            said("a", "b", "c", "d")),
+    "OpenAI's preferences": (
+        {"input": {"messages": ASKED, "parallel_tool_calls": True}, "preferred_output": [ANSWER],
+         "non_preferred_output": [{"role": "assistant", "content": "not that"}]},
+        said("a b", "c d")),
+    "traces": ({"inputs": {"question": "a b"}, "outputs": {"answer": "c d"}}, said("a b", "c d")),
+    "traces of messages": ({"inputs": {"messages": ASKED}, "outputs": {"message": ANSWER}},
+                           said("a b", "c d")),
+    "chosen with calls keeps its question": (
+        {"prompt": "a b", "chosen": CALLED, "rejected": [ANSWER]},
+        said("a b", '{"name":"f","arguments":{}}', "5", "c d")),
+    "chosen as an object of text": ({"prompt": "a", "chosen": {"text": "b", "model": "m"}},
+                                    said("a", "b")),
+    "answers as objects of text": ({"question": "a", "answers": [{"text": "b", "tokens": ["b"]}]},
+                                   said("a", "b")),
+    "an object as an answer": ({"question": "a", "answer": {"x": "b"}}, said("a", '{"x":"b"}')),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_row_is_read_as_it_is_meant(name):
+    raw, expected = READ[name]
+    assert conversations(raw) == ([expected], [])
+
+
+def test_a_task_of_super_natural_instructions():
+    raw = {"Definition": ["Do it."], "Instances": [{"input": "a", "output": ["b"]},
+                                                   {"input": "c", "output": ["d", "e"]}]}
+    found, notes = conversations(raw)
+    assert found == [said("Do it.\n\na", "b"), said("Do it.\n\nc", "d")]
+    assert notes == ["several answers in 'output': the first is read"]
+
+
+def test_a_turn_of_two_sides_that_is_not_to_be_learnt():
+    turns = [{"input": "a", "output": "b", "output_with_loss": False},
+             {"input": "c", "output": "d"}]  # fmt: skip
+    (found,), notes = conversations({"conversation": turns})
+    assert [m.get("train") for m in found] == [None, False, None, None] and len(notes) == 1
+
+
+def test_two_texts_of_one_side_are_refused_with_the_fields_that_were_there():
+    with pytest.raises(FormatError) as caught:
+        conversations({"conversation": [{"instruction": "a", "input": "x", "output": "b"}]})
+    assert caught.value.got == "an object with 'instruction', 'input', 'output'"
+
+
+PICTURES = {
+    "image_path": ("1.jpg", "2.jpg"),
+    "imgs": (["1.jpg"], ["2.jpg"]),
+    "jpg": (b"\xff\xd8\x01", b"\xff\xd8\x02"),
+    "figure": ({"bytes": b"\xff\x01", "path": None}, {"bytes": b"\xff\x02", "path": None}),
+    "available_tools": ("f", "g"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_rows_that_differ_in_what_is_no_text_are_different(name):
+    rows = [{name: one, "question": "Is it red?", "answer": "no"} for one in PICTURES[name]]
+    found = [conversations(row) for row in rows]
+    assert [notes for _, notes in found] == [[f"{name!r} is not read"]] * 2
+    first, second = (talks[0] for talks, _ in found)
+    assert row_hash(first) != row_hash(second)
+    kept = Kept()
+    assert kept.add(0, first) is None and kept.add(1, second) is None and kept.add(2, first) == 0
+
+
+def test_numbers_of_pictures_are_no_pictures():
+    raw = {"num_images": 2, "has_video": False, "question": "a", "answer": "b"}
+    assert conversations(raw) == ([said("a", "b")], [])
+
+
+def test_a_path_in_a_picture_part_is_no_text():
+    content = [{"type": "image", "value": "x.jpg"}, {"type": "text", "value": "a"}]
+    (found,), notes = conversations({"messages": [{"role": "user", "content": content}, ANSWER]})
+    assert found[0]["content"] == "a" and notes == ["content of type 'image' is not read"]
