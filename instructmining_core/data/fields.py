@@ -125,7 +125,7 @@ def _literal(text: str) -> object:
         return ast.literal_eval(text)
 
 
-def unwrapped(key: str, value: object) -> object:
+def inner_value(key: str, value: object) -> object:
     """What an object of one field under `inputs` or `outputs` holds, as traces of runs have it."""
     if key in ("inputs", "outputs") and isinstance(value, dict) and len(value) == 1:
         (inner,) = value.values()
@@ -236,7 +236,7 @@ class Record:
     def text(self, key: str) -> str:
         """A field as text: numbers and objects as JSON. Raises FormatError for a list of texts."""
         self.used.add(key)
-        value = unwrapped(key, self.fields[key])
+        value = inner_value(key, self.fields[key])
         if isinstance(value, list) and value:
             raise FormatError(f"one text in {key!r} (a batch of columns: one row each)", value)
         return as_text(value)

@@ -36,7 +36,7 @@ from .fields import (
     pick,
     structured,
     thought,
-    unwrapped,
+    inner_value,
 )
 
 CHATS = ("messages", "conversations", "conversation")
@@ -305,7 +305,7 @@ def _answered(record: Record, asked: Messages, key: str) -> Messages:
     Of several answers the first is read, which is noted.
     """
     record.used.add(key)
-    value = unwrapped(key, record.fields[key])
+    value = inner_value(key, record.fields[key])
     chat = None
     if isinstance(value, list | dict) or (isinstance(value, str) and value.lstrip()[:1] in "[{"):
         value, chat = _one_answer(record, key, structured(value), value)
