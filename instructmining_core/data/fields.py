@@ -237,6 +237,10 @@ class Record:
         """A field as text: numbers and objects as JSON. Raises FormatError for a list of texts."""
         self.used.add(key)
         value = inner_value(key, self.fields[key])
+        if isinstance(value, dict) and isinstance(text := value.get("text"), str):
+            for name, beside in value.items():  # its tokens, its source
+                self._leave(name, beside, self.unread, f" of {key!r}", text)
+            return text
         if isinstance(value, list) and value:
             raise FormatError(f"one text in {key!r} (a batch of columns: one row each)", value)
         return as_text(value)
@@ -367,17 +371,20 @@ class Record:
 
     def note_unread(self, messages: Messages) -> None:
         """Note the fields that were not used, and put what is no text into the identity."""
+        said = None
         for key, value in self.all.items():
             if key in NO_LOSS or key in self.used or not filled(value):
                 continue
+            said = said or "\n".join(message["content"] for message in messages)
             if _no_text(key, value) or not _rendering(value, messages):
-                self._leave(key, value, self.unread)
+                self._leave(key, value, self.unread, said=said)
 
-    def _leave(self, key: str, value: object, unread: list, of: str = "") -> None:
-        """Leave a field unread: it is noted where it bears text or is no text at all."""
+    def _leave(self, key: str, value: object, unread: list, of: str = "", said: str = "") -> None:
+        """Leave a field unread: it is noted where it is no text at all, or bears another text than
+        what is `said`."""
         if _no_text(key, value):
             unread.append([key, structured(value)])
-        elif key not in MASKS and not bears_text(value):
+        elif key not in MASKS and not bears_text(value, said):
             return
         self.notes[f"{key!r}{of} is not read"] = True
 
@@ -476,13 +483,13 @@ def is_off(key: str, value: object) -> bool:
     return said == "false" or (said in ("0", "0.0") and key not in ("label", "loss"))
 
 
-def bears_text(value: object) -> bool:
-    """Whether a value holds a text of more than one word."""
+def bears_text(value: object, said: str = "") -> bool:
+    """Whether a value holds a text of more than one word that is not part of what is `said`."""
     if isinstance(value, str):
-        return len(value.split(None, 2)) > 1
+        return len(value.split(None, 2)) > 1 and value.strip() not in said
     if isinstance(value, dict):
         value = list(value.values())
-    return isinstance(value, list) and any(map(bears_text, value[:100]))
+    return isinstance(value, list) and any(bears_text(one, said) for one in value[:100])
 
 
 def _rendering(value: object, messages: Messages) -> bool:

@@ -32,11 +32,11 @@ from .fields import (
     filled,
     fingerprint,
     in_turn,
+    inner_value,
     is_message,
     pick,
     structured,
     thought,
-    inner_value,
 )
 
 CHATS = ("messages", "conversations", "conversation")
@@ -57,6 +57,7 @@ SYSTEM = ("system", "system_prompt", "system_message", "systeminstruction")
 NAMES = {*CHATS, *MORE_CHATS, *ASKED, *ASKED_ALONE, *BESIDE, *CHOICES, *ANSWERS, *SYSTEM, *IDS,
          "text", "chosen", "history", "instances"}  # what --columns can name  # fmt: skip
 THOUGHTS = (*REASONING, "cot", "complex_cot", "chain_of_thought", "rationale", "scratchpad")
+NO_INPUT = ("<noinput>", "<no input>", "noinput")  # self-instruct's words for none
 NO_VALUE = {"none", "nan", "null", "<na>", "nat"}  # what a missing cell became, in optional fields
 QUESTIONS = ASKED + ASKED_ALONE + BESIDE
 ASKED_FIRST = ASKED + ASKED_ALONE
@@ -251,8 +252,9 @@ def _question(record: Record) -> Messages:
             parts.append(t)
     for key in record.filled(BESIDE):
         record.used.add(key)
-        if not talks[key]:
-            parts.append(as_text(record.fields[key]))
+        text = "" if talks[key] else as_text(record.fields[key])
+        if filled(text) and text.strip().lower() not in NO_INPUT:
+            parts.append(text)
     if record.filled(CHOICES):
         parts += _choices(record)
     if earlier and not parts:

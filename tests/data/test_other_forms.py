@@ -119,3 +119,29 @@ def test_a_path_in_a_picture_part_is_no_text():
     content = [{"type": "image", "value": "x.jpg"}, {"type": "text", "value": "a"}]
     (found,), notes = conversations({"messages": [{"role": "user", "content": content}, ANSWER]})
     assert found[0]["content"] == "a" and notes == ["content of type 'image' is not read"]
+
+
+AGAIN = {
+    "UltraChat's prompt": ({"prompt": "a b", "messages": said("a b", "c d", "e f", "g h")},
+                           said("a b", "c d", "e f", "g h")),
+    "Magpie's fields": ({"instruction": "a b", "response": "c d ", "messages": said("a b", "c d")},
+                        said("a b", "c d")),
+    "the talk under two names": ({"messages": said("a b", "c d"),
+                                  "conversation": [["a b", "c d"]]}, said("a b", "c d")),
+    "a question with its tokens": ({"question": {"text": "a b?", "tokens": ["a", "b", "?"]},
+                                    "answer": "c d"}, said("a b?", "c d")),
+    "no input": ({"instruction": "a b", "input": "<noinput>", "output": "c d"}, said("a b", "c d")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_what_is_said_again_is_no_loss(name):
+    raw, expected = AGAIN[name]
+    assert conversations(raw) == ([expected], [])
+
+
+def test_what_is_not_said_is_a_loss_wherever_it_stands():
+    raw = {"messages": said("a b", "c d"), "prompt": "e f"}
+    assert conversations(raw)[1] == ["'prompt' is not read"]
+    raw = {"question": {"text": "a b?", "hint": "look up"}, "answer": "c d"}
+    assert conversations(raw) == ([said("a b?", "c d")], ["'hint' of 'question' is not read"])
