@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -58,6 +59,8 @@ SILENT = {*IDS, "id", "category", "source", "user", "dataset", "data_source", "d
           "message_id", "parent_id", "timestamp", "tstamp", "license", "split",
           "rejected_response", "non_preferred_output"}  # fmt: skip
 NO_LOSS = {*SILENT, *NOT_TO_LEARN}  # of a row: not told where it is not read
+# A text, which is passed over, or the end of an object before another one.
+OBJECTS = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(\})\s+(?=\{)""")
 LONGEST_LITERAL = 1_000_000  # characters of a Python literal that is tried
 
 
@@ -99,6 +102,9 @@ def structured(value: object) -> object:
     A struct of lists (`{"role": [..], "content": [..]}`) becomes a list of objects. Anything else
     is returned as it is.
     """
+    if isinstance(value, str) and value[:2] in ('"[', '"{'):  # JSON text in JSON text
+        with contextlib.suppress(ValueError):
+            value = orjson.loads(value)
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         for read in (orjson.loads, json.loads, _literal):
             try:
@@ -117,12 +123,23 @@ def structured(value: object) -> object:
 def _literal(text: str) -> object:
     if len(text) > LONGEST_LITERAL:
         raise ValueError("too long")
-    # NumPy, and so pandas in CSV, writes no commas between objects; in a literal text no line ends.
-    text = text.strip().replace("}\n {", "},\n {")
+    # NumPy, and so pandas in CSV, writes no commas between objects.
+    text = OBJECTS.sub(lambda found: "}, " if found[1] else found[0], text.strip())
     if re.match(r"\[\s*['\"]", text) and re.search(r"['\"]\s+['\"]", text):
         raise ValueError("texts without commas, which Python would join")
     with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
-        return ast.literal_eval(text)
+        return ast.literal_eval(_Plain().visit(ast.parse(text, mode="eval")))
+
+
+class _Plain(ast.NodeTransformer):
+    """What pandas writes into a cell, as a plain literal: `array([..], dtype=object)`, `nan`."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        array = isinstance(node.func, ast.Name) and node.func.id == "array" and node.args
+        return self.visit(node.args[0]) if array else node
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(None) if node.id in ("nan", "null") else node
 
 
 def inner_value(key: str, value: object) -> object:
@@ -212,6 +229,7 @@ class Record:
     def __init__(self, raw: dict, columns: Mapping[str, str] | None = None) -> None:
         self.raw, self.notes, self.used = raw, {}, set()
         self.unread: list = []  # what is no text, for the row's identity
+        self.marked = False  # whether the question stands in marks of a chat
         self.fields = self.all = _fields(raw)
         if columns:
             lacking = [name for name in columns.values() if name not in raw]
@@ -250,12 +268,7 @@ class Record:
 
         texts : whether plain texts are turns. Raises FormatError naming the entry.
         """
-        entries = self.fields.get(key)
-        if isinstance(entries, str) and entries.lstrip()[:1] not in ("[", "{"):
-            if texts:
-                raise FormatError(f"a list in {key!r}", entries)
-            return None
-        entries = structured(entries)
+        entries = structured(self.fields.get(key))
         if isinstance(entries, dict):
             inner = next(iter(entries)) if len(entries) == 1 else "messages"
             for name in entries.keys() - {inner}:

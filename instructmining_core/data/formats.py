@@ -57,6 +57,7 @@ SYSTEM = ("system", "system_prompt", "system_message", "systeminstruction")
 NAMES = {*CHATS, *MORE_CHATS, *ASKED, *ASKED_ALONE, *BESIDE, *CHOICES, *ANSWERS, *SYSTEM, *IDS,
          "text", "chosen", "history", "instances"}  # what --columns can name  # fmt: skip
 THOUGHTS = (*REASONING, "cot", "complex_cot", "chain_of_thought", "rationale", "scratchpad")
+IN_MARKS = ("prompt", "instruction", "inputs", "input")  # that may be a template filled in
 NO_INPUT = ("<noinput>", "<no input>", "noinput")  # self-instruct's words for none
 NO_VALUE = {"none", "nan", "null", "<na>", "nat"}  # what a missing cell became, in optional fields
 QUESTIONS = ASKED + ASKED_ALONE + BESIDE
@@ -67,11 +68,14 @@ ANSWERS_TO = {asked: (first, *ANSWERS) for asked, first in ANSWERS_FIRST.items()
 # end one, and whether text before the first mark is the system's.
 MARKINGS = {name: (re.compile(mark), re.compile(end), opening) for name, mark, end, opening in (
     ("ChatML", r"<\|im_start\|>[ \t]*([\w-]+)[^\n]*(?:\n|\Z)", r"<\|im_end\|>", False),
-    ("Llama 3", r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>", r"<\|eot_id\|>", False),
+    ("Llama 3", r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>",
+     r"<\|eo[tm]_id\|>|<\|end_of_text\|>", False),
     ("Llama 2", r"(?:<s>\s*)?\[(/?INST)\]", r"</s>", False),
-    ("Gemma", r"<start_of_turn>(\w+)\n", r"<end_of_turn>", False),
+    ("Gemma", r"<start_of_turn>(\w+)\n", r"<end_of_turn>|<eos>", False),
     ("Zephyr", r"<\|(system|user|assistant|prompter)\|>",
      r"</s>|<\|end\|>|<\|endoftext\|>", False),
+    ("DeepSeek", r"<\uff5c(User|Assistant)\uff5c>", r"<\uff5cend\u2581of\u2581sentence\uff5c>",
+     True),
     ("Alpaca", r"(?:^|\n)\s*### *(Instruction|Input|Response|System) *:?[ \t]*(?=\n|\Z)",
      r"</s>|<\|endoftext\|>", True),
     ("Guanaco", r"### *(Human|User|Assistant|System) *:", r"</s>|<\|endoftext\|>", True),
@@ -80,7 +84,10 @@ MARKINGS = {name: (re.compile(mark), re.compile(end), opening) for name, mark, e
     ("hh-rlhf", r"\n*(?:^|\n\n)(Human|Assistant):", r"(?!)", True),
     ("User and Assistant", r"(?:^|\n)(Human|User|Assistant|AI|Bot|System):", r"(?!)", True),
 )}  # fmt: skip
-BEGIN = re.compile(r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>)?\s*")
+BEGIN = re.compile(r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>"
+                   r"|<\uff5cbegin\u2581of\u2581sentence\uff5c>)?\s*")  # fmt: skip
+LAST = re.compile(r"(?:\s|</s>|<end_of_turn>|<eos>|<\uff5cend\u2581of\u2581sentence\uff5c>"
+                  r"|<\|(?:im_end|eo[tm]_id|end|end_of_text|endoftext)\|>)*\Z")  # fmt: skip
 PROMPT = re.compile(r"\s*(?:<|\[INST|###|[Hh]uman:|[Uu]ser:|USER:|SYSTEM:|Below is an)")
 SYS = re.compile(r"\s*<<SYS>>\s*(.*?)\s*<</SYS>>\s*", re.DOTALL)
 ALPACA_PREAMBLE = "Below is an instruction that describes a task"
@@ -117,7 +124,7 @@ def _split(text: str, name: str) -> Messages:
         if not opening:
             raise FormatError(f"marks of {name} around the whole text", before)
         if not before.startswith(ALPACA_PREAMBLE):
-            turns.append({"role": "system", "content": before.strip()})
+            turns.append({"role": "system", "content": before[BEGIN.match(before).end():].strip()})
     for named, said in zip(pieces[::2], pieces[1::2], strict=True):
         said, *rest = end.split(said)
         if any(BEGIN.fullmatch(part) is None for part in rest):
@@ -157,7 +164,11 @@ def _chat(record: Record, _: str) -> list[Messages] | None:
     if messages is None and not filled(structured(record.fields[key])):  # "[]" in a cell
         return None
     if messages is None:
-        raise FormatError(f"a list of messages in {key!r}", record.fields[key])
+        turns = marked(as_text(record.fields[key]))
+        if turns is None:
+            raise FormatError(f"a list of messages in {key!r}, or one text with marks of "
+                              f"{', '.join(MARKINGS)}", record.fields[key])  # fmt: skip
+        messages = turns
     answered = messages[-1]["role"] == "assistant"
     beside = next(iter(record.filled(("chosen",) if answered else ("chosen", *ANSWERS))), None)
     value = structured(record.fields.get(beside))
@@ -240,8 +251,12 @@ def _question(record: Record) -> Messages:
     talks = {key: _talk(record, key, alone=main is None) for key in record.filled(BESIDE)}
     earlier = [*_history(record), *(turn for talk in talks.values() for turn in talk or ())]
     asked = record.text(main) if main else ""
-    turns = marked(asked, whole=False) if main in ("prompt", "instruction", "inputs") else None
+    first = main or next(iter(talks), None)
+    text = asked or as_text(record.fields.get(first))
+    turns = marked(text, whole=False) if first in IN_MARKS else None
     if turns:
+        record.used.add(first)
+        record.marked = True
         if turns[-1] == {"role": "assistant", "content": ""}:
             turns = turns[:-1]
         return turns
@@ -315,6 +330,8 @@ def _answered(record: Record, asked: Messages, key: str) -> Messages:
         text = as_text(value)
         if key == "chosen":
             chat = marked(text, whole=not asked[-1]["content"])
+        elif record.marked:
+            text = LAST.sub("", text).strip()
         if chat is None or chat[-1]["role"] != "assistant":
             if key == "chosen":
                 if not asked[-1]["content"]:
@@ -519,7 +536,8 @@ def _complete(record: Record, messages: Messages) -> Messages:
     key = record.first(SYSTEM)
     if key and messages[0]["role"] != "system":
         system = record.content(structured(record.fields[key]), key, record.unread)
-        messages = [{"role": "system", "content": system or ""}, *messages]
+        system = re.sub(r"\A\s*SYSTEM:\s*", "", system or "")  # Glaive's mark
+        messages = [{"role": "system", "content": system}, *messages]
     if not any(message["role"] == "assistant" for message in messages):
         messages = [*messages, {"role": "assistant", "content": ""}]
     return messages

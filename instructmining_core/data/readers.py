@@ -227,7 +227,9 @@ def _records(name: str, stream: BinaryIO, encoding: str | None) -> Found:
     if not start and len(head) < 4096:
         return iter(())
     named_json = plain.endswith((".json", ".jsonl", ".ndjson"))
-    if plain.endswith((".csv", ".tsv")) or (start[:1] not in (b"[", b"{") and not named_json):
+    json_inside = re.match(rb'[\[{]\s*["{]', start)  # a CSV header may begin with "[id]"
+    if not json_inside and (plain.endswith((".csv", ".tsv")) or (
+        start[:1] not in (b"[", b"{") and not named_json)):  # fmt: skip
         return read_csv(name, stream, "\t" if plain.endswith(".tsv") else ",")
     return read_json(name, stream)
 

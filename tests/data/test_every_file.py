@@ -229,6 +229,8 @@ TEXTS = {
     "Gemma": "<bos><start_of_turn>system\ns<end_of_turn>\n<start_of_turn>user\na<end_of_turn>\n"
              "<start_of_turn>model\nb<end_of_turn>",
     "Zephyr": "<|system|>\ns</s>\n<|user|>\na</s>\n<|assistant|>\nb</s>",
+    "DeepSeek": "<\uff5cbegin\u2581of\u2581sentence\uff5c>s<\uff5cUser\uff5c>a"
+                "<\uff5cAssistant\uff5c>b<\uff5cend\u2581of\u2581sentence\uff5c>",
     "Alpaca": "s\n\n### Instruction:\na\n\n### Response:\nb",
     "Guanaco": "### System: s### Human: a### Assistant: b",
     "Vicuna": "s USER: a ASSISTANT: b</s>",

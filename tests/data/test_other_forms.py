@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
+import pandas as pd
 import pytest
 
 from instructmining_core.data.duplicates import Kept
 from instructmining_core.data.fields import FormatError
 from instructmining_core.data.formats import conversations
-from instructmining_core.data.records import row_hash
+from instructmining_core.data.records import read_records, row_hash
 
 
 def said(*texts, system=None):
@@ -145,3 +149,52 @@ def test_what_is_not_said_is_a_loss_wherever_it_stands():
     assert conversations(raw)[1] == ["'prompt' is not read"]
     raw = {"question": {"text": "a b?", "hint": "look up"}, "answer": "c d"}
     assert conversations(raw) == ([said("a b?", "c d")], ["'hint' of 'question' is not read"])
+
+
+MARKED = {
+    "Llama 3 in an input": (
+        {"input": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\ns<|eot_id|>"
+                  "<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>"
+                  "<|start_header_id|>assistant<|end_header_id|>\n\n", "output": "b<|eot_id|>"},
+        said("a", "b", system="s")),
+    "ChatML in a prompt": ({"prompt": "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
+                            "completion": "b<|im_end|>\n"}, said("a", "b")),
+    "hh-rlhf in a prompt": ({"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
+                             "response": " d"}, said("a", "b", "c", "d")),
+    "an end of text behind the last turn": (
+        {"text": "<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|><|start_header_id|>"
+                 "assistant<|end_header_id|>\n\nb<|eot_id|><|end_of_text|>"}, said("a", "b")),
+    "a begin of text before the system's": ({"text": "<s>s USER: a ASSISTANT: b</s>"},
+                                            said("a", "b", system="s")),
+    "messages as one text": ({"conversation": "<|user|>\na<|end|>\n<|assistant|>\nb<|end|>"},
+                             said("a", "b")),
+    "a mark before the system's text": (
+        {"system": "SYSTEM: s", "chat": "USER: a\n\n\nASSISTANT: b <|endoftext|>"},
+        said("a", "b", system="s")),
+    "marks in an answer alone stay text": ({"prompt": "a", "completion": "b</s>"},
+                                           said("a", "b</s>")),
+    "marks beside an instruction stay text": (
+        {"instruction": "Mend it.", "input": "User: a\nAssistant:", "output": "b"},
+        said("Mend it.\n\nUser: a\nAssistant:", "b")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_marked_texts_give_their_turns(name):
+    raw, expected = MARKED[name]
+    assert conversations(raw) == ([expected], [])
+
+
+def test_what_pandas_writes_into_a_cell_is_read(tmp_path):
+    talk = np.array([{"from": "human", "value": "it's a"}, {"from": "gpt", "value": 'b} {"c"'}])
+    options = {"text": np.array(["x", "y"], object), "label": np.array(["1", "2"], object)}
+    path = tmp_path / "x.csv"
+    pd.DataFrame({"conversations": [talk, None], "question": [None, "a"], "answer": [None, "2"],
+                  "choices": [None, options]}).to_csv(path)  # fmt: skip
+    table, _ = read_records(path)
+    assert table["messages"].tolist() == [said("it's a", 'b} {"c"'), said("a\n\n1. x\n2. y", "2")]
+    path.write_text('messages\n"[{\'role\': \'user\', \'content\': \'a\', \'name\': nan}, '
+                    '{\'role\': \'assistant\', \'content\': \'b\', \'name\': nan}]"\n')  # fmt: skip
+    assert read_records(path)[0]["messages"].tolist() == [said("a", "b")]
+    path.write_text(json.dumps({"messages": json.dumps(json.dumps(said("a", "b")))}))
+    assert read_records(path)[0]["messages"].tolist() == [said("a", "b")]

@@ -147,7 +147,7 @@ def test_all_paths_of_a_tree_end_in_an_answer():
         ({"instruction": "a"}, "'output' or another answer beside", "an object with 'instruction'"),
         ({"instruction": ["a"], "output": {}}, "one text in 'instruction'", "a list"),
         ({"conversations": []}, "--columns messages=C", "an object with 'conversations'"),
-        ({"conversations": "hi"}, "a list in 'conversations'", "text 'hi'"),
+        ({"conversations": "hi"}, "a list of messages in 'conversations'", "text 'hi'"),
         ({"messages": [{"role": "king", "content": "a"}]}, "a role such as", "text 'king'"),
         ({"messages": [{"role": "user", "content": 1}]}, "content of messages[0]", "the number"),
         ({"turns": ["a", 1]}, "'turns'", "an object with 'turns'"),
