@@ -43,17 +43,17 @@ HUB_NAME = re.compile(
 )
 FOREIGN = (
     (b"version https://git-lfs", "a Git LFS pointer, not the data: run `git lfs pull`"),
-    (b"<!doctype html", "a web page (a login or an error?): download the file itself"),
-    (b"<html", "a web page (a login or an error?): download the file itself"),
+    ((b"<!doctype html", b"<html", b"<head", b"<!--"),
+     "a web page (a login or an error?): download the file itself"),
     (b"sqlite format 3", "an SQLite database: export the table as JSONL"),
-    (b"<?xml", "an XML page (an error of a server?): download the file itself"),
+    ((b"<?xml", b"<error"), "an XML page (an error of a server?): download the file itself"),
     (b"7z\xbc\xaf", "a 7-Zip archive: unpack it, and name the files"),
     (b"rar!", "a RAR archive: unpack it, and name the files"),
     (b"\xd0\xcf\x11\xe0", "a spreadsheet of an old Excel: save it as CSV in UTF-8"),
     (b"%pdf", "a PDF: export its rows as JSONL"),
-    (b"\x80\x04", "a Python pickle, which is never opened: save it as JSONL or Parquet"),
-    (b"\x80\x05", "a Python pickle, which is never opened: save it as JSONL or Parquet"),
-)
+    ((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+     "a Python pickle, which is never opened: save it as JSONL or Parquet"),
+)  # fmt: skip
 BOM = b"\xef\xbb\xbf"
 MAX_FIELD = 2**31 - 1  # characters in one CSV field; Python's own limit of 131,072 is too small
 MAX_RECORD = 1 << 25  # bytes of a line, of a CSV record, and of a packed document read whole
@@ -61,6 +61,12 @@ PACKING = 20  # what a packed file may unpack to, in times of its size, where it
 # orjson would make a float of an integer with more digits.
 MANY_DIGITS, DIGITS = b"0" * 19, bytes.maketrans(b"123456789", b"000000000")
 GAP = re.compile(r"[\s,\ufeff]*")  # between values of a file
+BROKEN = {  # what Python says of CSV -> what to mend
+    "end of data": "a quote that is opened on this line is never closed",
+    "expected after": "a quoted cell goes on behind its closing quote: is one never closed, or one "
+                      'inside not written ""?',
+    "new-line": "a carriage return without quotes around it, or for a line feed",
+}  # fmt: skip
 Found = Iterator[tuple[int, object]]
 
 
@@ -176,7 +182,7 @@ def _zip(name: str, stream: BinaryIO) -> BinaryIO:
     try:
         archive = zipfile.ZipFile(content)
         inside = [one for one in archive.namelist() if not one.endswith("/")]
-        inside = [one for one in inside if not one.startswith("__MACOSX")]
+        inside = [one for one in inside if not re.search(r"^__MACOSX|(^|/)\.", one)]
         if len(inside) == 1:
             return archive.open(inside[0])
     except (RuntimeError, ValueError, struct.error) as error:  # a password, an unknown packing
@@ -203,7 +209,7 @@ def _records(name: str, stream: BinaryIO, encoding: str | None) -> Found:
     head = stream.peek(4096)[:4096]
     start = head.removeprefix(BOM).lstrip()
     for magic, what in FOREIGN:
-        if start[: len(magic)].lower() == magic:
+        if start[:40].lower().startswith(magic):
             raise InstructMiningError(f"{name}: {what}")
     if head[257:262] == b"ustar":
         raise InstructMiningError(f"{name}: a tar archive: unpack it, and name the files")
@@ -265,9 +271,8 @@ def _arrow(name: str, stream: BinaryIO, head: bytes) -> Found:
             batch.validate(full=True)  # a file's offsets may point anywhere
             yield from ((0, value) for value in _values_of(batch))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InstructMiningError(
-            f"{name}: expected Parquet or Arrow, got {show(str(error))}"
-        ) from None
+        raise InstructMiningError(f"{name}: expected whole Parquet or Arrow data, which may be cut "
+                                  f"short (fetch it again), got {show(str(error))}") from None
 
 
 def _values_of(batch) -> list:
@@ -340,13 +345,17 @@ def whole(name: str, stream: BinaryIO) -> bytes:
 def _not_utf8(data: bytes, at: int) -> FormatError:
     """The error of bytes that are no UTF-8 from `at` on, with what they may be in."""
     near = data[max(at - 20, 0) :][:200]
-    # In Chinese encodings the high bytes come in pairs, in Western ones mostly alone.
-    pairs = len(re.findall(rb"[\x81-\xfe][\xa1-\xfe]", near))
-    likely = "gb18030" if 4 * pairs > sum(byte > 127 for byte in near) else "cp1252"
+    high = sum(byte > 127 for byte in near)
+    # Kana begin with 82 or 83; Cyrillic small letters are E0 to FF; in Chinese encodings the high
+    # bytes come in pairs, in Western ones mostly alone.
+    likely = next((coding for coding, bytes_, share in (
+        ("shift_jis", rb"[\x82\x83][\x40-\xf1]", 6), ("cp1251", rb"[\xe0-\xff]{2}", 4),
+        ("gb18030", rb"[\x81-\xfe][\xa1-\xfe]", 4),
+    ) if share * len(re.findall(bytes_, near)) > high), "cp1252")  # fmt: skip
     return FormatError(
-        f"UTF-8 text (this may be {likely}: name the encoding, as in --encoding {likely})",
-        near[:40],
-    )
+        f"UTF-8 text (this may be {likely}: name the encoding, as in --encoding {likely}, and look "
+        "whether the texts are right)", near[:40],
+    )  # fmt: skip
 
 
 def loads(text: bytes) -> object:
@@ -364,6 +373,7 @@ def loads(text: bytes) -> object:
         raise _not_utf8(text, error.start) from None
     except (ValueError, RecursionError) as error:  # broken, too deep, an integer beyond all use
         why, _, _ = str(error).partition(";")
+        why = "nested too deeply" if isinstance(error, RecursionError) else why
         raise FormatError(f"JSON ({why})", text[:200].decode("utf-8", "replace")) from None
 
 
@@ -482,10 +492,13 @@ def _rows(name: str, value: object) -> list:
         return [value]
     except FormatError:
         pass
-    if same:  # id -> record
+    talks = (isinstance(part, list) and part and all(map(_is_turn, part)) for part in parts)
+    if same or (parts and all(talks)):  # id -> record
         return parts
     inside = {key: part for key, part in value.items()
               if isinstance(part, list) and part and all(isinstance(o, dict) for o in part)}
+    if all(isinstance(row.get("row"), dict) for row in inside.get("rows", [{}])):  # of the hub
+        return [row["row"] for row in inside["rows"]]
     if len(inside) == 1:
         return next(iter(inside.values()))
     if inside:
@@ -572,9 +585,7 @@ class _CsvLines:
             except UnicodeDecodeError as error:
                 return _not_utf8(self.taken[-1], error.start)
             except csv.Error as error:
-                why = str(error).partition(" - ")[0]
-                if why == "unexpected end of data":
-                    why = "a quote that is opened on this line is never closed"
+                why = next((told for known, told in BROKEN.items() if known in str(error)), error)
                 return FormatError(f"CSV ({why})", self.taken[0].decode("utf-8", "replace")[:200])
             if cells is None or cells:
                 return cells

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import zipfile
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from instructmining_core.config import InstructMiningError
 from instructmining_core.data.duplicates import Kept
 from instructmining_core.data.fields import FormatError
 from instructmining_core.data.formats import conversations
@@ -198,3 +200,71 @@ def test_what_pandas_writes_into_a_cell_is_read(tmp_path):
     assert read_records(path)[0]["messages"].tolist() == [said("a", "b")]
     path.write_text(json.dumps({"messages": json.dumps(json.dumps(said("a", "b")))}))
     assert read_records(path)[0]["messages"].tolist() == [said("a", "b")]
+
+
+TALKS = [said("a b", "c d"), said("e f", "g h")]
+FLAT = [{"prompt": talk[0]["content"], "completion": talk[1]["content"]} for talk in TALKS]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("datasets-server.json", {"features": [{"name": "prompt"}], "num_rows_total": 2,
+                                  "rows": [{"row_idx": i, "row": r} for i, r in enumerate(FLAT)]}),
+        ("messages by id.json", {"t1": TALKS[0], "t2": TALKS[1]}),
+        ("lines under another name.csv", FLAT),
+    ],
+)  # fmt: skip
+def test_rows_inside_one_document(tmp_path, name, value):
+    lines = "\n".join(map(json.dumps, value)) if isinstance(value, list) else json.dumps(value)
+    (tmp_path / name).write_text(lines)
+    assert read_records(tmp_path / name)[0]["messages"].tolist() == TALKS
+
+
+def test_a_zip_of_one_file_beside_hidden_ones(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("set/train.jsonl", "\n".join(map(json.dumps, FLAT)))
+        archive.writestr("set/.DS_Store", b"\0")
+    assert read_records(tmp_path / "x.zip")[0]["messages"].tolist() == TALKS
+
+
+@pytest.mark.parametrize(
+    ("coding", "text"),
+    [("cp1251", "Привет, как дела сегодня?"), ("shift_jis", "これは日本語の文です。"),
+     ("cp1252", "Ça déjà coûte très cher à l'été"), ("gb18030", "今天天气怎么样，我们去公园吧")],
+)  # fmt: skip
+def test_a_likely_encoding_is_named(tmp_path, coding, text):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(f'{{"prompt": "{text}", "completion": "b"}}\n'.encode(coding))
+    _, problems = read_records(path, on_error="collect")
+    assert f"this may be {coding}: " in problems[0].expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("x.csv", 'prompt,completion\na,"say \\"b\\""\n', "goes on behind its closing quote"),
+        ("x.csv", 'prompt,completion\na,"b\nc,"d"\n', "is one never closed"),
+        ("x.jsonl", '{"a": ' + "[" * 9000 + "\n{}\n", "nested too deeply"),
+    ],
+)
+def test_a_broken_row_says_what_to_mend(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content)
+    _, problems = read_records(tmp_path / name, on_error="collect")
+    assert says in problems[0].expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("x.csv", b"prompt,completion\ra,b\r", "a carriage return without quotes"),
+        ("x.csv", b"<Error><Code>AccessDenied</Code></Error>", "an XML page"),
+        ("x.jsonl", b"<!-- saved -->\n<html></html>", "a web page"),
+        ("x.pt", b"\x80\x02}q\x00.", "a Python pickle"),
+        ("x.parquet", b"PAR1" + b"\0" * 30, "fetch it again"),
+    ],
+)
+def test_a_file_that_is_no_data_says_what_it_is(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InstructMiningError, match=says):
+        read_records(tmp_path / name)

@@ -289,7 +289,7 @@ def test_a_stray_carriage_return_in_csv_costs_its_own_record_only(tmp_path):
     # After a broken record of two lines it goes on at the second of them, which is none either.
     assert table["row"].tolist() == [0, 1, 2, 3, 4] == list(range(count_records(path)))
     assert [(p.line, p.row) for p in problems] == [(3, 1), (4, 2), (5, 3)]
-    assert str(problems[0]).startswith(f"{path}, line 3: expected CSV (new-line character seen")
+    assert str(problems[0]).startswith(f"{path}, line 3: expected CSV (a carriage return without")
     assert problems[0].got == r"text 'c,d\re\r\n'"
     assert [m[1]["content"] if m else "" for m in table["messages"]] == ["b", "", "", "", "i\rj"]
     with pytest.raises(InstructMiningError, match=r"stray\.csv, line 3: expected CSV"):
