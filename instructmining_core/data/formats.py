@@ -52,6 +52,7 @@ ANSWERS = ("response", "output", "completion", "answer", "answers", "target", "t
 ANSWERS_FIRST = {"instruction": "output", "prompt": "completion", "question": "answer",
                  "query": "response", "inputs": "targets", "problem": "solution"}  # fmt: skip
 LISTS = ("answer", "answers", "targets", "outputs", "generations")  # of accepted answers, in CSV
+ANSWER_KEYS = ("answer", "response", "text")  # of an answer that is an object
 REFERENCES = ("reference_turns", "reference", "answers")
 SYSTEM = ("system", "system_prompt", "system_message", "systeminstruction")
 NAMES = {*CHATS, *MORE_CHATS, *ASKED, *ASKED_ALONE, *BESIDE, *CHOICES, *ANSWERS, *SYSTEM, *IDS,
@@ -182,6 +183,13 @@ def _other_chat(record: Record, _: str) -> list[Messages] | None:
     found = (record.chat(key) for key in record.filled(MORE_CHATS))
     messages = next((one for one in found if one), None)
     return messages and [messages]
+
+
+def _chosen(record: Record, _: str) -> list[Messages] | None:
+    """Preference data: the chosen answer. hh-rlhf marks its turns inside one text."""
+    if not filled(structured(record.fields["chosen"])):  # "[]" in a cell
+        return None
+    return [_answered(record, _question(record), "chosen")]
 
 
 def _turns(record: Record, _: str) -> list[Messages] | None:
@@ -363,13 +371,20 @@ def _one_answer(record: Record, key: str, value: object, given: object):
     if isinstance(value, dict) and "aliases" in value:  # TriviaQA's
         return value.get("value"), None
     if isinstance(first, dict):  # answers with their ratings, or one answer that is a list
-        first = next((first[name] for name in ("answer", "response", "text")
-                      if name in first), None)  # fmt: skip
+        first = next((first[name] for name in ANSWER_KEYS if name in first), None)
     if first is None:
         return value, None
     if sum(map(filled, value)) > 1:
         record.notes[f"several answers in {key!r}: the first is read"] = True
     return _one_answer(record, key, first, first)
+
+
+def accepted(cell: str) -> object:
+    """Accepted answers out of a cell; a list of calls is one answer, and stays the text it is."""
+    value = structured(cell)
+    calls = isinstance(value, list) and value and all(
+        isinstance(one, dict) and not pick(tuple(one), ANSWER_KEYS) for one in value)  # fmt: skip
+    return cell if calls else value
 
 
 def _text(record: Record, _: str) -> list[Messages] | None:
@@ -451,8 +466,7 @@ FORMS = (
              {"role": "assistant", "text": "Hello.", "rank": 0, "replies": []}]}}, _tree),
     Form("A preference", ("chosen",), "its question in `prompt`, `instruction` or `question`, or "
          "in `chosen` itself; `rejected` is not read",
-         {"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"},
-         lambda record, _: [_answered(record, _question(record), "chosen")]),
+         {"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}, _chosen),
     Form("A task with instances", ("instances",), "`instruction` or `definition`, and each `input` "
          "and `output`",
          {"instruction": "Greet.", "instances": [{"input": "Ada", "output": "Hi Ada."}]},

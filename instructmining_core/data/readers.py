@@ -541,7 +541,7 @@ def read_csv(name: str, stream: BinaryIO, delimiter: str) -> Found:
             for one in optional:
                 value[one] = None if value[one].lower() in formats.NO_VALUE else value[one]
             for one in lists:
-                value[one] = structured(value[one])
+                value[one] = formats.accepted(value[one])
             yield line, value
 
 

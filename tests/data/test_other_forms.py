@@ -268,3 +268,12 @@ def test_a_file_that_is_no_data_says_what_it_is(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InstructMiningError, match=says):
         read_records(tmp_path / name)
+
+
+def test_calls_in_a_cell_stay_the_text_that_they_are(tmp_path):
+    calls = '[{"name": "f",  "arguments": {}}, {"name": "g", "arguments": {}}]'
+    rows = [{"query": "a", "answers": calls, "chosen": "[]"},
+            {"query": "a", "answers": "['b', 'c']", "chosen": ""}]  # fmt: skip
+    pd.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
+    table, _ = read_records(tmp_path / "x.csv")
+    assert table["messages"].tolist() == [said("a", calls), said("a", "b")]

@@ -310,7 +310,7 @@ def test_json_array_names_the_record(tmp_path):
     [
         ("cut.json", b'[{"prompt": "a", "completion": "b"}, {"pro', "one whole JSON array"),
         ("cut.jsonl.gz", gzip.compress(b'{"a": 1}' * 9999)[:-20], "whole gzip file"),
-        ("no.parquet", b"PAR1 nonsense", "expected Parquet"),
+        ("no.parquet", b"PAR1 nonsense", "expected whole Parquet"),
     ],
 )
 def test_a_broken_file_is_an_error_even_when_collecting(tmp_path, name, content, says):
