@@ -72,8 +72,9 @@ def file_sha256(path: str | Path) -> str:
 
 def refuse_overwrite(out: str | Path, inputs: Iterable[str | Path]) -> None:
     """Raise InstructMiningError where `out` is one of the files that are read to make it."""
+    target = Path(out).resolve()  # its folder may not be there yet: `new/../data.parquet`
     for one in inputs:
-        if Path(out).exists() and Path(one).exists() and Path(one).samefile(out):
+        if target.exists() and Path(one).exists() and Path(one).samefile(target):
             raise InstructMiningError(
                 f"{out} is read for this, and would be overwritten; name another file with -o"
             )
