@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 
 from instructmining_core.config import InstructMiningError
+from instructmining_core.data.fields import filled
+from instructmining_core.data.readers import read_raw
 from instructmining_core.indicators.score_table import read_scores
 from instructmining_core.regression.inference import held_out
 from instructmining_core.regression.permutation import permutation
@@ -22,6 +24,9 @@ from instructmining_core.selection.support import intervals
 
 from ..experiments import pilot
 from ..study import Study
+
+
+SHOWN = 20  # cells that keep a run out, printed
 
 
 def explanation(row_id: str, table: str, rule_name: str, allow_mismatch: bool) -> str:
@@ -118,22 +123,36 @@ def table_material(runs: str, scores: str | None, names: list[str]) -> Material:
     if not scores:
         raise InstructMiningError("RUNS needs --scores, whose rows standardise the rule")
     path = Path(runs)
-    plain = path.name.lower().removesuffix(".gz")
-    if plain.endswith((".csv", ".tsv")):
-        table = pd.read_csv(path, sep="\t" if plain.endswith(".tsv") else ",")
-    else:
-        table = pd.read_parquet(path)
+    table = _table_of_runs(path)
     pool = read_scores(scores)
     columns = names or [c for c in pool.attrs.get("indicators", {}) if c in table]
     missing = [c for c in ("log_loss", *columns) if c not in table]
     if missing or not columns:
         raise InstructMiningError(
-            f"{path} lacks {', '.join(missing) or 'every indicator'}: it holds one "
-            "row a run with log_loss, share_<source> and the sets' means"
+            f"{path} lacks {', '.join(missing) or 'every indicator'}: it holds one row a run with "
+            f"log_loss, share_<source> and the sets' means; its columns are {', '.join(table)}"
         )
     table, notes = preflight(table, pool, columns)
+    absent = [c for c in pool.attrs.get("indicators", {}) if c not in table]
+    if absent and not names:
+        notes.append(f"the runs have no column {', '.join(absent)}, as the score table has: the "
+                     "rule is made without")  # fmt: skip
     sys.stderr.write("".join(f"{note}\n" for note in notes))
     return Material(table, pool, columns, {"note": f"{path.name}, scores of {scores}"})
+
+
+def _table_of_runs(path: Path) -> pd.DataFrame:
+    """Rows of any file that is read; a column of numbers as such, what is malformed is told."""
+    rows = []
+    for raw in read_raw(path):
+        if raw.error or not isinstance(raw.value, dict):
+            wrong = raw.error or "expected an object with named fields"
+            sys.stderr.write(f"{path}, {raw.unit} {raw.line} is left out: {wrong}\n")
+        else:
+            rows.append({name.strip(): one for name, one in raw.value.items() if filled(one)})
+    table = pd.DataFrame(rows)
+    numbers = table.apply(pd.to_numeric, errors="coerce")
+    return table.where(numbers.isna() & table.notna(), numbers).infer_objects()
 
 
 def preflight(
@@ -144,13 +163,15 @@ def preflight(
     Raises InstructMiningError where no run is left, or shares are neither parts nor per cent.
     """
     shares = [c for c in runs if str(c).startswith("share_")]
-    names = runs["set_id"].astype(str) if "set_id" in runs else runs.index.astype(str)
+    names = runs.get("set_id", runs.index.to_series()).astype(str)
     needed = ["log_loss", *columns, *shares]
     numbers = runs[needed].apply(pd.to_numeric, errors="coerce")
     numbers[shares] = numbers[shares].where(runs[shares].notna(), 0.0)
     bad = ~np.isfinite(numbers.to_numpy(float))
-    notes = [f"run {names[i]} is left out: its {needed[j]} is {runs[needed[j]].iloc[i]}"
-             for i, j in np.argwhere(bad)]  # fmt: skip
+    cells = np.argwhere(bad)
+    notes = [f"run {names.iloc[i]} is left out: its {needed[j]} is {runs[needed[j]].iloc[i]}"
+             for i, j in cells[:SHOWN]]  # fmt: skip
+    notes += [f"and {len(cells) - SHOWN} more cells that are no numbers"] * (len(cells) > SHOWN)
     keep = ~bad.any(axis=1)
     notes.append(f"{len(runs)} runs read, {int(keep.sum())} used")
     if not keep.any():
@@ -180,9 +201,11 @@ def _shares_of_one(runs: pd.DataFrame, shares: list[str]) -> tuple[pd.DataFrame,
         sums = sums / 100
         runs = runs.assign(**(runs[shares] / 100))
     worst = (sums - 1).abs().max() if shares else 0
+    odd = (sums - 1).abs().argmax()
     if worst > 0.01:
-        odd = sums[(sums - 1).abs().idxmax()]
-        raise InstructMiningError(f"the shares of a run sum to {odd:.4g}: they are parts of 1")
+        name = runs["set_id"].iloc[odd] if "set_id" in runs else runs.index[odd]
+        raise InstructMiningError(f"the shares of run {name} sum to {sums.iloc[odd]:.4g}: they are "
+                                  "parts of 1, or of 100 in every run")  # fmt: skip
     if worst > 1e-6:
         notes.append(f"the shares are rounded (off by up to {worst:.2g}): scaled to sum to one")
         runs = runs.assign(**runs[shares].div(sums, axis=0))

@@ -81,7 +81,7 @@ def held_out(runs: pd.DataFrame, columns: Sequence[str],
     for s, name in enumerate(sources):
         inside = np.flatnonzero(shares[:, s] == 1)
         kept = np.flatnonzero(shares[:, s] == 0)
-        if len(inside) < MIN_SETS:
+        if len(inside) < MIN_SETS or not len(kept):  # no other source to fit without it
             too_few[name] = len(inside)
             continue
         try:

@@ -191,5 +191,40 @@ def test_fit_tells_which_runs_it_reads_and_why_not(change, used, says):
 
 
 def test_fit_refuses_shares_that_are_no_parts():
-    with pytest.raises(InstructMiningError, match="sum to 1.5"):
-        preflight(RUNS.assign(share_b=[0.5] * 4), POOL, ["len_out"])
+    with pytest.raises(InstructMiningError, match="run s0 sum to 1.5"):
+        preflight(RUNS.assign(share_b=[0.5, 0, 0, 0]), POOL, ["len_out"])
+
+
+def test_fit_reads_a_table_of_runs_as_any_file(home, capsys):
+    (home / "d.jsonl").write_text(lines(*({"prompt": "a", "completion": "b " * i}
+                                          for i in range(1, 40))))  # fmt: skip
+    assert score("d.jsonl") == 0
+    noise = np.random.default_rng(0).normal(size=(3, 20))
+    runs = pd.DataFrame({"set_id": np.arange(20), "share_a": 1.0, " len_out ": 20 + noise[0]})
+    runs["log_loss"] = 1 - 0.1 * noise[0] + 0.01 * noise[1]
+    runs.loc[3, "log_loss"] = None
+    cards = []
+    for name, content in {
+        "runs.csv": runs.to_csv(index=False, sep=";").encode(),
+        "runs.jsonl": runs.to_json(orient="records", lines=True).encode(),
+        "runs.tsv": runs.to_csv(index=False, sep="\t").encode("utf-16"),
+    }.items():
+        (home / name).write_bytes(content)
+        assert main(["fit", name, "--scores", "s.parquet", "-o", "mine.json",
+                     "--permutations", "9"]) == 0  # fmt: skip
+        cards.append(json.loads((home / "mine.json").read_text())["coefficients"])
+        said = capsys.readouterr().err
+        for note in ("20 runs read, 19 used", "run 3 is left out: its log_loss is nan",
+                     "all runs are of one source", "no column compression, len_in"):  # fmt: skip
+            assert note in said
+    assert cards[0] == cards[1] == cards[2] and cards[0][0]["name"] == "len_out"
+    assert main(["fit", "d.jsonl", "--scores", "s.parquet", "-o", "mine.json"]) == 1
+    assert "its columns are prompt, completion" in capsys.readouterr().err
+
+
+def test_an_input_is_not_overwritten_through_a_folder_that_is_not_there(home, capsys):
+    pq.write_table(pa.table({"prompt": ["a"], "completion": ["b"]}), "d.parquet")
+    before = (home / "d.parquet").read_bytes()
+    assert main(["score", "d.parquet", "-o", "new/../d.parquet", "--quiet"]) == 1
+    assert "would be overwritten" in capsys.readouterr().err
+    assert (home / "d.parquet").read_bytes() == before
