@@ -158,7 +158,11 @@ def weight_files(folder: Path) -> list[Path]:
         safe = sorted((folder / name).glob("*.safetensors"))
         found += safe or sorted((folder / name).glob("pytorch_model*.bin"))
     if not found:
-        raise HubError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin).")
+        packed = sorted(folder.glob("*.gguf"))
+        instead = f"; name its GGUF file itself: {packed[0]}" if packed else ""
+        raise HubError(
+            f"{folder} holds no weights (*.safetensors or pytorch_model*.bin){instead}."
+        )
     return found
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from safetensors import SafetensorError
+
 from ..config import ModelRef
 from . import batching, hub
 
@@ -93,14 +95,15 @@ def open_model(
     except pickle.UnpicklingError as error:
         raise hub.HubError(f"The weights of {ref.id} hold more than tensors, and are not loaded: "
                            f"{str(error).splitlines()[0]}") from error
-    except ValueError as error:
-        if "trust_remote_code" not in str(error) and "model type" not in str(error):
-            raise
-        raise hub.HubError(
-            f"{ref.id} needs its own code, which is never run here, or its model type is not known "
-            "to the installed transformers. Choose a model that transformers has."
-        ) from error
-    except (ImportError, OSError, KeyError, AttributeError) as error:
+    except hub.HubError:
+        raise
+    except (ValueError, RuntimeError, ImportError, OSError, KeyError, AttributeError,
+            SafetensorError) as error:  # fmt: skip
+        if "trust_remote_code" in str(error) or "model type" in str(error):
+            raise hub.HubError(
+                f"{ref.id} needs its own code, which is never run here, or its model type is not "
+                "known to the installed transformers. Choose a model that transformers has."
+            ) from error
         why = next(iter(str(error).splitlines()), "")
         raise hub.HubError(f"{ref.id} cannot be loaded: {type(error).__name__}: {why}") from error
     _check_ids(ref.id, model, tokenizer)
@@ -135,7 +138,14 @@ def _weights(folder: Path, auto_class, dtype, standins: Path | None):
     # An adapter is found by transformers too, but its base only by a name that transformers knows.
     base = hub.adapter_base(folder)
     if base is None:
-        return auto_class.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        model, told = auto_class.from_pretrained(folder, dtype=dtype, trust_remote_code=False,
+                                                 output_loading_info=True)  # fmt: skip
+        if lacking := sorted(told["missing_keys"]):
+            raise hub.HubError(
+                f"{folder} lacks {len(lacking)} weights of a {type(model).__name__}, the first is "
+                f"{lacking[0]}: they would be random. It is cut, or a model of another kind"
+            )
+        return model
     import torch
     from peft import PeftModel
 

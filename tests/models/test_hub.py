@@ -283,3 +283,23 @@ def test_fetch_of_a_folder_is_itself(tiny_lm_folder):
     found = resolve(ModelRef(str(tiny_lm_folder)))
     assert fetch(found) == found
     assert json.loads((found.folder / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_model_that_is_not_whole_is_refused_in_words(tiny_lm_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tiny_lm_folder / "model.safetensors")
+    name = next(name for name in weights if "mlp" in name)
+    lacking = shutil.copytree(tiny_lm_folder, tmp_path / "lacking")
+    save_file({k: v for k, v in weights.items() if k != name}, lacking / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    cut = shutil.copytree(tiny_lm_folder, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-99])
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    (packed / "m-Q4_K_M.gguf").write_bytes(b"GGUF")
+    for folder, says in ((lacking, f"lacks 1 weights .* {name}: they would be random"),
+                         (cut, "cannot be loaded: SafetensorError"),
+                         (packed, r"name its GGUF file itself: .*m-Q4_K_M\.gguf")):  # fmt: skip
+        with pytest.raises(HubError, match=says):
+            load_lm(ModelRef(str(folder)), device="cpu")
