@@ -143,7 +143,13 @@ def model_sha256(folder: Path, standins: Path | None = None) -> str:
         digest.update(f"{name}\0{_content_sha256(file)}\n".encode())
     base = adapter_base(folder)
     if base is not None:
-        digest.update(f"base\0{resolve(base, standins=standins).revision}\n".encode())
+        try:
+            under = resolve(base, standins=standins)
+        except HubError as error:
+            raise HubError(f"{folder} is an adapter of {base.id}, which is needed too: {error} "
+                           "Merge it into its base, or name the base's folder in its "
+                           f"{ADAPTER}.") from error  # fmt: skip
+        digest.update(f"base\0{under.revision}\n".encode())
     return digest.hexdigest()
 
 

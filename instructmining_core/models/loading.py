@@ -105,6 +105,8 @@ def open_model(
                 "known to the installed transformers. Choose a model that transformers has."
             ) from error
         why = next(iter(str(error).splitlines()), "")
+        if isinstance(error, SafetensorError):
+            why += " (its weights are cut, or a Git LFS pointer: fetch them again)"
         raise hub.HubError(f"{ref.id} cannot be loaded: {type(error).__name__}: {why}") from error
     _check_ids(ref.id, model, tokenizer)
     longest = token_limit(model, tokenizer)

@@ -298,7 +298,12 @@ def test_a_model_that_is_not_whole_is_refused_in_words(tiny_lm_folder, tmp_path)
     packed = tmp_path / "packed"
     packed.mkdir()
     (packed / "m-Q4_K_M.gguf").write_bytes(b"GGUF")
-    for folder, says in ((lacking, f"lacks 1 weights .* {name}: they would be random"),
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "./no/base"}')
+    save_file({"x": weights[name]}, adapter / "adapter_model.safetensors")
+    for folder, says in ((adapter, r"adapter of \./no/base, which is needed too"),
+                         (lacking, f"lacks 1 weights .* {name}: they would be random"),
                          (cut, "cannot be loaded: SafetensorError"),
                          (packed, r"name its GGUF file itself: .*m-Q4_K_M\.gguf")):  # fmt: skip
         with pytest.raises(HubError, match=says):
