@@ -536,6 +536,11 @@ def _refusal(record: Record) -> str:
     rename = "name the columns, as in --columns question=A,answer=B or --columns messages=C"
     if "text" in record.there:
         return f"a conversation in 'text', with marks of {', '.join(MARKINGS)}; or {rename}"
+    for key in record.filled(MORE_CHATS):
+        texts = structured(record.fields[key])
+        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+            return (f"messages with roles in {key!r}; if its texts are turns, the user's first: "
+                    f"--columns messages={key}")  # fmt: skip
     if asked := next(iter(record.filled(QUESTIONS)), None):
         wanted = ANSWERS_FIRST.get(asked, "output")
         return f"{wanted!r} or another answer beside {asked!r}; {rename}"

@@ -119,7 +119,7 @@ def test_every_example_of_the_table_of_forms_is_read_by_its_form(form):
     ("raw", "says"),
     [
         ({"prompt": ["a", "b"], "completion": ["c", "d"]}, "one text in 'prompt'"),
-        ({"data": ["a", "b"]}, "--columns messages=C"),
+        ({"data": ["a", "b"]}, "--columns messages=data"),
         ({"question": "a", "choices": ["x", "y"], "answer": 1}, "its letter or its words"),
         ({"instruction": "a", "ausgabe": "b"}, "--columns question=A,answer=B"),
         ({"messages": [{"role": "hummany", "content": "a"}]}, "a role such as"),

@@ -277,3 +277,10 @@ def test_calls_in_a_cell_stay_the_text_that_they_are(tmp_path):
     pd.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
     table, _ = read_records(tmp_path / "x.csv")
     assert table["messages"].tolist() == [said("a", calls), said("a", "b")]
+
+
+def test_texts_that_may_be_turns_are_refused_with_the_way_to_read_them():
+    raw = {"id": "0", "data": ["a", "b"]}
+    with pytest.raises(FormatError, match="--columns messages=data"):
+        conversations(raw)
+    assert conversations(raw, columns={"messages": "data"})[0] == [said("a", "b")]
