@@ -25,7 +25,6 @@ from instructmining_core.selection.support import intervals
 from ..experiments import pilot
 from ..study import Study
 
-
 SHOWN = 20  # cells that keep a run out, printed
 
 
