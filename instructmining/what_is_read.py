@@ -34,7 +34,7 @@ Other names of columns are told with `--columns question=input,answer=target`; o
 - System text: {system}.
 - Roles: {roles}. A tool's output is the user's side.
 - Reasoning ({reasoning}) of a message stands before its text in `<think>` marks; a tool call follows it as JSON of its name and arguments.
-- Not read, but part of the row's identity, and counted: {media}, and parts of a content that are no text.
+- Not read, but part of the row's identity, and counted: {media}, other names of pictures, sounds and tools, bytes, and parts of a content that are no text.
 - An answer is taken out of training where one of {off} says no (`0`, `false`), of its message or of its row, there also as a list with an entry for each message or answer; a `label` (of a row alone, like `kto_tag`) or `loss` only where it is `false`.
   It stays context, is no answer that is scored or learnt, and is counted.
 - Reasoning of a row, beside a question and an answer ({thoughts}), stands before the answer in `<think>` marks.

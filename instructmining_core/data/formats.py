@@ -458,7 +458,8 @@ _SAID = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He
 # The order matters: richer fields win over poorer ones.
 FORMS = (
     Form("A list of messages", CHATS, "objects with a role (`role`, `from`) and a content "
-         "(`content`, `value`, `text`, `parts`), pairs, or plain texts in turn; `chosen`, where it "
+         "(`content`, `value`, `text`, `parts`), objects with a field a side (`input`, `output`), "
+         "pairs, plain texts in turn, or one text with marks; `chosen`, where it "
          "is filled, is the answer to the last question",
          {"messages": _SAID}, _chat),
     Form("An Open-Assistant tree", ("prompt", "message_id"), "`prompt` with its nested `replies`",
