@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -252,6 +253,8 @@ class Campaign:
             # A fork leaves torch's pool to be made anew at its next use: two threads at once, as
             # the scorer's, race for it ("Invalid thread pool"), so it is made here, by one.
             torch.set_num_threads(1)
+            # tqdm's lock is shared by processes: killed at a bar, a child would keep it from us.
+            tqdm.set_lock(threading.RLock())
             if before is not None:
                 before()
             code = STAGES[stage](self.world)
