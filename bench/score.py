@@ -1,13 +1,15 @@
 """`instructmining score` as its own process on growing JSONL files: memory and time.
 
-Model-free indicators; every row of a file is another one (a number is added to the instruction
-where the source begins again), so that no row is saved by its hash.
+Model-free indicators; every row of a file is another one (where the source begins again, a number
+is added to the instruction and the answer's words come in another order), so that no row is saved
+by its hash, or dropped as a near copy.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import random
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -63,8 +65,12 @@ def write_rows(path: Path, found: list[list[dict]], size: int) -> None:
     with path.open("w", encoding="utf-8") as stream:
         for i, messages in enumerate(itertools.islice(itertools.cycle(found), size)):
             turn = i // len(found)
-            prompt = messages[0]["content"] + (f" ({turn})" if turn else "")
-            record = {"instruction": prompt, "output": messages[-1]["content"]}
+            prompt, answer = messages[0]["content"], messages[-1]["content"]
+            if turn:
+                words = answer.split()
+                random.Random(i).shuffle(words)
+                prompt, answer = f"{prompt} ({turn})", " ".join(words)
+            record = {"instruction": prompt, "output": answer}
             stream.write(json.dumps(record) + "\n")
 
 

@@ -129,6 +129,7 @@ def _warn(name: str, differences: list[str], reach: pd.DataFrame) -> None:
 
 def _write(out: str, selection: Selection, sources: SourceRows) -> tuple[str, int]:
     """Write the kept records; the name of the score's column and how many texts were spelt out."""
+    sources.fetch(selection.kept)
     keys = keys_of(selection.kept)
     records = [sources.records[key] for key in keys]
     # Some published sets have a `score` of their own, which stays.

@@ -203,12 +203,14 @@ class SourceRows:
     def fetch(self, rows: pd.DataFrame) -> list[Messages]:
         """The conversations of rows of the score table, in their order.
 
-        The records are kept in `records` by (file, row, part), in their own fields; of several
-        conversations in one, only this one. Each file is read once a call, as far as its last row
-        asked for. Raises InstructMiningError where a row says something else than when scored.
+        Those of the last call are kept in `records` by (file, row, part), in their own fields; of
+        several conversations in one, only this one. Each file is read once a call, as far as its
+        last row asked for. Raises InstructMiningError where a row says something else than when it
+        was scored.
         """
         keys = keys_of(rows)
         found: dict[Key, Messages] = {}
+        self.records, self.parted = {}, False
         for name, path in self.files.items():
             wanted = {row for file, row, _ in keys if file == name}
             last = max(wanted, default=-1)

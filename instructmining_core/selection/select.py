@@ -22,7 +22,7 @@ from ..data.fields import Messages
 from ..indicators.score_table import ScoreTable, parts_of
 from ..regression.rule_card import RuleCard
 
-BATCH_ROWS = 1024  # rows whose texts are fetched at a time, at least
+BATCH_ROWS, MOST_ROWS = 1024, 1 << 17  # whose texts are fetched at a time, at least and at most
 
 # Baseline -> (column, True where the lowest value is taken). The least compressible first: Yin et
 # al. 2024 (arXiv 2407.06645) prefer data of a low raw/compressed ratio.
@@ -156,7 +156,7 @@ def select(
         batch = batch.iloc[: len(found)].assign(reason=found, why=DUPLICATE)
         kept.append(batch[batch["reason"] == ""].drop(columns=["reason", "why"]))
         twins.append(batch[batch["reason"] != ""])
-        start, size, room = start + size, 2 * size, room - len(kept[-1])
+        start, size, room = start + size, min(2 * size, MOST_ROWS), room - len(kept[-1])
     dropped = pd.concat([*twins, unscored.assign(why=NO_SCORE)])
     return Selection(pd.concat(kept), dropped, len(scores))
 
