@@ -134,6 +134,11 @@ def _literal(text: str) -> object:
 class _Plain(ast.NodeTransformer):
     """What pandas writes into a cell, as a plain literal: `array([..], dtype=object)`, `nan`."""
 
+    def visit_Dict(self, node: ast.Dict) -> ast.AST:
+        if not all(isinstance(getattr(key, "value", None), str) for key in node.keys):
+            raise ValueError("no object of ours: a name in it is no text")
+        return self.generic_visit(node)
+
     def visit_Call(self, node: ast.Call) -> ast.AST:
         array = isinstance(node.func, ast.Name) and node.func.id == "array" and node.args
         return self.visit(node.args[0]) if array else node

@@ -284,3 +284,9 @@ def test_texts_that_may_be_turns_are_refused_with_the_way_to_read_them():
     with pytest.raises(FormatError, match="--columns messages=data"):
         conversations(raw)
     assert conversations(raw, columns={"messages": "data"})[0] == [said("a", "b")]
+
+
+def test_an_object_whose_names_are_no_texts_is_no_message():
+    """As the fuzzer found: a Python literal may have bytes for names."""
+    with pytest.raises(FormatError, match="expected a list of messages in 'messages'"):
+        conversations({"messages": "[{'role': 'user', b'x': 'a'}]"}, "all", None)
