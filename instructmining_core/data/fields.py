@@ -90,9 +90,13 @@ def show(value: object, width: int = 80) -> str:
 
 
 def filled(value: object) -> bool:
-    """Whether a field says anything: null, NaN, blank text, [] and {} do not."""
+    """Whether a field says anything: null, NaN, blank text, [] and {} do not, nor parts of a
+    content that hold none but such.
+    """
     if isinstance(value, str):
         return bool(value) and not value.isspace()
+    if isinstance(value, list) and all(isinstance(part, dict) and "type" in part for part in value):
+        return any(filled(field) for part in value for key, field in part.items() if key != "type")
     return value is not None and value == value and value not in ([], {}, b"")
 
 

@@ -164,7 +164,14 @@ def _tokenizer(folder: Path, standins: Path | None):
     if base is not None and not list(folder.glob("tokenizer*")):
         folder = hub.fetch(hub.resolve(base, standins=standins)).folder
         return _tokenizer(folder, standins)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, TypeError) as error:  # what transformers raises, by kind of file
+        raise hub.HubError(
+            f"{folder}: the tokenizer is not there or cannot be opened: put the model's own "
+            "(tokenizer.json and tokenizer_config.json) beside its weights; transformers says: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
 
 
 def token_limit(model, tokenizer) -> int:

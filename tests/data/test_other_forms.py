@@ -290,3 +290,8 @@ def test_an_object_whose_names_are_no_texts_is_no_message():
     """As the fuzzer found: a Python literal may have bytes for names."""
     with pytest.raises(FormatError, match="expected a list of messages in 'messages'"):
         conversations({"messages": "[{'role': 'user', b'x': 'a'}]"}, "all", None)
+
+
+def test_parts_that_hold_nothing_give_way_to_the_text_beside_them():
+    user = {"role": "user", "content": [{"type": "text", "text": None}], "text": "a b"}
+    assert conversations({"messages": [user, ANSWER]}, "all", None) == ([ASKED + [ANSWER]], [])

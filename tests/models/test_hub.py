@@ -295,6 +295,8 @@ def test_a_model_that_is_not_whole_is_refused_in_words(tiny_lm_folder, tmp_path)
               {"format": "pt"})  # fmt: skip
     cut = shutil.copytree(tiny_lm_folder, tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-99])
+    mute = shutil.copytree(tiny_lm_folder, tmp_path / "mute",
+                           ignore=shutil.ignore_patterns("*token*"))  # fmt: skip
     packed = tmp_path / "packed"
     packed.mkdir()
     (packed / "m-Q4_K_M.gguf").write_bytes(b"GGUF")
@@ -303,6 +305,7 @@ def test_a_model_that_is_not_whole_is_refused_in_words(tiny_lm_folder, tmp_path)
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "./no/base"}')
     save_file({"x": weights[name]}, adapter / "adapter_model.safetensors")
     for folder, says in ((adapter, r"adapter of \./no/base, which is needed too"),
+                         (mute, "tokenizer is not there or cannot be opened: put the model's own"),
                          (lacking, f"lacks 1 weights .* {name}: they would be random"),
                          (cut, "cannot be loaded: SafetensorError"),
                          (packed, r"name its GGUF file itself: .*m-Q4_K_M\.gguf")):  # fmt: skip
