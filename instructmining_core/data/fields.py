@@ -313,8 +313,11 @@ class Record:
             got = entry if named is None else named
             raise FormatError(f"a role such as 'user' or 'assistant' in {where}", got)
         unread: list = []
-        content = self.content(_first_filled(entry, CONTENT_KEYS), where, unread)
-        off = ""
+        content, off = None, ""
+        for key in pick(tuple(name for name in entry if filled(entry[name])), CONTENT_KEYS):
+            content = self.content(entry[key], where, unread)
+            if content:  # else it holds pictures, and its text may stand beside it
+                break
         for key in _others(tuple(entry)):
             value = entry[key]
             if key in MASKS and not isinstance(value, list | dict):

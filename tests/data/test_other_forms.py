@@ -295,3 +295,11 @@ def test_an_object_whose_names_are_no_texts_is_no_message():
 def test_parts_that_hold_nothing_give_way_to_the_text_beside_them():
     user = {"role": "user", "content": [{"type": "text", "text": None}], "text": "a b"}
     assert conversations({"messages": [user, ANSWER]}, "all", None) == ([ASKED + [ANSWER]], [])
+
+
+def test_a_picture_as_content_does_not_hide_the_text_beside_it():
+    picture = [{"type": "image_url", "image_url": {"url": "x"}}]
+    (found,), notes = conversations(
+        {"messages": [{"role": "user", "content": picture, "text": "a b"}, ANSWER]}, "all", None)
+    assert found[0]["content"] == "a b" and found[0]["unread"]
+    assert notes == ["content of type 'image_url' is not read"]
