@@ -54,10 +54,12 @@ class Routing:
     blocks : (adapter, first place, place after the last), covering all places in order; the last
         None for all there are
     padded : the same blocks for a GPU, where a product a block would be too many launches
+    merged : one adapter's products are in the frozen weights, so there is nothing to add
     """
 
     blocks: Sequence[tuple[int, int, int | None]] = ((0, 0, None),)
     padded: PaddedRouting | None = None
+    merged: bool = False
 
 
 def padded_routing(blocks: list[tuple[int, int, int]], device: torch.device) -> PaddedRouting:
@@ -91,6 +93,8 @@ class MultiLoRALinear(nn.Module):
         return getattr(self.layer, "bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.routing.merged:
+            return linear(x, self.layer.weight, self.layer.bias)
         if self.routing.padded is not None:
             return self.layer(x) + _PaddedLoRA.apply(x, self.trigger, self)
         own = None if type(self.layer) is nn.Linear else self.layer(x)
@@ -241,6 +245,30 @@ class MultiLoRA:
     def use(self, adapter: int) -> None:
         """Send every row to one adapter, for evaluation and generation."""
         self.routing.blocks, self.routing.padded = [(adapter, 0, None)], None
+
+    @contextmanager
+    def alone(self, adapter: int) -> Iterator[None]:
+        """Every row goes to one adapter inside the block, and nothing is trained.
+
+        In float32 its products are added to the frozen weights there: to rounding the same, and a
+        batch is gone through once a layer. In a coarser dtype the sum would be rounded to it.
+        """
+        self.use(adapter)
+        plain = [one for one in self.layers.values() if type(one.layer) is nn.Linear]
+        if self.dtype != torch.float32 or len(plain) < len(self.layers):
+            yield
+            return
+        kept = [one.layer.weight.data for one in plain]
+        try:
+            for one, weight in zip(plain, kept, strict=True):
+                products = one.a[adapter] @ one.b[adapter]
+                one.layer.weight.data = torch.add(weight, products.t(), alpha=one.scale)
+            self.routing.merged = True
+            yield
+        finally:
+            self.routing.merged = False
+            for one, weight in zip(plain, kept, strict=True):
+                one.layer.weight.data = weight
 
     def step(self, rates: np.ndarray) -> torch.Tensor:
         """Clip each adapter's gradient, take one AdamW step, clear the gradients.

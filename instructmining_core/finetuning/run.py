@@ -96,8 +96,8 @@ def run_together(
     epochs = [_Epochs(spec, evals, by_epoch) for spec in specs]
 
     def after_epoch(adapter: int, epoch: int) -> None:
-        adapters.use(adapter)
-        epochs[adapter].look(lm, epoch)
+        with adapters.alone(adapter):
+            epochs[adapter].look(lm, epoch)
 
     needed = chain(*(job.rows for job in jobs), evals.rows())
     with on_trunk(lm, specs[0].finetune.layers, needed), packing(lm) as model:
@@ -108,8 +108,8 @@ def run_together(
             begun = time.perf_counter()
             found = []
             for adapter, plan in enumerate(trained):
-                adapters.use(adapter)
-                found.append(_evaluated(lm, EvalSets() if plan.diverged else evals))
+                with adapters.alone(adapter):
+                    found.append(_evaluated(lm, EvalSets() if plan.diverged else evals))
         evaluated = (time.perf_counter() - begun) / len(specs)
         _, peak = meter.read()
     tokens = [sum(len(row) for row in job.rows) for job in jobs]
@@ -249,6 +249,8 @@ def hardware(device: str) -> dict[str, Any]:
     }
     if str(device).startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name(device)
+        if torch.backends.cuda.matmul.allow_tf32:
+            found["float32_products"] = "tf32"
     return found
 
 

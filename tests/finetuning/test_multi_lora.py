@@ -106,6 +106,22 @@ def test_each_of_three_is_its_solo_peft_run(lm, padded):
         assert nll == pytest.approx(expected_nll, rel=1e-4)
 
 
+def test_an_adapter_alone_is_merged_and_leaves_the_base_as_it_was(lm):
+    before = {name: value.clone() for name, value in lm.model.state_dict().items()}
+    jobs = jobs_of(2)
+    _, expected, adapters = together(lm, jobs)
+    with adapters.attached():
+        found = []
+        for k in range(2):
+            with adapters.alone(k):
+                assert adapters.routing.merged
+                found.append(seen(lm))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+    after = lm.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_families(name, tiny_tokenizer):
     lm = family(name, tiny_tokenizer)
