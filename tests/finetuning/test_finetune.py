@@ -192,11 +192,12 @@ def test_a_full_step_is_torch_s_own_on_the_mean_over_its_targets(lm):
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-    assert tuned.curve["loss"].to_numpy() == pytest.approx(expected, rel=1e-6)
+    # the second loss follows a step of Adam, which makes a gradient of rounding size as large as any
+    assert tuned.curve["loss"].to_numpy() == pytest.approx(expected, rel=TOLERANCE)
     ours, first = dict(tuned.lm.model.named_parameters()), dict(lm.model.named_parameters())
     for name, parameter in model.named_parameters():
         moved = (parameter - first[name]).norm()
-        # Adam makes a gradient of rounding size as large as any, so single numbers may differ
+        # for the same reason single numbers may differ
         assert moved > 0 and (ours[name] - parameter).norm() < 0.01 * moved, name
 
 
