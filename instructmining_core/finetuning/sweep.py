@@ -28,6 +28,7 @@ from .trainer import adapters_per_pass
 from .workers import WORTH, Workers, do_group, one_thread, sweep_job, worker_devices
 
 LOOK = 0.2  # seconds between looks at the runs of other processes
+CORE_FLOP = 2e11  # a second, of one core: AVX512-BF16, measured on an AMD EPYC
 
 
 def run_sweep(
@@ -63,7 +64,8 @@ def run_sweep(
     options = {"by_epoch": by_epoch, "tried": watch.tried}
     job = sweep_job(groups, lm, rows, evals, ledger, **options) if devices or cluster else {}
     crew = cluster or Workers(devices, job)
-    if workers or "cpu" not in devices:  # a GPU's share is a group of its own, not one run of many
+    # a GPU's share is a group of its own, not one run of many
+    if workers or "cpu" not in devices or least_seconds(todo, lm, rows) > WORTH:
         crew.start()
     do = partial(do_group, lm=lm, rows=rows, evals=evals, ledger=ledger, **options)
     if cluster:
@@ -78,6 +80,17 @@ def run_sweep(
         ledger.clear()
     records = [ledger.read(spec.run_id) for spec in specs]
     return tidy([r | {"label": s.label} for r, s in zip(records, specs, strict=True)])
+
+
+def least_seconds(todo: Sequence[RunSpec], lm: LM, rows: Rows) -> float:
+    """What the training alone of these runs takes one core of a fast processor."""
+    flop = 0.0
+    for spec in todo:
+        depth = lm.config.num_hidden_layers
+        part = (spec.finetune.layers or depth) / depth  # of the base, passed through there and back
+        tokens = spec.finetune.epochs * sum(len(rows[h]) for h in spec.row_hashes)
+        flop += 4 * part * lm.model.num_parameters() * tokens
+    return flop / CORE_FLOP
 
 
 def groups_of(

@@ -213,8 +213,8 @@ def test_workers_share_the_sweep(lm, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("device", "worth", "records"), [
-    ("cpu", 0, [1, 2]), ("cpu", 1e9, []), ("cuda:1", 1e9, [0])])
-def test_workers_start_after_a_measured_run_or_at_once_on_gpus(
+    ("cpu", 0, [0, 1, 2]), ("cpu", 1e-3, [1, 2]), ("cpu", 1e9, []), ("cuda:1", 1e9, [0])])
+def test_workers_start_where_the_work_is_worth_it_and_at_once_on_gpus(
     lm, tmp_path, monkeypatch, device, worth, records
 ):
     done = []  # records that were there at each start
