@@ -11,7 +11,8 @@ begins a few workers on the jobs (`work`). Beside them `follow` does what needs 
 fills the bank with candidates and pools; `gate` waits for the sweep, fits each pool's rule to it,
 draws the gate's rows and those of the refits, and hands their jobs to the workers.
 
-What it made comes home, into the study's ledger and bank, by
+`python3 -m bench.carry check` there first: it needs the packages alone, and says whether the GPU
+computes what the CPU does. What was made comes home, into the study's ledger and bank, by
 
     python -m bench.carry take runs.tgz bank.tgz --profile replication
 
@@ -264,6 +265,53 @@ def _merged(found: Path, own: Path) -> int:
 # There
 
 
+def check(size: str = "60m", adapters: int = 3, rows: int = 32) -> None:
+    """Whether the device computes what the CPU does, and how fast: runs on random rows of a random
+    model, without anything that is carried but the packages.
+    """
+    import numpy as np
+    import torch
+
+    from instructmining_core.config import FinetuneConfig
+    from instructmining_core.data.tokenization import Encoded
+    from instructmining_core.finetuning.run import run_together
+    from instructmining_core.finetuning.run_spec import EvalSets, RunSpec
+    from instructmining_core.models.hub import pick_device
+
+    from .models import SHAPES, build_lm
+
+    random, vocabulary = np.random.default_rng(0), SHAPES[size][0]
+    made = []
+    for length in random.integers(40, 360, size=3 * rows):
+        ids = np.concatenate([np.arange(20), random.zipf(1.3, length).clip(5, vocabulary - 1)])
+        made.append(Encoded(tuple(ids.tolist()), tuple(i > 20 + length // 3
+                                                       for i in range(len(ids))), 0, False))
+    pool = {str(i): row for i, row in enumerate(made)}
+
+    def runs(device: str, products: str, count: int, layers: int, size_: int) -> None:
+        torch.set_float32_matmul_precision(products)
+        lm = build_lm(size, ["a few words"], "float32", device)
+        config = FinetuneConfig(learning_rate=1e-3, epochs=1, layers=layers, max_tokens=384)
+        evals = EvalSets(eval_1=made[: 8 if count < 8 else rows])
+        names = list(pool)
+        specs = [RunSpec.of("check", lm, config,
+                            [names[(7 * i + 11 * k) % len(names)] for i in range(size_)], evals,
+                            init_seed=k, order_seed=k, label={}) for k in range(count)]
+        start = time.perf_counter()
+        found = run_together(specs, lm, pool, evals)
+        seconds = time.perf_counter() - start
+        losses = [f"{one['losses']['eval_1']['body_prompt_mean']:.6f}" for one in found[:3]]
+        print(f"{device}, {products}, {count} runs, layers {layers or 'all'}: {' '.join(losses)}; "
+              f"{seconds:.1f} s, {found[0]['peak_memory_bytes'] / 2**30:.1f} GiB", flush=True)
+
+    device = pick_device()
+    for layers in (0, 1):
+        for where, products in (("cpu", "highest"), (device, "highest"), (device, "high")):
+            runs(where, products, adapters, layers, 16)
+    for products in ("high", "highest"):
+        runs(device, products, TOGETHER, 0, rows)
+
+
 def work(here: Path, ledger: Path, number: int, workers: int, exact: bool) -> None:
     """Do the jobs that lie in a folder, and those that come, until `end` lies there too.
 
@@ -365,12 +413,13 @@ def _follow(here: Path, told: dict) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`pack` and `take` at home, `follow` and `work` there; the module tells of each."""
+    """`pack` and `take` at home, the others there; the module tells of each."""
     parser = argparse.ArgumentParser(prog="python -m bench.carry", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    packing, taking, following, working = (
-        commands.add_parser(name) for name in ("pack", "take", "follow", "work"))
+    packing, taking, following, working, checking = (
+        commands.add_parser(name) for name in ("pack", "take", "follow", "work", "check"))
+    checking.add_argument("--size", default="60m")
     packing.add_argument("folder", type=Path)
     packing.add_argument("--stage", action="append", default=[])
     packing.add_argument("--then", action="append", default=[], choices=THEN)
@@ -396,6 +445,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{runs} runs and {scores} scores taken")
     elif options.command == "follow":
         follow(options.here)
+    elif options.command == "check":
+        check(options.size)
     else:
         work(options.here, options.ledger, options.number, options.workers, options.exact)
     return 0

@@ -84,6 +84,14 @@ def carried(packed, there, monkeypatch, seconds=240):
     return done.stdout
 
 
+def test_the_device_is_held_against_the_cpu(capsys):
+    from bench import carry
+
+    carry.check("tiny", rows=4)
+    told = [line.split(": ")[1].split(";")[0] for line in capsys.readouterr().out.splitlines()]
+    assert len(told) == 8 and told[0] == told[1] == told[2] != told[3] == told[4] == told[5]
+
+
 def test_scores_and_runs_made_elsewhere_are_those_of_home(home, tmp_path, monkeypatch):
     from bench import carry
 
