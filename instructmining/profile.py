@@ -212,6 +212,14 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True, config=KNOWN_FIELDS)
+class OutsideConfig:
+    of: str = ""  # the source whose rows others have chosen from; "" = none
+    index: str = ""  # JSON in the data's folder: name of a selection -> its records' numbers
+    names: tuple[str, ...] = ()  # selections of that file
+    pairs: Source | None = None  # pairs of answers, `chosen` an expert's revision of `rejected`
+
+
+@dataclass(frozen=True, config=KNOWN_FIELDS)
 class Profile:
     name: str
     description: str = ""
@@ -225,6 +233,7 @@ class Profile:
     size: SizeConfig = SizeConfig()
     robustness: RobustnessConfig = RobustnessConfig()
     judge: JudgeConfig = JudgeConfig()
+    outside: OutsideConfig = OutsideConfig()
     indicators: tuple[str, ...] = COLUMNS
 
     @model_validator(mode="after")

@@ -56,7 +56,7 @@ from IPython.display import Markdown
 from scipy.stats import ttest_ind
 
 from instructmining import claims, figures, paper, reports
-from instructmining.experiments import comparisons, gate
+from instructmining.experiments import comparisons, gate, outside
 from instructmining.study import Study
 from instructmining_core import load_rule
 from instructmining_core.selection import beat_random
@@ -148,6 +148,29 @@ ours, theirs = pairs.query("rule_1 == 'fitted'"), pairs.query("rule_1 != 'fitted
 Markdown(f"""
 The fitted rule ranks the rows like v1 with a correlation of {ours['spearman'].iloc[0]:+.2f} and like v3 with {ours['spearman'].iloc[1]:+.2f}; the two published rules agree with each other to {theirs['spearman']:+.2f}.
 """)
+
+# %% [markdown]
+# ## Would others have taken the same rows?
+#
+# Of Alpaca's records others have published their own choices: by the ratings of a large model (AlpaGasus), by IFD (Cherry), by a learned judge (CaR); and experts have revised answers.
+# A rule that is right about rows ranks what they chose above what they left, and a revision above its original.
+# The area under the curve (AUC) is the chance of that; one half is a coin, and `beyond` is what it has more than length alone.
+
+# %%
+words, config = "This profile holds no rows that others have chosen from.", study.profile.outside
+if config.of:
+    known = study.scores.query("source == @config.of").drop_duplicates("row_hash")
+    judges = {"fitted": gate.rule_for(study, rule, config.of), "v1": rules["v1"], "v3": rules["v3"]}
+    others = outside.chosen_by_others(known, outside.published_selections(study, known), judges)
+    revised = outside.preferred_by_experts(*outside.score_pairs(study), judges)
+    study.save(others, "others.parquet")
+    study.save(revised, "revised.parquet")
+    display(others.round(3), revised.round(3))
+    own, told = others.query("by == 'fitted'"), revised.set_index("by").loc["fitted"]
+    words = f"""
+The rule, fitted without {config.of}, agrees with a published selection to an AUC of {own['auc'].min():.2f} to {own['auc'].max():.2f}; beyond length it has more in {(own['beyond_low'] > 0).sum()} of {len(own)} and less in {(own['beyond_high'] < 0).sum()}.
+It ranks the revised answer first in {told['right']:.0%} [{told['low']:.0%}, {told['high']:.0%}] of {told['pairs']:.0f} pairs, length in {revised.set_index('by').loc['longest', 'right']:.0%}."""
+Markdown(words)
 
 # %% [markdown]
 # ## Finetune on each

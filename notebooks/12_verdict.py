@@ -58,7 +58,7 @@ from IPython.display import Markdown
 
 from instructmining import claims, figures, tables
 from instructmining.embedded.defects import SEEN_KINDS
-from instructmining.experiments import choice_tasks, machines, planted_defects
+from instructmining.experiments import choice_tasks, comparisons, machines, planted_defects
 from instructmining.study import Study
 from instructmining_core import load_rule
 from instructmining_core.regression.inference import significant
@@ -224,6 +224,23 @@ display(significant(control).T)
 Markdown("\n".join(
     f"With {name}, {one['significant at 5 %']:.0f} of {one['shuffles']:.0f} shuffles are significant, a share between {one['low']:.2f} and {one['high']:.2f}: {'its p is not to be believed' if one['low'] > 0.05 else 'no sign that the test breaks its level'}."
     for name, one in control.iterrows()
+))
+
+# %% [markdown]
+# ## How much of what there is to gain is it?
+#
+# Training on random rows gains something over the untuned base; the selected rows gain something beyond that.
+# Their ratio is told only where what there is to gain stands well above its noise.
+# Pools, finetunes and prompts are drawn again together, refitted rules among the finetunes, so the interval is over all of them.
+
+# %%
+share = comparisons.improvements(study)
+study.save(share, "improvement.parquet")
+display(share.round(4))
+Markdown("\n".join(
+    f"Averaged over {one.averaging}, random rows gain {one.gain:+.4f} nats over the base (standard error {one.gain_se:.4f}), and the selected rows {one.effect:+.4f} [{one.effect_low:+.4f}, {one.effect_high:+.4f}] beyond: "
+    + (f"{one.share:+.0%} [{one.low:+.0%}, {one.high:+.0%}] of what there is to gain." if np.isfinite(one.share) else "too little is gained at all for a share of it.")
+    for one in share.itertuples()
 ))
 
 # %% [markdown]

@@ -18,6 +18,7 @@ from instructmining_core.regression.rule import RuleFit, fit_rule
 from instructmining_core.regression.rule_card import RuleCard, make_card
 from instructmining_core.regression.run_table import DESIGNED, Standardizer
 from instructmining_core.selection.beat_random import compare_with_random
+from instructmining_core.selection.improvement import Arms, improvement
 from instructmining_core.selection.select import choose_rows
 
 from ..design import interleaved
@@ -79,6 +80,38 @@ def body_of(example: Mapping[str, Sequence[float]], name: str) -> np.ndarray:
     return np.array(example[name], float) - sum(
         np.nan_to_num(np.array(example[f"{name}_{part}"], float)) for part in ("first", "eos")
     )
+
+
+def base_by_prompt(study: Study, evaluation: str) -> tuple[np.ndarray, np.ndarray]:
+    """The untuned base's nll of the answers' body by prompt, nats, and its tokens."""
+    from instructmining_core.models.causal_lm import evaluate
+
+    rows = study.encoded_evals(study.lm, study.profile.finetune, (evaluation,))[evaluation]
+    _, frame = evaluate(study.lm, rows)
+    return body_of(frame, "nll"), body_of(frame, "tokens")
+
+
+def improvements(study: Study, evaluation: str = "eval_2") -> pd.DataFrame:
+    """How much of what random rows gain over the base the gate's selections gain beyond it.
+
+    One row an averaging of the loss ("prompts", "tokens"), columns of `Improvement`. Finetunes of
+    refitted rules count as selections.
+    """
+    runs = study.runs("gate")
+    if study.profile.selection.refits:
+        runs = pd.concat([runs, study.runs("refit")], ignore_index=True)
+    runs = runs[runs["size"] == study.profile.selection.size]
+    losses, arms = per_example(study, runs, evaluation), {}
+    for pool in runs["pool"].unique():
+        own = {method: part for (name, method, _), part in losses.items() if name == pool}
+        selected = [own[method] for method in ("selected", "refit") if method in own]
+        if selected and "random" in own:
+            arms[pool] = Arms(np.vstack(selected), own["random"])
+    nll, tokens = base_by_prompt(study, evaluation)
+    base, tokens = nll[tokens > 0] / tokens[tokens > 0], tokens[tokens > 0]
+    found = {"prompts": improvement(arms, base), "tokens": improvement(arms, base, weights=tokens)}
+    return pd.DataFrame.from_dict({name: one._asdict() for name, one in found.items()},
+                                  orient="index").rename_axis("averaging").reset_index()
 
 
 def welch_interval(first: pd.Series, second: pd.Series) -> tuple[float, float]:

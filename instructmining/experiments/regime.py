@@ -19,7 +19,7 @@ from instructmining_core.config import ProfileError
 
 from ..design import interleaved
 from ..study import PlannedRun, Study
-from .comparisons import body_of
+from .comparisons import base_by_prompt, body_of
 from .planted_defects import CLEAN, clean_rows, dose_sets
 
 SURE = 5.0  # standard errors over prompts by which the mixture must lower the loss
@@ -79,7 +79,7 @@ def regime_table(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
     cost_token, cost_se, cost_token_se (answers to other questions minus the mixture); spread (sd
     between collections, less that of draws) and reliability; seconds of a run; admissible; chosen.
     """
-    mixed, (base, tokens) = runs[runs["kind"] == MIXTURE], _base(study)
+    mixed, (base, tokens) = runs[runs["kind"] == MIXTURE], base_by_prompt(study, "regime")
     # between draws of the mixture, by number of rows, over settings
     draws = mixed.groupby(SETTING)["loss_regime"].var().groupby("rows").mean()
     rows = {key: _reading(study, part, base, tokens, draws[key[1]])
@@ -113,15 +113,6 @@ def _reading(
         "seconds": part["seconds"].mean(),
         "admissible": sure and sees and 2 * lower >= len(gains),
     }  # fmt: skip
-
-
-def _base(study: Study) -> tuple[np.ndarray, np.ndarray]:
-    """The untuned base's nll of the answers' body by prompt, and its tokens."""
-    from instructmining_core.models.causal_lm import evaluate
-
-    rows = study.encoded_evals(study.lm, study.profile.finetune, ("regime",))["regime"]
-    _, frame = evaluate(study.lm, rows)
-    return body_of(frame, "nll"), body_of(frame, "tokens")
 
 
 def both_means(nll: np.ndarray, tokens: np.ndarray, name: str) -> dict[str, float]:

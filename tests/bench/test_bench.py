@@ -417,46 +417,8 @@ def test_real_rows_tell_both_losses_and_compare_like_with_like(real_world, monke
     assert "failed" not in real.compared(name, *rest, alike=False)
 
 
-def test_a_study_s_jobs_are_done_elsewhere_and_come_home(real_world, tmp_path, monkeypatch):
-    import gzip
-    import tarfile
-
-    from bench import gpu
-    from instructmining_core.finetuning import sweep
-    from instructmining_core.finetuning.ledger import Ledger
-
-    lm = real_world.load("float32")
-    specs, home = real_world.specs(lm, 3), Ledger(tmp_path / "results" / "tiny" / "ledger")
-
-    def run(stage, plans, *, tables, progress):
-        assert (stage, plans, tables) == ("sweep", ["plan"], ("table",)) and not progress
-        return sweep.run_sweep(specs, lm, real_world.rows, real_world.evals, home, by_epoch=[])
-
-    study = SimpleNamespace(run=run)
-    monkeypatch.setattr("instructmining.plan.stage_plans", lambda *_: (["plan"], ("table",)))
-    jobs = gpu.jobs_of(study, "sweep", together=2)
-    assert [len(group) for job in jobs for group in job["groups"]] == [1, 2]
-    packed, made = tmp_path / "jobs.json.gz", tmp_path / "made"
-    with gzip.open(packed, "wt") as stream:
-        json.dump(jobs, stream)
-    assert str(tmp_path) not in json.dumps([job | {"model": 0} for job in jobs])
-    assert gpu.run_jobs(packed, made) == 3
-    assert {r["status"] for r in Ledger(made).records().values()} == {"done"}
-    with tarfile.open(tmp_path / "runs.tgz", "w:gz") as tar:
-        tar.add(made, arcname=".")
-    monkeypatch.setenv("INSTRUCTMINING_HOME", str(tmp_path))
-    assert [gpu.take(tmp_path / "runs.tgz", "tiny") for _ in range(2)] == [3, 0]
-    assert all(home.has(spec.run_id) for spec in specs)
-    assert gpu.jobs_of(study, "sweep", together=2) == []
-    jobs[0]["resolved"]["revision"] = "another"
-    with gzip.open(packed, "wt") as stream:
-        json.dump(jobs, stream)
-    with pytest.raises(SystemExit, match="another"):
-        gpu.run_jobs(packed, tmp_path / "nothing")
-
-
 def test_a_large_file_is_carried_in_parts(tmp_path):
-    from bench.gpu import _in_parts
+    from bench.carry import _in_parts
 
     whole, folder = tmp_path / "model.whl", tmp_path / "carried"
     whole.write_bytes(bytes(range(256)) * 4)

@@ -26,7 +26,9 @@ name: mini
 data:
   kind: files
   folder: ../shared/data
-  sources: [{{name: a, where: a.jsonl.gz}}, {{name: b, where: b.jsonl.gz}}, {{name: c, where: c.jsonl.gz}}]
+  sources:
+    [{{name: a, where: a.jsonl.gz}}, {{name: b, where: b.jsonl.gz}},
+     {{name: c, where: c.jsonl.gz}}]
   eval_1: {{name: x, where: x.jsonl.gz}}
   eval_2: {{name: y, where: y.jsonl.gz}}
   eval_more: [{{name: z, where: z.jsonl.gz}}]
@@ -39,11 +41,15 @@ data:
   choices: [{{name: docstrings, where: embedded, take: 4}}]
 regime: {{rows: []}}
 models: {{base: {{id: {base}, dtype: float32}}, ppl: {{id: {base}, dtype: float32}}, ladder: []}}
-design: {{size: 8, fusion: 2, within: 9, mixed: 3, tokens: 0, anchors: 1, anchor_seeds: 1, sets_per_source: 3}}
+design:
+  {{size: 8, fusion: 2, within: 9, mixed: 3, tokens: 0, anchors: 1, anchor_seeds: 1,
+    sets_per_source: 3}}
 finetune: {{max_tokens: 96}}
 indicators: [len_in, len_out, log_ppl]
 inference: {{columns: [len_out], permutations: 19}}
-selection: {{size: 6, redraws: true, seeds: 2, draws: 2, matched: 2, baseline_seeds: 1, rivals: [longest], equal_steps: true, equal_tokens: 1, refits: 1}}
+selection:
+  {{size: 6, redraws: true, seeds: 2, draws: 2, matched: 2, baseline_seeds: 1, rivals: [longest],
+    equal_steps: true, equal_tokens: 1, refits: 1}}
 """
 
 

@@ -192,7 +192,7 @@ def test_a_full_step_is_torch_s_own_on_the_mean_over_its_targets(lm):
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-    # the second loss follows a step of Adam, which makes a gradient of rounding size as large as any
+    # the second loss follows a step of Adam, which makes a gradient of rounding size a large one
     assert tuned.curve["loss"].to_numpy() == pytest.approx(expected, rel=TOLERANCE)
     ours, first = dict(tuned.lm.model.named_parameters()), dict(lm.model.named_parameters())
     for name, parameter in model.named_parameters():

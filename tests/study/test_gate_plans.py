@@ -103,7 +103,7 @@ def test_the_replication_is_as_large_as_it_says():
     sources, pools = len(profile.data.sources), len(profile.data.pools_of)
     counts = {stage: plan.expected_runs(profile, stage, sources, pools) for stage in plan.STAGES}
     assert (sources, pools) == (11, 8)
-    assert (counts["regime"], counts["dose"], counts["sweep"]) == (64, 48, 129 + 72 + 24 + 16)
+    assert (counts["regime"], counts["dose"], counts["sweep"]) == (108, 48, 129 + 72 + 24 + 16)
     assert 230 <= counts["gate"] + counts["refit"] <= 290
     models = profile.models.roles().values()
     assert {ref.dtype for ref in models} == {"float32"}
