@@ -40,7 +40,7 @@ NUMBERS = (
     "contrasts.parquet", "doses.parquet", "truth.parquet", "sizes.parquet", "search.parquet",
     "robustness.parquet", "transfer.parquet", "ablation.parquet",
     "ablation_runs.parquet", "judge.parquet", "judge_checks.parquet", "loss_proxy.parquet",
-    "damage.parquet", "front.parquet",
+    "damage.parquet", "front.parquet", "improvement.parquet", "others.parquet", "revised.parquet",
 )  # fmt: skip
 MAX_CODE_CELLS = 14
 VERIFY = "verify"  # purpose of the runs of `select --verify`
