@@ -29,7 +29,8 @@ from instructmining_core.selection import judge
 from instructmining_core.selection.served_model import ServedModel
 
 FAULTS = (429, 500, 503, "dropped", "nonsense")
-WORKERS = 48
+WORKERS = 64
+WAITING = 0.75  # of a worker's time, for the server; connection, verdict and cache take theirs
 
 
 class JudgeServer(ThreadingHTTPServer):
@@ -185,7 +186,7 @@ def measured(requests: int, rate: float, faults: float, folder: Path, killed: bo
 
     killed : stop the client by SIGKILL when a third is delivered, and start it again
     """
-    server = _child("--serve", faults, WORKERS / rate)
+    server = _child("--serve", faults, WAITING * WORKERS / rate)
     try:
         url = server.stdout.readline().strip()
         if killed:
