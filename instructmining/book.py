@@ -1,8 +1,9 @@
-"""Run the notebooks in order, once each; keep, publish and compare runs; check the notebooks.
+"""Run the notebooks in order, once each; keep, publish, ship and compare; check the notebooks.
 
     python -m instructmining.book run --profile laptop
     python -m instructmining.book keep --profile laptop
     python -m instructmining.book publish --profile laptop
+    python -m instructmining.book ship --profile laptop
     python -m instructmining.book compare --profile laptop --dtype float32 --threads 1 --runs 20
     python -m instructmining.book check
 
@@ -30,6 +31,7 @@ from instructmining_core import files
 from instructmining_core.config import InstructMiningError
 from instructmining_core.finetuning.ledger import Ledger, RunArchive
 from instructmining_core.indicators.score_table import read_scores, write_scores
+from instructmining_core.regression.rule_card import RULES, load_rule
 
 from .profile import Profile, load_profile, profile_path
 from .ray_engine import engine
@@ -267,6 +269,26 @@ def _copy_numbers(folder: Path, evidence: Path) -> None:
             shutil.copy2(folder / name, evidence / name)
 
 
+def ship(name_or_yaml: str) -> None:
+    """Make a study's rule one that the package brings along, with the rows that `knn_6` needs.
+
+    `score --profile NAME` and `select --rule NAME` then work where the study's data are not.
+    """
+    from .study import Study
+
+    study = Study.open(name_or_yaml)
+    path = study.find("rule.json")
+    card, place = load_rule(path), RULES / f"{study.name}.json"
+    if card.knn_reference:
+        reference = study.scorer().reference
+        if reference.hash != card.knn_reference.hash:
+            raise InstructMiningError(f"{path} was fitted against other reference rows than the "
+                                      "study has now; run its notebooks again.")
+        reference.save(place.with_suffix(".npz"), half=True)
+    shutil.copy2(path, place)
+    _say(f"shipped {place}")
+
+
 def compare(name_or_yaml: str, count: int, dtype: str, threads: int) -> None:
     """Do finished runs again on this machine; the table goes to the evidence, its sums are said."""
     from .experiments.machines import add_comparison, differences, gains, repeat_runs
@@ -344,9 +366,9 @@ def _data_files(profile: Profile) -> list[Path]:
     """Local files that a profile names; what the hub gives is known by its recorded revision."""
     data = profile.data
     exams = (data.eval_1, data.eval_2, *data.eval_more, data.human, *data.choices)
-    judged = (*profile.judge.checks, profile.judge.asks)
+    judged = (*profile.judge.checks, profile.judge.asks, profile.outside.pairs)
     named = [one.where for one in (*data.sources, *data.unseen, *exams, *judged) if one]
-    paths = [files.root() / data.folder / name for name in named]
+    paths = [files.root() / data.folder / name for name in (*named, profile.outside.index)]
     return [path for path in paths if path.is_file()]
 
 
@@ -358,7 +380,7 @@ def _command() -> None:
     """The command behind `make study`, `make publish` and a part of `make lint`."""
     parser = argparse.ArgumentParser(prog="instructmining.book", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb in ("run", "keep", "publish", "compare"):
+    for verb in ("run", "keep", "publish", "ship", "compare"):
         verbs.add_parser(verb).add_argument("--profile", default="laptop")
     verbs.choices["run"].add_argument("--only", nargs="*", help="two-digit stage numbers")
     verbs.choices["run"].add_argument("--engine", choices=["local", "ray"], default=engine())
@@ -381,6 +403,8 @@ def _command() -> None:
             compare(options.profile, options.runs, options.dtype, options.threads)
         elif options.verb == "publish":
             publish(options.profile, options.beside)
+        elif options.verb == "ship":
+            ship(options.profile)
         else:
             check_notebooks()
     except InstructMiningError as error:

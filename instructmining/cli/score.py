@@ -180,11 +180,13 @@ def reference_of(
 ) -> None:
     """Give the scorer its reference: a file's, a profile's own, or one drawn from the inputs.
 
-    One that is drawn is kept beside the score table, and told.
+    A profile whose rule is published brings it along, and its data need not be there. One that is
+    drawn is kept beside the score table, and told.
     """
     from instructmining_core.indicators.neighbours import Reference
+    from instructmining_core.regression.rule_card import shipped_reference
 
-    if given:
+    if given or profile and (given := shipped_reference(profile)):
         scorer.reference = Reference.read(given)
         return
     if profile:

@@ -55,12 +55,16 @@ class Reference:
         """Hash and size, as they go into keys and cards."""
         return {"hash": self.hash, "size": len(self.row_hashes)}
 
-    def save(self, path: Path) -> None:
-        """Write numbers and hashes (no text) as `.npz`, atomically."""
+    def save(self, path: Path, *, half: bool = False) -> None:
+        """Write numbers and hashes (no text) as `.npz`, atomically.
+
+        half : embeddings in float16, half the size; distances then differ by some 1e-4
+        """
+        kept = self.embeddings.astype(np.float16) if half else self.embeddings
         with being_written(path) as partial, partial.open("wb") as stream:
             np.savez(
                 stream, row_hashes=np.array(self.row_hashes, dtype="U32"),
-                embeddings=self.embeddings,
+                embeddings=kept,
                 encoder=np.array([self.model, self.revision, self.dtype, _TEXTS]),
             )  # fmt: skip
 
@@ -75,7 +79,7 @@ class Reference:
                     f"{path} was made by a version that cut long conversations otherwise: make it "
                     "again from the same pool"
                 )
-            return cls(hashes, found["embeddings"], *embedding)
+            return cls(hashes, found["embeddings"].astype(np.float32), *embedding)
 
 
 def reference_hash(row_hashes: Sequence[str]) -> str:

@@ -345,6 +345,12 @@ def presets() -> list[str]:
     return sorted(p.stem for p in RULES.glob("*.json"))
 
 
+def shipped_reference(name: str) -> Path | None:
+    """The reference rows of `knn_6` that came with a published rule; None where none did."""
+    path = RULES / f"{name}.npz"
+    return path if path.is_file() else None
+
+
 def load_rule(name_or_path: str | Path) -> RuleCard:
     """A published rule by name ("v1", "v3"), or a rule.json.
 
