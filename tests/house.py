@@ -35,7 +35,7 @@ LINES, FUNCTION_LINES, SPLINTER = 600, 60, 40
 BUDGET = {  # files and lines of the core, then of both packages, that each purpose may take
     "the study on a real model": (58, 11_740, 85, 18_620),
     "every file that people have": (1, 1_298, 1, 1_328),
-    "the replication and evidence that grows": (3, 430, 10, 1_930),
+    "the replication and evidence that grows": (3, 460, 10, 1_960),
     "judges, tasks with right answers, the size search": (2, 700, 6, 1_400),
     "a cluster, and faults": (0, 100, 1, 500),
 }

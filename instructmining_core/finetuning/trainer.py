@@ -18,13 +18,14 @@ import torch
 
 from ..config import FinetuneConfig
 from ..data.tokenization import Encoded
-from ..models.batching import free_gpu_cache, is_out_of_memory
+from ..models.batching import free_bytes, free_gpu_cache, is_out_of_memory, trainable_tokens
 from ..models.causal_lm import LM, unwrapped
 from .lora import MultiLoRA, shapes, target_layers
 from .packing import PackedModel
 
 ON_GPU = 64  # at most
 _BYTES = 22  # of one adapter's number: value, gradient, two moments, all float32, and work copies
+_TRAINED = 0.35  # of the free memory, for the activations of a micro-batch
 _SHARE = 0.25  # of the free memory, for adapters; a micro-batch's size does not hang on K
 
 
@@ -176,6 +177,15 @@ def adapters_per_pass(lm: LM, config: FinetuneConfig) -> int:
     return max(1, min(ON_GPU, int(free * _SHARE / (_BYTES * size))))
 
 
+def _held(lm: LM, config: FinetuneConfig) -> int:
+    """Tokens of a micro-batch that memory holds: a system that runs out of it kills the process,
+    and gives no error to go by. A further process of the sweep may want as much.
+    """
+    layers = config.layers or lm.config.num_hidden_layers
+    free = _TRAINED * free_bytes(lm.device)
+    return trainable_tokens(lm.config, lm.dtype.itemsize, layers, free)
+
+
 def train(
     adapters: MultiLoRA, model: PackedModel, jobs: Sequence[TrainingJob], *,
     on_epoch: Callable[[int, int], bool | None] | None = None,
@@ -189,7 +199,7 @@ def train(
     schedules = [schedule(job, adapters.config) for job in jobs]
     total = max(len(s.steps) for s in schedules)
     losses = torch.zeros(len(jobs), total, device=model.device)
-    micro = MicroBatcher(adapters.config.micro_tokens)
+    micro = MicroBatcher(min(adapters.config.micro_tokens, _held(model.lm, adapters.config)))
     # a look at the loss waits for the GPU, so there it is taken once an epoch
     each_step = model.device.type == "cpu"
     for step in range(total):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from instructmining_core.finetuning.trainer import (
     loss_scale,
     train,
 )
+from instructmining_core.models.batching import trainable_tokens
 from instructmining_core.models.causal_lm import LM, load_lm
 
 
@@ -53,6 +55,26 @@ def test_a_step_that_does_not_fit_is_done_in_halves_with_the_same_numbers(lm, mo
     assert losses(lm, config) == pytest.approx(expected, rel=TOLERANCE)
     over = [size for size in sizes if size > 40]
     assert len(over) == 1 and max(sizes[sizes.index(over[0]) + 1 :]) <= 32
+
+
+def test_a_micro_batch_is_no_larger_than_memory_holds(lm, monkeypatch):
+    """A CPU gives no error to go by: two processes of 13 GB each were killed at 8,192 tokens."""
+    config = replace(CONFIG, micro_tokens=64)
+    expected, sizes = losses(lm, config), []
+    real = PackedModel.batch
+    monkeypatch.setattr(PackedModel, "batch", lambda self, rows, *more: sizes.append(
+        sum(map(len, rows))) or real(self, rows, *more))
+    token = trainable_tokens(lm.config, 4, 1, 1e12)  # of one layer in a terabyte
+    layers = lm.config.num_hidden_layers
+    monkeypatch.setattr(trainer, "free_bytes", lambda device: 40 * layers * 1e12 / token / 0.35)
+    assert losses(lm, config) == pytest.approx(expected, rel=TOLERANCE)
+    assert 20 < max(sizes) <= 41
+
+
+def test_a_token_s_activations_are_as_measured_on_smollm2():
+    shape = SimpleNamespace(hidden_size=576, intermediate_size=1536)
+    assert 8e9 / trainable_tokens(shape, 4, 30, 8e9) == pytest.approx(2.72e6, rel=0.01)
+    assert trainable_tokens(shape, 2, 6, 1e9) == pytest.approx(10 * 8e9 / 2.72e6 / 8, rel=0.01)
 
 
 def test_the_trainer_begins_anew_with_half_the_rows_at_once(lm, monkeypatch):
