@@ -17,8 +17,9 @@ computes what the CPU does. What was made comes home, into the study's ledger an
 
     python -m bench.carry take runs.tgz bank.tgz --profile replication
 
-float32 products are taken in TF32 there (inputs rounded to 11 bits, sums in float32): each record
-says so (`hardware.float32_products`), and `--exact` does without.
+float32 products of the runs are taken in TF32 there (inputs rounded to 11 bits, sums in float32):
+each record says so (`hardware.float32_products`), and `--exact` does without. Scores are exact, as
+the bank knows them by their dtype alone.
 """
 
 from __future__ import annotations
@@ -88,8 +89,10 @@ wait
 echo "$(ls "$LEDGER" | grep -c json) records after $(( $(date +%s) - begun )) s"
 tail -qn 3 "$OUT"/*.log | cut -c1-300
 tar czf "$OUT/runs.tgz" -C "$LEDGER" .
-[ -z "${2:-}" ] || INSTRUCTMINING_SHARED="$HERE/shared" timeout "$2" $PY -m bench --only sweep_gpu \
-  --out "$OUT/bench.json" > "$OUT/bench.log" 2>&1 || echo "no bench: $(tail -n 1 "$OUT/bench.log")"
+if [ -n "${2:-}" ]; then
+  INSTRUCTMINING_SHARED="$HERE/shared" timeout "$2" $PY -m bench --only sweep_gpu \\
+    --out "$OUT/bench.json" > "$OUT/bench.log" 2>&1 || tail -n 1 "$OUT/bench.log"
+fi
 (cd "$HERE/home/results/cache" && [ -d bank ] && tar czf "$OUT/bank.tgz" bank)
 tar czf "$OUT/logs.tgz" -C "$OUT" --remove-files $(cd "$OUT" && ls *.log)
 """
@@ -372,14 +375,11 @@ def follow(here: Path) -> None:
 def _follow(here: Path, told: dict) -> None:
     if not told["then"]:
         return
-    import torch
-
     from instructmining.experiments import gate
     from instructmining.plan import run_ids, stage_plans
     from instructmining.study import Study
     from instructmining_core.data.choices import Question
 
-    torch.set_float32_matmul_precision("high")
     own = here / f"{told['profile']}.yaml"
     study, begun = Study.open(own if own.exists() else told["profile"]), time.perf_counter()
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 from scipy.stats import norm, rankdata
+from statsmodels.stats.weightstats import DescrStatsW
 
 from instructmining_core import files
 from instructmining_core.data.records import with_row_hash
@@ -99,8 +100,7 @@ def preferred_by_experts(
              for name, own in first.items()}
 
     def told(values: np.ndarray) -> list[float]:
-        half = SURE * values.std(ddof=1) / np.sqrt(len(values))
-        return [values.mean(), values.mean() - half, values.mean() + half]
+        return [values.mean(), *DescrStatsW(values).tconfint_mean()]
 
     found = [[name, *told(one), *told(one - right[LENGTH]), len(one)]
              for name, one in right.items()]
@@ -126,11 +126,11 @@ def score_pairs(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     pairs = read_pairs(config.pairs, data, files.root())
     if 0 < config.pairs.take < len(pairs):
         pairs = pairs.sample(config.pairs.take, random_state=data.seed)
-    tables = []
+    tables, scorer = [], study.scorer()
     for side in ("chosen", "rejected"):
         talks = [[*prompt, {"role": "assistant", "content": answer}]
                  for prompt, answer in zip(pairs["prompt"], pairs[side], strict=True)]
         ids = [f"{side}-{i}" for i in pairs.index]
         table = with_row_hash(pd.DataFrame({"id": ids, "source": side, "messages": talks}))
-        tables.append(study.scorer().score(table))
+        tables.append(scorer.score(table))
     return tuple(tables)

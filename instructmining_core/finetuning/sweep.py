@@ -28,7 +28,7 @@ from .trainer import adapters_per_pass
 from .workers import WORTH, Workers, do_group, one_thread, sweep_job, worker_devices
 
 LOOK = 0.2  # seconds between looks at the runs of other processes
-CORE_FLOP = 2e11  # a second, of one core: AVX512-BF16, measured on an AMD EPYC
+CORE_FLOP = 5e11  # a second, of one core: bfloat16 products on an AMD EPYC with AVX512-BF16
 
 
 def run_sweep(
@@ -84,12 +84,11 @@ def run_sweep(
 
 def least_seconds(todo: Sequence[RunSpec], lm: LM, rows: Rows) -> float:
     """What the training alone of these runs takes one core of a fast processor."""
-    flop = 0.0
+    flop, depth, size = 0.0, lm.config.num_hidden_layers, lm.model.num_parameters()
     for spec in todo:
-        depth = lm.config.num_hidden_layers
         part = (spec.finetune.layers or depth) / depth  # of the base, passed through there and back
         tokens = spec.finetune.epochs * sum(len(rows[h]) for h in spec.row_hashes)
-        flop += 4 * part * lm.model.num_parameters() * tokens
+        flop += 4 * part * size * tokens
     return flop / CORE_FLOP
 
 

@@ -179,11 +179,12 @@ def adapters_per_pass(lm: LM, config: FinetuneConfig) -> int:
 
 def _held(lm: LM, config: FinetuneConfig) -> int:
     """Tokens of a micro-batch that memory holds: a system that runs out of it kills the process,
-    and gives no error to go by. A further process of the sweep may want as much.
+    and gives no error to go by. A further process of the sweep may want as much. A power of two, so
+    that a little more or less free memory cuts no step otherwise.
     """
     layers = config.layers or lm.config.num_hidden_layers
     free = _TRAINED * free_bytes(lm.device)
-    return trainable_tokens(lm.config, lm.dtype.itemsize, layers, free)
+    return 1 << trainable_tokens(lm.config, lm.dtype.itemsize, layers, free).bit_length() - 1
 
 
 def train(

@@ -17,6 +17,7 @@ from instructmining import plan
 from instructmining.experiments import gate
 from instructmining.study import Study
 from instructmining_core.finetuning.ledger import Ledger
+from instructmining_core.finetuning.run import commit
 from instructmining_core.indicators.bank import ScoreCache
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,5 +136,5 @@ def test_scores_and_runs_made_elsewhere_are_those_of_home(home, tmp_path, monkey
         assert {"loss_eval_1", "accuracy_docstrings"} <= set(losses)
         np.testing.assert_allclose(
             own[losses].astype(float), elsewhere.loc[own.index, losses].astype(float), rtol=2e-5)
-    record = next(iter(Ledger(tmp_path / "kept").records().values()))
-    assert record["commit"] == json.loads(json.dumps(record["commit"])) is not None
+    made = Ledger(tmp_path / "kept").records().values()
+    assert {one["commit"] for one in made} == {commit()}, "the copy there has no history"

@@ -34,7 +34,7 @@ from instructmining_core.models.causal_lm import evaluate, load_lm
 CONFIG = FinetuneConfig(rank=2, alpha=4, learning_rate=1e-2, epochs=1, batch_size=4)
 ROWS = {f"h{i}": row for i, row in enumerate(rows_of(30))}
 EVALS = EvalSets(eval_1=rows_of(4, seed=50), eval_2=rows_of(3, seed=51))
-TIMES = ["seconds", "peak_memory_bytes", "attempt", "commit"]  # of no two executions the same
+TIMES = ["seconds", "peak_memory_bytes", "attempt", "commit", "threads"]  # of one execution
 
 
 @pytest.fixture(scope="module")

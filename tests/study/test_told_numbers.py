@@ -38,6 +38,16 @@ def test_the_page_on_real_data_tells_the_plan():
         "regime": runs["regime"], "doses": runs["dose"], "sweep": runs["sweep"],
         "gate": runs["gate"] + runs["refit"],
     }  # fmt: skip
+    done = RunArchive(ROOT / "evidence" / "replication" / "ledger").load().set_index("kind")
+    readme = (ROOT / "README.md").read_text()
+    assert f"{len(done)} of the {sum(runs.values())} runs are done" in page
+    assert f"{len(done)} of {sum(runs.values())} runs" in readme
+    for end, told in (("", "0.027 ± 0.005", ), ("_token", "0.036 ± 0.003")):
+        mixed = done.loc["mixture", f"loss_regime{end}"]
+        gain = done[f"base_regime{end}"].iloc[0] - mixed.mean()
+        first = done.loc["mixture"].query("seed == 0")[f"loss_regime{end}"].item()
+        cost = done.loc["other_answer", f"loss_regime{end}"] - first
+        assert f"{gain:.3f} ± " in told and told in page and f"{cost:.3f} ± " in page
 
 
 def test_the_book_tells_the_fuzzers_table():
